@@ -1,0 +1,307 @@
+//! A node's configuration, checked and complete.
+
+use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use crate::settings::Settings;
+
+/// Why a node cannot start as configured.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file cannot be used.
+    #[error(transparent)]
+    File(#[from] baton_proto::config::ConfigError),
+    /// A required key is absent.
+    #[error("{0} is not set; give --{flag}, or {0} in the configuration file", flag = .0.replace('_', "-"))]
+    Missing(&'static str),
+    /// A value that cannot be.
+    #[error("{key} is {value:?}; it must be {expected}")]
+    Invalid {
+        /// The key.
+        key: &'static str,
+        /// What was given.
+        value: String,
+        /// What is allowed.
+        expected: &'static str,
+    },
+}
+
+/// Where the weights come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LoadFormat {
+    /// The checkpoint's `*.safetensors`.
+    Safetensors,
+    /// Made up, the same on every node.
+    Dummy,
+}
+
+/// How large the KV cache is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum KvSize {
+    /// So many blocks.
+    Blocks(u64),
+    /// As many blocks as fit into so many bytes.
+    Bytes(u64),
+}
+
+impl KvSize {
+    /// The number of blocks, each of `block_bytes` bytes; at least 1.
+    #[must_use]
+    pub fn blocks(self, block_bytes: usize) -> usize {
+        let blocks = match self {
+            Self::Blocks(blocks) => blocks,
+            Self::Bytes(bytes) => bytes / block_bytes.max(1) as u64,
+        };
+        usize::try_from(blocks).unwrap_or(usize::MAX).max(1)
+    }
+}
+
+/// A complete configuration. The meaning of each key is documented at [`Settings`].
+#[derive(Clone, Debug)]
+#[expect(missing_docs, reason = "`Settings` documents every key")]
+pub struct Config {
+    pub model: PathBuf,
+    pub model_name: String,
+    pub load_format: LoadFormat,
+    pub block_tokens: u32,
+    pub kv_size: KvSize,
+    pub max_batch_tokens: usize,
+    pub max_sequences: usize,
+    pub max_waiting: usize,
+    pub max_model_len: Option<usize>,
+    pub threads: usize,
+    pub kv_listen: SocketAddr,
+    pub kv_advertise: Option<String>,
+    pub coordinators: Vec<String>,
+    pub identity: PathBuf,
+    pub state: Option<PathBuf>,
+    pub metrics_listen: Option<SocketAddr>,
+    pub log: String,
+    pub log_json: bool,
+    pub drain_timeout: Duration,
+}
+
+impl TryFrom<Settings> for Config {
+    type Error = ConfigError;
+
+    fn try_from(given: Settings) -> Result<Self, ConfigError> {
+        let model = given.model.ok_or(ConfigError::Missing("model"))?;
+        let listen = given.kv_listen.as_deref().unwrap_or("127.0.0.1:0");
+        let kv_listen = socket_address("kv_listen", listen)?;
+        if kv_listen.ip().is_unspecified() && given.kv_advertise.is_none() {
+            let expected = "an address that other nodes reach, or kv_advertise must be set";
+            return invalid("kv_listen", listen, expected);
+        }
+        let metrics = given.metrics_listen.as_deref();
+        Ok(Self {
+            model_name: model_name(given.model_name, &model)?,
+            load_format: load_format(given.load_format.as_deref())?,
+            block_tokens: block_tokens(given.block_tokens)?,
+            kv_size: kv_size(given.kv_blocks, given.kv_memory.as_deref())?,
+            max_batch_tokens: positive("max_batch_tokens", given.max_batch_tokens, 512)?,
+            max_sequences: positive("max_sequences", given.max_sequences, 64)?,
+            max_waiting: positive("max_waiting", given.max_waiting, 1024)?,
+            max_model_len: given.max_model_len,
+            threads: positive("threads", given.threads, cores())?,
+            kv_listen,
+            kv_advertise: given.kv_advertise,
+            coordinators: coordinators(given.coordinator)?,
+            identity: given.identity.ok_or(ConfigError::Missing("identity"))?,
+            state: given.state,
+            metrics_listen: metrics.map(|text| socket_address("metrics_listen", text)).transpose()?,
+            log: given.log.unwrap_or_else(|| "info".to_owned()),
+            log_json: log_json(given.log_format.as_deref())?,
+            drain_timeout: Duration::from_secs(given.drain_timeout_s.unwrap_or(60)),
+            model,
+        })
+    }
+}
+
+impl Config {
+    /// What other nodes dial, given where the KV endpoint is bound.
+    #[must_use]
+    pub fn kv_address(&self, bound: SocketAddr) -> String {
+        match &self.kv_advertise {
+            None => bound.to_string(),
+            Some(address) if has_port(address) => address.clone(),
+            Some(host) => format!("{host}:{}", bound.port()),
+        }
+    }
+}
+
+fn invalid<T>(
+    key: &'static str,
+    value: impl ToString,
+    expected: &'static str,
+) -> Result<T, ConfigError> {
+    Err(ConfigError::Invalid { key, value: value.to_string(), expected })
+}
+
+fn cores() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
+}
+
+fn positive(
+    key: &'static str,
+    value: Option<usize>,
+    default: usize,
+) -> Result<usize, ConfigError> {
+    match value {
+        Some(0) => invalid(key, 0, "at least 1"),
+        value => Ok(value.unwrap_or(default)),
+    }
+}
+
+fn model_name(given: Option<String>, model: &std::path::Path) -> Result<String, ConfigError> {
+    // `.` and `dir/..` have no last name of their own.
+    let folder = || Some(model.canonicalize().ok()?.file_name()?.to_string_lossy().into_owned());
+    let name = given.or_else(folder).unwrap_or_else(|| "model".to_owned());
+    if name.is_empty() || name.len() > 256 {
+        return invalid("model_name", name, "1 to 256 bytes long");
+    }
+    Ok(name)
+}
+
+fn load_format(value: Option<&str>) -> Result<LoadFormat, ConfigError> {
+    match value {
+        None | Some("safetensors") => Ok(LoadFormat::Safetensors),
+        Some("dummy") => Ok(LoadFormat::Dummy),
+        Some(other) => invalid("load_format", other, "safetensors or dummy"),
+    }
+}
+
+fn log_json(value: Option<&str>) -> Result<bool, ConfigError> {
+    match value {
+        None | Some("text") => Ok(false),
+        Some("json") => Ok(true),
+        Some(other) => invalid("log_format", other, "text or json"),
+    }
+}
+
+fn block_tokens(value: Option<u32>) -> Result<u32, ConfigError> {
+    match value.unwrap_or(16) {
+        tokens @ (16 | 32 | 64) => Ok(tokens),
+        other => invalid("block_tokens", other, "16, 32 or 64"),
+    }
+}
+
+fn kv_size(blocks: Option<u64>, memory: Option<&str>) -> Result<KvSize, ConfigError> {
+    match (blocks, memory) {
+        (Some(_), Some(memory)) => invalid("kv_memory", memory, "absent when kv_blocks is set"),
+        (Some(0), None) => invalid("kv_blocks", 0, "at least 1"),
+        (Some(blocks), None) => Ok(KvSize::Blocks(blocks)),
+        (None, memory) => {
+            let text = memory.unwrap_or("1GiB");
+            match parse_size(text) {
+                Some(bytes) if bytes > 0 => Ok(KvSize::Bytes(bytes)),
+                _ => invalid("kv_memory", text, "a size such as 512MiB or 4GiB"),
+            }
+        }
+    }
+}
+
+fn parse_size(text: &str) -> Option<u64> {
+    let units = [("KiB", 10), ("MiB", 20), ("GiB", 30), ("TiB", 40)];
+    let unit = units.iter().find_map(|(unit, shift)| Some((text.strip_suffix(unit)?, *shift)));
+    let (number, shift) = unit.unwrap_or((text, 0));
+    number.trim().parse::<u64>().ok()?.checked_mul(1 << shift)
+}
+
+fn socket_address(key: &'static str, text: &str) -> Result<SocketAddr, ConfigError> {
+    text.parse().or_else(|_| invalid(key, text, "an IP address and a port, such as 127.0.0.1:0"))
+}
+
+fn has_port(address: &str) -> bool {
+    // A bare IPv6 address has colons, but no port.
+    let port = address.rsplit_once(':').map(|(_, port)| port.parse::<u16>().is_ok());
+    port.unwrap_or(false) && address.parse::<IpAddr>().is_err()
+}
+
+fn coordinators(given: Option<Vec<String>>) -> Result<Vec<String>, ConfigError> {
+    let given = given.unwrap_or_default();
+    if let Some(address) = given.iter().find(|address| !has_port(address)) {
+        return invalid("coordinator", address, "HOST:PORT");
+    }
+    if given.is_empty() {
+        return Err(ConfigError::Missing("coordinator"));
+    }
+    Ok(given)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use baton_proto::config::parse_toml;
+    use clap::Args;
+
+    use super::*;
+
+    fn settings(toml: &str) -> Settings {
+        parse_toml(toml, Path::new("node.toml")).expect("legal")
+    }
+
+    fn given(toml: &str) -> Result<Config, String> {
+        let rest = "model='m'\nidentity='i'\ncoordinator=['a:1']";
+        Config::try_from(settings(&format!("{rest}\n{toml}"))).map_err(|e| e.to_string())
+    }
+
+    #[test]
+    fn flags_win_over_the_file() {
+        let file = settings("threads = 4\nkv_blocks = 9");
+        let flags = Settings { threads: Some(2), ..Settings::default() };
+        let both = flags.over(file);
+        assert_eq!((both.threads, both.kv_blocks), (Some(2), Some(9)));
+    }
+
+    #[test]
+    fn every_key_is_merged() {
+        // A key that `over` forgot would be lost here.
+        let text = "model='m'\nmodel_name='n'\nload_format='dummy'\nblock_tokens=32\nkv_blocks=1
+            kv_memory='1'\nmax_batch_tokens=1\nmax_sequences=1\nmax_waiting=1\nmax_model_len=1
+            threads=1\nkv_listen='l'\nkv_advertise='a'\ncoordinator=['c']\nidentity='i'\nstate='s'
+            metrics_listen='m'\nlog='debug'\nlog_format='json'\ndrain_timeout_s=1";
+        let keys = Settings::augment_args(clap::Command::new("")).get_arguments().count();
+        assert_eq!(text.matches('=').count(), keys, "the text names every key");
+        let all = settings(text);
+        assert_eq!(Settings::default().over(all.clone()), all);
+        assert_eq!(all.clone().over(Settings::default()), all);
+    }
+
+    #[test]
+    fn an_unknown_key_is_refused_with_the_nearest_one() {
+        let result = parse_toml::<Settings>("kv_block = 3", Path::new("node.toml"));
+        let message = result.expect_err("unknown").to_string();
+        assert!(message.ends_with("did you mean `kv_blocks`?"), "{message}");
+    }
+
+    #[test]
+    fn bad_values_are_named() {
+        let cases = [
+            ("block_tokens = 17", "block_tokens is \"17\"; it must be 16, 32 or 64"),
+            ("kv_memory = '4GB'", "kv_memory is \"4GB\"; it must be a size such as 512MiB or 4GiB"),
+            ("kv_memory = '1GiB'\nkv_blocks = 2", "it must be absent when kv_blocks is set"),
+            ("kv_listen = '0.0.0.0:7000'", "or kv_advertise must be set"),
+            ("load_format = 'pickle'", "it must be safetensors or dummy"),
+            ("threads = 0", "threads is \"0\"; it must be at least 1"),
+        ];
+        for (toml, message) in cases {
+            let error = given(toml).expect_err(toml);
+            assert!(error.contains(message), "{error}");
+        }
+        let missing = Config::try_from(Settings::default()).expect_err("empty").to_string();
+        assert!(missing.contains("--model"), "{missing}");
+    }
+
+    #[test]
+    fn sizes_and_addresses() {
+        assert_eq!(parse_size("3KiB"), Some(3072));
+        assert_eq!(parse_size("99999999TiB"), None);
+        assert_eq!(KvSize::Bytes(100).blocks(30), 3);
+        let config = given("kv_listen = '0.0.0.0:0'\nkv_advertise = 'node-7'").expect("legal");
+        let bound = "0.0.0.0:7100".parse().expect("legal");
+        assert_eq!(config.kv_address(bound), "node-7:7100");
+        assert!(coordinators(Some(vec!["no-port".to_owned()])).is_err());
+    }
+}

@@ -1,0 +1,240 @@
+//! What coordinators and nodes tell each other, in domain types.
+
+use std::time::Duration;
+
+use crate::geometry::KvGeometry;
+use crate::hash::{BlockHash, CacheSalt, ModelRoot};
+use crate::ids::{Epoch, NodeId, Role, TransferId};
+use crate::sampling::SamplingParams;
+
+/// Version of the join stream; a node with another one is refused.
+pub const PROTOCOL: u32 = 1;
+
+/// One attempt at generating one sequence.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Job {
+    /// Names the attempt.
+    pub id: TransferId,
+    /// The prompt, followed by what earlier attempts emitted.
+    pub tokens: Vec<u32>,
+    /// How many of `tokens` are prompt; at least 1.
+    pub prompt_tokens: usize,
+    /// How to choose tokens.
+    pub sampling: SamplingParams,
+    /// Whose cached blocks may be used.
+    pub salt: CacheSalt,
+    /// Time left at receipt.
+    pub deadline: Option<Duration>,
+}
+
+impl Job {
+    /// Output position of the next token: 0 for the first one of the request.
+    #[must_use]
+    pub fn next_position(&self) -> usize {
+        self.tokens.len() - self.prompt_tokens
+    }
+}
+
+/// The other end of a KV transfer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Peer {
+    /// Which node; its certificate must say so.
+    pub node: NodeId,
+    /// Which life of it.
+    pub epoch: Epoch,
+    /// `host:port` where it listens for KV transfers.
+    pub kv_address: String,
+}
+
+/// What a coordinator asks of a node.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Command {
+    /// Compute the prompt, stream its KV to `decode`, sample the first token.
+    Prefill {
+        /// The attempt.
+        job: Job,
+        /// Where the KV goes.
+        decode: Peer,
+    },
+    /// Generate tokens, from the KV that `prefill` sends or from a prompt computed here.
+    Decode {
+        /// The attempt.
+        job: Job,
+        /// Who sends the KV; `None`: compute the prompt here.
+        prefill: Option<Peer>,
+    },
+    /// Stop the attempt and free what it holds.
+    Cancel(TransferId),
+    /// Say all that the prefix cache holds.
+    SendSnapshot,
+}
+
+/// A node's introduction.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Hello {
+    /// What it does.
+    pub role: Role,
+    /// Which life of it.
+    pub epoch: Epoch,
+    /// Name of the model that it serves.
+    pub model: String,
+    /// Identity of the model and its KV layout.
+    pub root: ModelRoot,
+    /// KV layout.
+    pub geometry: KvGeometry,
+    /// Most tokens of a sequence, prompt and output.
+    pub max_model_len: u32,
+    /// Token ids are below this.
+    pub vocab_size: u32,
+    /// Size of the block pool.
+    pub total_blocks: u64,
+    /// `host:port` where it listens for KV transfers.
+    pub kv_address: String,
+    /// Transports that it has, best first.
+    pub transports: Vec<String>,
+}
+
+/// Blocks of a pool by state; the four add up to the pool.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub struct BlockCounts {
+    /// Hold nothing.
+    pub free: u64,
+    /// Used by a sequence.
+    pub active: u64,
+    /// Held by the prefix cache alone.
+    pub cached: u64,
+    /// Granted to, or held for, a transfer, and used by no running sequence.
+    pub leased: u64,
+}
+
+/// A node's load at one moment.
+#[derive(Clone, Debug, PartialEq, Default)]
+pub struct Report {
+    /// Takes nothing new.
+    pub draining: bool,
+    /// Sequences not yet started.
+    pub waiting: u32,
+    /// Sequences started.
+    pub running: u32,
+    /// Prompt tokens accepted and not yet computed.
+    pub queued_tokens: u64,
+    /// The block pool.
+    pub blocks: BlockCounts,
+    /// Measured prefill speed; 0 until measured.
+    pub prefill_tokens_per_second: f64,
+    /// Measured duration of a decode step; 0 until measured.
+    pub decode_step_ms: f64,
+}
+
+/// Log-probabilities at one position.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Logprobs {
+    /// Of the token itself.
+    pub logprob: f32,
+    /// Likeliest tokens, best first.
+    pub top: Vec<(u32, f32)>,
+}
+
+/// Why a node ended a sequence.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NodeFinish {
+    /// An end-of-sequence token.
+    EndOfSequence,
+    /// This stop token.
+    StopToken(u32),
+    /// `max_tokens`, or the model's context is full.
+    Length,
+}
+
+/// One generated token.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TokenEvent {
+    /// The attempt.
+    pub id: TransferId,
+    /// Output position, counted over all attempts from 0.
+    pub position: u32,
+    /// The token.
+    pub token: u32,
+    /// If the request asked for them.
+    pub logprobs: Option<Logprobs>,
+    /// The sequence ends with this token.
+    pub finish: Option<NodeFinish>,
+    /// Time spent computing the prompt, with the token that ends a prefill.
+    pub prefill: Option<Duration>,
+}
+
+/// Whether and where a failed attempt is worth repeating.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Retry {
+    /// It would fail again.
+    Never,
+    /// On the same node, later.
+    SameNode,
+    /// On another node.
+    OtherNode,
+}
+
+/// What a node tells a coordinator.
+#[derive(Clone, Debug, PartialEq)]
+pub enum NodeEvent {
+    /// Its load.
+    Report(Report),
+    /// Blocks that entered and left its prefix cache. Sequence numbers start at 1 and leave no gap.
+    Cache {
+        /// Number of this event.
+        sequence: u64,
+        /// Now held.
+        stored: Vec<BlockHash>,
+        /// No longer held.
+        removed: Vec<BlockHash>,
+    },
+    /// A part of all that its prefix cache held just after event `sequence`.
+    Snapshot {
+        /// The last event that the snapshot includes.
+        sequence: u64,
+        /// Blocks held.
+        hashes: Vec<BlockHash>,
+        /// Ends the snapshot.
+        last: bool,
+    },
+    /// The attempt left the queue.
+    Started {
+        /// The attempt.
+        id: TransferId,
+        /// Prompt tokens found in the prefix cache.
+        cached_tokens: u32,
+        /// Time in the node's queue.
+        queued: Duration,
+    },
+    /// Tokens of one step, in order for each attempt.
+    Tokens(Vec<TokenEvent>),
+    /// Log-probabilities of every prompt token but the first, once.
+    PromptLogprobs {
+        /// The attempt.
+        id: TransferId,
+        /// `(token, its log-probabilities)`; position 1 of the prompt first.
+        tokens: Vec<(u32, Logprobs)>,
+    },
+    /// The KV arrived and was verified; told by the prefill node, on its clock.
+    Transferred {
+        /// The attempt.
+        id: TransferId,
+        /// From the first payload to the end of prefill.
+        hidden: Duration,
+        /// From the end of prefill to the receiver's acknowledgement.
+        exposed: Duration,
+        /// Payload bytes.
+        bytes: u64,
+        /// Blocks moved.
+        blocks: u32,
+    },
+    /// The attempt ended here without a result; its blocks are free.
+    Failed {
+        /// The attempt.
+        id: TransferId,
+        /// For people.
+        reason: String,
+        /// For the coordinator.
+        retry: Retry,
+    },
+}
