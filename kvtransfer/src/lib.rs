@@ -1,1 +1,36 @@
-//! placeholder
+//! Moves the KV blocks of one sequence from the pool of one node to the pool of another.
+//!
+//! The decisions are two state machines without I/O, clock or memory of their own: [`Sender`] and
+//! [`Receiver`]. They speak in [`frame::Frame`]s (control) and [`frame::Unit`]s (payload). An
+//! [`Endpoint`] drives them over QUIC; each end reads and writes its pool through [`BlockSource`]
+//! and [`BlockSink`]. This crate knows no model and no engine.
+//!
+//! ```text
+//! sender                                              receiver
+//!   Offer   model, geometry, hash chain, block count →
+//!         ← Grant   which blocks are wanted, and after a reconnect which pieces have landed
+//!   Unit    layer, run of blocks, length, checksum   →   (as soon as a layer of them is computed)
+//!         ← Retry   a unit whose checksum did not hold
+//!   Finish  the first token                          →
+//!         ← Complete   every wanted piece was verified and lies in its place
+//! ```
+//!
+//! Either end may `Cancel` at any time; both send `Heartbeat`s, and give up when the other has
+//! been silent for as long as their own lease.
+
+pub mod frame;
+pub mod limits;
+
+mod endpoint;
+mod error;
+mod memory;
+mod receive;
+mod send;
+
+pub use endpoint::{BindError, Endpoint, TRANSPORTS};
+pub use error::{ReceiveError, SendError};
+pub use frame::{FirstToken, Reason};
+pub use limits::Timing;
+pub use memory::{BlockSink, BlockSource};
+pub use receive::{Incoming, ReceiveHandle};
+pub use send::{Outgoing, SendHandle, Sent};

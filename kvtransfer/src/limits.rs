@@ -1,0 +1,83 @@
+//! Bounds on everything that a peer could make grow, and on every wait.
+
+use std::time::Duration;
+
+/// Most blocks of one transfer: a million tokens in blocks of 16.
+pub const MAX_BLOCKS: u32 = 1 << 16;
+/// Most layers of a model.
+pub const MAX_LAYERS: u32 = 1024;
+/// Most bytes of one piece (one layer of one block).
+pub const MAX_PIECE_BYTES: usize = 64 << 20;
+/// A payload unit is a run of blocks of one layer, filled up to this size; always at least one
+/// piece. Small enough that the checksum leaves it in the second-level cache for encryption.
+pub const UNIT_BYTES: usize = 512 << 10;
+/// Most bytes of a control frame: an offer of [`MAX_BLOCKS`] hashes is the largest.
+pub const MAX_FRAME_BYTES: usize = (16 * MAX_BLOCKS as usize) + 4096;
+/// Most runs of blocks in a grant.
+pub const MAX_WANTED_RUNS: usize = 4096;
+/// Most runs of landed pieces in a grant; those beyond are sent once more and dropped.
+pub const MAX_LANDED_RUNS: usize = 16_384;
+/// Units of one transfer whose checksum may fail before the transfer does.
+pub const MAX_RETRIES: u32 = 8;
+
+/// Transfers that one endpoint sends at a time.
+pub const MAX_OUTGOING: usize = 4096;
+/// Transfers that one endpoint receives at a time.
+pub const MAX_INCOMING: usize = 4096;
+/// Offers that may wait for [`Endpoint::expect`](crate::Endpoint::expect), of all peers.
+pub const MAX_PENDING_OFFERS: usize = 1024;
+/// The same, of one peer.
+pub const MAX_PENDING_OFFERS_PER_PEER: usize = 256;
+/// Hashes in all waiting offers together.
+pub const MAX_PENDING_HASHES: usize = 1 << 21;
+/// Ended transfers that are remembered, so that a repeated offer gets the same answer.
+pub const MAX_REMEMBERED: usize = 16_384;
+
+/// Connections of one endpoint in each direction.
+pub const MAX_LINKS: usize = 1024;
+/// Handshakes in progress.
+pub const MAX_HANDSHAKES: usize = 64;
+/// Payload streams that one peer may have open.
+pub const MAX_PAYLOAD_STREAMS: u32 = 256;
+/// Control frames waiting to be written to one connection.
+pub const MAX_QUEUED_FRAMES: usize = 1024;
+
+/// Unread bytes of one payload stream.
+pub const STREAM_WINDOW: u32 = 16 << 20;
+/// Unread bytes of one connection: 100 Gb/s at a round trip of 5 ms.
+pub const CONNECTION_WINDOW: u32 = 64 << 20;
+/// Unacknowledged bytes of one connection.
+pub const SEND_WINDOW: u64 = 64 << 20;
+
+/// How long an endpoint waits for what. Durations on its own clock.
+#[derive(Clone, Copy, Debug)]
+pub struct Timing {
+    /// For the other end to say anything while a transfer runs; the other end is told.
+    pub lease: Duration,
+    /// For the receiver to grant an offer: it may have to wait for free blocks.
+    pub grant: Duration,
+    /// For the owner of a transfer to have the next piece, or the first token, ready.
+    pub producer: Duration,
+    /// For `Complete` after the last unit was handed to the transport.
+    pub complete: Duration,
+    /// For a lost connection to come back.
+    pub reconnect: Duration,
+    /// For a handshake, and for a peer to finish a message that it has begun.
+    pub message: Duration,
+    /// Silence after which a connection is lost; keep-alives go out at a quarter of it.
+    pub idle: Duration,
+}
+
+impl Default for Timing {
+    fn default() -> Self {
+        Self {
+            lease: Duration::from_secs(10),
+            grant: Duration::from_secs(120),
+            producer: Duration::from_secs(600),
+            complete: Duration::from_secs(30),
+            reconnect: Duration::from_secs(5),
+            message: Duration::from_secs(5),
+            idle: Duration::from_secs(2),
+        }
+    }
+}
