@@ -30,7 +30,8 @@ FAMILIES = {
         LlamaConfig, "new", rope_parameters=rope(10000.0, "yarn", factor=8.0, original_max_position_embeddings=64)),
     "qwen2": family(Qwen2Config, "old", num_attention_heads=4, rope_parameters=rope(1000000.0)),
     "qwen2-yarn": family(
-        Qwen2Config, "old", rope_parameters=rope(1000000.0, "yarn", factor=4.0, original_max_position_embeddings=32)),
+        Qwen2Config, "old", max_position_embeddings=256,
+        rope_parameters=rope(1000000.0, "yarn", factor=4.0, original_max_position_embeddings=64)),
     "qwen2-window": family(
         Qwen2Config, "new", num_hidden_layers=3, intermediate_size=32, use_sliding_window=True, sliding_window=24,
         layer_types=["sliding_attention", "full_attention", "sliding_attention"], rope_parameters=rope(10000.0)),
