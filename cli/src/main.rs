@@ -1,2 +1,62 @@
-//! placeholder
-fn main() {}
+//! `baton`: starts clusters on one machine, asks them for text, and shows what they do.
+//!
+//! Exit status: 0 done, 1 it failed (one line on stderr says why), 2 the command line is wrong.
+
+mod client;
+mod commands;
+mod output;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use commands::{cache, certs, check, demo, generate, nodes, status};
+
+#[derive(Parser)]
+#[command(name = "baton", version, about = "Serves language models from prefill and decode nodes")]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Run a coordinator and nodes on this machine until interrupted
+    Up(baton_cli::up::UpArgs),
+    /// Run a cluster, ask three questions about one document, show what each cost
+    Demo(demo::DemoArgs),
+    /// Generate text
+    Generate(Box<generate::GenerateArgs>),
+    /// Say whether the cluster serves, and what
+    Status(status::StatusArgs),
+    /// List the nodes with their load and KV blocks
+    Nodes(nodes::NodesArgs),
+    /// Show what the prefix caches hold
+    Cache(cache::CacheArgs),
+    /// Make the cluster's certificates
+    #[command(subcommand)]
+    Certs(certs::CertsCommand),
+    /// Check a configuration file
+    Check(check::CheckArgs),
+}
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    let result = match Cli::parse().command {
+        Command::Up(args) => baton_cli::up::run(args).await.map_err(Into::into),
+        Command::Demo(args) => demo::run(args).await,
+        Command::Generate(args) => generate::run(*args).await,
+        Command::Status(args) => status::run(args).await,
+        Command::Nodes(args) => nodes::run(args).await,
+        Command::Cache(args) => cache::run(args).await,
+        Command::Certs(command) => certs::run(&command),
+        Command::Check(args) => check::run(&args),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("baton: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,66 @@
+//! `baton cache`: what the prefix caches hold, by node or for one prompt.
+
+use baton_proto::wire::v1::{GetCacheRequest, GetCacheResponse};
+use serde_json::{Value, json};
+
+use super::CommandError;
+use crate::client::{Target, explain};
+use crate::output::{OutputArgs, bytes, table};
+
+/// Command line of `baton cache`.
+#[derive(clap::Args)]
+pub(crate) struct CacheArgs {
+    /// Show this node only
+    #[arg(long, conflicts_with = "prefix")]
+    node: Option<String>,
+    /// Show how much of this prompt each node holds
+    #[arg(long, value_name = "TEXT")]
+    prefix: Option<String>,
+    #[command(flatten)]
+    target: Target,
+    #[command(flatten)]
+    output: OutputArgs,
+}
+
+/// Runs `baton cache`.
+pub(crate) async fn run(args: CacheArgs) -> Result<(), CommandError> {
+    args.output.print(|| show(&args)).await
+}
+
+async fn show(args: &CacheArgs) -> Result<String, CommandError> {
+    let request = GetCacheRequest { node: args.node.clone(), prefix: args.prefix.clone() };
+    let response = args.target.cluster().await?.get_cache(request).await;
+    let cache = response.map_err(|status| explain(&status))?.into_inner();
+    Ok(if args.output.json { as_json(&cache) } else { as_text(&cache, args.prefix.is_some()) })
+}
+
+fn as_json(cache: &GetCacheResponse) -> String {
+    let nodes: Value = cache
+        .nodes
+        .iter()
+        .map(|n| json!({"id": n.id, "blocks": n.blocks, "matched_tokens": n.matched_tokens}))
+        .collect();
+    json!({
+        "nodes": nodes,
+        "prefix_tokens": cache.prefix_tokens,
+        "index": {"blocks": cache.index_blocks, "bytes": cache.index_bytes},
+    })
+    .to_string()
+}
+
+fn as_text(cache: &GetCacheResponse, prefix: bool) -> String {
+    let rows: Vec<Vec<String>> = cache
+        .nodes
+        .iter()
+        .map(|n| {
+            let matched = format!("{} of {}", n.matched_tokens, cache.prefix_tokens);
+            let mut row = vec![n.id.clone(), n.blocks.to_string()];
+            row.extend(prefix.then_some(matched));
+            row
+        })
+        .collect();
+    let head: &[&str] =
+        if prefix { &["NODE", "BLOCKS", "TOKENS OF THE PREFIX"] } else { &["NODE", "BLOCKS"] };
+    let index = format!("index: {} blocks, {}\n", cache.index_blocks, bytes(cache.index_bytes));
+    table(head, &rows) + &index
+}

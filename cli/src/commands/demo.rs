@@ -1,0 +1,132 @@
+//! `baton demo`: a cluster on this machine, three questions about one long document, and what
+//! each cost: cold, with the document's KV blocks in the prefix caches, and as a follow-up.
+
+use std::path::Path;
+
+use baton_cli::launcher::{Cluster, ClusterOptions, bundled_model};
+use baton_proto::wire::v1::generate_request::Input;
+use baton_proto::wire::v1::{Chat, ChatMessage, GenerateRequest, Sampling};
+use serde::Deserialize;
+
+use super::CommandError;
+use super::generate::{Completion, complete};
+use crate::client::Target;
+use crate::output::bytes;
+
+const LABELS: [&str; 3] = ["cold", "warm prefix", "follow-up"];
+
+/// Command line of `baton demo`.
+#[derive(clap::Args)]
+pub(crate) struct DemoArgs {
+    /// Prefill nodes
+    #[arg(long, default_value_t = 1)]
+    prefill: u32,
+    /// Decode nodes
+    #[arg(long, default_value_t = 1)]
+    decode: u32,
+}
+
+/// `questions.json` beside the demo model.
+#[derive(Deserialize)]
+struct Script {
+    system: String,
+    questions: Vec<Question>,
+}
+
+#[derive(Deserialize)]
+struct Question {
+    ask: String,
+    expect: String,
+}
+
+fn load(model: &Path) -> Result<(String, Vec<Question>), CommandError> {
+    let read = |name: &str| {
+        let path = model.join(name);
+        std::fs::read_to_string(&path).map_err(|e| format!("{}: {e}", path.display()))
+    };
+    let script: Script = serde_json::from_str(&read("questions.json")?)?;
+    Ok((script.system + read("document.txt")?.trim_end(), script.questions))
+}
+
+/// Runs `baton demo`.
+pub(crate) async fn run(args: DemoArgs) -> Result<(), CommandError> {
+    let model = bundled_model()?;
+    let (system, questions) = load(&model)?;
+    let options =
+        ClusterOptions { prefill: args.prefill, decode: args.decode, ..ClusterOptions::default() };
+    let cluster = Cluster::start(options).await?;
+    let result = ask_all(&Target::new(cluster.grpc().to_string()), &system, &questions).await;
+    cluster.stop().await;
+    match result? {
+        0 => {
+            println!("\nAll answers are right.");
+            Ok(())
+        }
+        wrong => Err(format!("{wrong} of {} answers are wrong", questions.len()).into()),
+    }
+}
+
+/// Asks every question; the last one follows up on the one before. Returns how many were wrong.
+async fn ask_all(
+    target: &Target,
+    system: &str,
+    questions: &[Question],
+) -> Result<usize, CommandError> {
+    println!("One document of {} words, three questions about it.", system.split(' ').count());
+    let mut wrong = 0;
+    let mut messages = Vec::new();
+    for (index, question) in questions.iter().enumerate() {
+        if index + 1 < questions.len() {
+            messages = vec![message("system", system)];
+        }
+        messages.push(message("user", &question.ask));
+        let answer = ask(target, &messages).await?;
+        println!("\n{} — {}", LABELS.get(index).unwrap_or(&"question"), question.ask);
+        println!("  {}", answer.text.trim());
+        print_cost(&answer);
+        if answer.text.trim() != question.expect {
+            println!("  WRONG: expected {:?}", question.expect);
+            wrong += 1;
+        }
+        messages.push(message("assistant", &question.expect));
+    }
+    Ok(wrong)
+}
+
+fn message(role: &str, content: &str) -> ChatMessage {
+    ChatMessage { role: role.to_owned(), content: content.to_owned() }
+}
+
+async fn ask(target: &Target, messages: &[ChatMessage]) -> Result<Completion, CommandError> {
+    let chat = Chat { messages: messages.to_vec(), add_generation_prompt: None };
+    let sampling =
+        Sampling { temperature: Some(0.0), max_tokens: Some(64), ..Sampling::default() };
+    let request = GenerateRequest {
+        input: Some(Input::Chat(chat)),
+        sampling: Some(sampling),
+        ..GenerateRequest::default()
+    };
+    let mut choices = complete(target, request, |_| ()).await?;
+    Ok(choices.remove(0))
+}
+
+fn print_cost(answer: &Completion) {
+    let usage = answer.finished.usage.unwrap_or_default();
+    let timings = answer.finished.timings.unwrap_or_default();
+    let placement = answer.finished.placement.clone().unwrap_or_default();
+    println!(
+        "  first token {:.1} ms | {} of {} prompt tokens cached | prefill {:.1} ms",
+        timings.ttft_ms, usage.cached_tokens, usage.prompt_tokens, timings.prefill_ms
+    );
+    println!(
+        "  {} of KV moved: {:.1} ms hidden behind prefill, {:.1} ms not",
+        bytes(timings.transfer_bytes),
+        timings.transfer_hidden_ms,
+        timings.transfer_exposed_ms
+    );
+    let from = match placement.prefill_node.as_str() {
+        "" => placement.decode_node.clone(),
+        prefill => format!("{prefill} -> {}", placement.decode_node),
+    };
+    println!("  {from}: {}", placement.reason);
+}

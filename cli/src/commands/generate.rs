@@ -1,0 +1,307 @@
+//! `baton generate`: asks for text and prints it as it comes.
+
+use std::io::Write as _;
+use std::path::PathBuf;
+
+use baton_proto::wire::v1::generate_request::Input;
+use baton_proto::wire::v1::{
+    Chat, ChatMessage, FinishReason, Finished, GenerateRequest, GenerateResponse, Sampling,
+    TokenIds, TokenLogprob, TokenLogprobs,
+};
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use super::CommandError;
+use crate::client::{Target, explain};
+
+/// Command line of `baton generate`.
+#[derive(clap::Args)]
+pub(crate) struct GenerateArgs {
+    #[command(flatten)]
+    input: InputArgs,
+    #[command(flatten)]
+    target: Target,
+    /// Which model; needed only where several are served
+    #[arg(long, default_value = "")]
+    model: String,
+    #[command(flatten)]
+    sampling: SamplingArgs,
+    /// Number of completions
+    #[arg(long)]
+    n: Option<u32>,
+    /// Give up after this many milliseconds
+    #[arg(long, value_name = "MS")]
+    deadline_ms: Option<u32>,
+    /// Share cached KV blocks only with requests of the same salt
+    #[arg(long, value_name = "TEXT")]
+    cache_salt: Option<String>,
+    /// Print one JSON object at the end (with --n above 1, a list of them)
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(clap::Args)]
+#[group(required = true, multiple = false)]
+struct InputArgs {
+    /// Text to continue
+    #[arg(long, value_name = "TEXT")]
+    prompt: Option<String>,
+    /// File with text to continue
+    #[arg(long, value_name = "FILE")]
+    prompt_file: Option<PathBuf>,
+    /// Token ids to continue
+    #[arg(long, value_name = "1,2,3", value_delimiter = ',')]
+    token_ids: Option<Vec<u32>>,
+    /// JSON file: [{"role": "user", "content": "…"}, …]
+    #[arg(long, value_name = "FILE")]
+    chat: Option<PathBuf>,
+}
+
+#[derive(clap::Args)]
+struct SamplingArgs {
+    /// Most tokens to generate
+    #[arg(long, value_name = "N")]
+    max_tokens: Option<u32>,
+    /// Fewest tokens to generate
+    #[arg(long, value_name = "N")]
+    min_tokens: Option<u32>,
+    /// 0 is greedy
+    #[arg(long, value_name = "T")]
+    temperature: Option<f32>,
+    /// Keep the likeliest tokens that together reach this probability
+    #[arg(long, value_name = "P")]
+    top_p: Option<f32>,
+    /// Keep the K likeliest tokens
+    #[arg(long, value_name = "K")]
+    top_k: Option<u32>,
+    /// Drop tokens less likely than this share of the likeliest
+    #[arg(long, value_name = "P")]
+    min_p: Option<f32>,
+    /// Above 1 discourages tokens already seen
+    #[arg(long, value_name = "R")]
+    repetition_penalty: Option<f32>,
+    /// Discourages tokens already generated
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
+    presence_penalty: Option<f32>,
+    /// Discourages tokens by how often they were generated
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
+    frequency_penalty: Option<f32>,
+    /// Fixes the outcome
+    #[arg(long, value_name = "S")]
+    seed: Option<u64>,
+    /// End before this text; may be given again
+    #[arg(long, value_name = "TEXT")]
+    stop: Vec<String>,
+    /// End at these tokens
+    #[arg(long, value_name = "1,2,3", value_delimiter = ',')]
+    stop_token_ids: Vec<u32>,
+    /// Log-probabilities with this many alternatives per token
+    #[arg(long, value_name = "K")]
+    logprobs: Option<u32>,
+    /// The same for the prompt's tokens
+    #[arg(long, value_name = "K")]
+    prompt_logprobs: Option<u32>,
+    /// Go on after the end-of-sequence token
+    #[arg(long)]
+    ignore_eos: bool,
+}
+
+impl From<SamplingArgs> for Sampling {
+    fn from(args: SamplingArgs) -> Self {
+        Self {
+            temperature: args.temperature,
+            top_k: args.top_k,
+            top_p: args.top_p,
+            min_p: args.min_p,
+            repetition_penalty: args.repetition_penalty,
+            presence_penalty: args.presence_penalty,
+            frequency_penalty: args.frequency_penalty,
+            logit_bias: Default::default(),
+            seed: args.seed,
+            max_tokens: args.max_tokens,
+            min_tokens: args.min_tokens,
+            ignore_eos: args.ignore_eos.then_some(true),
+            stop: args.stop,
+            stop_token_ids: args.stop_token_ids,
+            logprobs: args.logprobs,
+            prompt_logprobs: args.prompt_logprobs,
+        }
+    }
+}
+
+/// A chat message as `--chat` files hold it.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Message {
+    role: String,
+    content: String,
+}
+
+fn read(path: &PathBuf) -> Result<String, CommandError> {
+    std::fs::read_to_string(path).map_err(|e| format!("{}: {e}", path.display()).into())
+}
+
+impl InputArgs {
+    fn load(self) -> Result<Input, CommandError> {
+        if let Some(path) = &self.prompt_file {
+            return Ok(Input::Prompt(read(path)?));
+        }
+        if let Some(path) = &self.chat {
+            let messages: Vec<Message> = serde_json::from_str(&read(path)?)
+                .map_err(|e| format!("{}: {e}", path.display()))?;
+            let messages = messages
+                .into_iter()
+                .map(|m| ChatMessage { role: m.role, content: m.content })
+                .collect();
+            return Ok(Input::Chat(Chat { messages, add_generation_prompt: None }));
+        }
+        Ok(match self.token_ids {
+            Some(ids) => Input::TokenIds(TokenIds { ids }),
+            None => Input::Prompt(self.prompt.unwrap_or_default()),
+        })
+    }
+}
+
+/// One completion, put together from the messages of a stream.
+#[derive(Default)]
+pub(crate) struct Completion {
+    pub(crate) request_id: String,
+    pub(crate) text: String,
+    pub(crate) token_ids: Vec<u32>,
+    logprobs: Vec<TokenLogprobs>,
+    prompt_logprobs: Vec<TokenLogprobs>,
+    pub(crate) finished: Finished,
+}
+
+impl Completion {
+    fn add(&mut self, message: GenerateResponse) {
+        self.request_id = message.request_id;
+        self.text += &message.text;
+        self.token_ids.extend(message.token_ids);
+        self.logprobs.extend(message.logprobs);
+        self.prompt_logprobs.extend(message.prompt_logprobs);
+        if let Some(finished) = message.finished {
+            self.finished = finished;
+        }
+    }
+
+    fn to_json(&self) -> Value {
+        let Finished { usage, timings, placement, .. } = &self.finished;
+        let (usage, timings) = (usage.unwrap_or_default(), timings.unwrap_or_default());
+        let placement = placement.clone().unwrap_or_default();
+        let mut object = json!({
+            "request_id": self.request_id,
+            "text": self.text,
+            "token_ids": self.token_ids,
+            "finish_reason": finish_reason(self.finished.reason()),
+            "matched_stop": matched_stop(&self.finished),
+            "logprobs": logprobs(&self.logprobs),
+            "usage": {
+                "prompt_tokens": usage.prompt_tokens,
+                "cached_tokens": usage.cached_tokens,
+                "completion_tokens": usage.completion_tokens,
+            },
+            "timings": {
+                "queue_ms": timings.queue_ms,
+                "place_ms": timings.place_ms,
+                "prefill_ms": timings.prefill_ms,
+                "transfer_hidden_ms": timings.transfer_hidden_ms,
+                "transfer_exposed_ms": timings.transfer_exposed_ms,
+                "ttft_ms": timings.ttft_ms,
+                "total_ms": timings.total_ms,
+                "transfer_bytes": timings.transfer_bytes,
+            },
+            "placement": {
+                "prefill_node": placement.prefill_node,
+                "decode_node": placement.decode_node,
+                "reason": placement.reason,
+                "attempts": placement.attempts,
+            },
+        });
+        if !self.prompt_logprobs.is_empty() {
+            object["prompt_logprobs"] = logprobs(&self.prompt_logprobs);
+        }
+        object
+    }
+}
+
+fn finish_reason(reason: FinishReason) -> &'static str {
+    match reason {
+        FinishReason::Stop => "stop",
+        FinishReason::Length => "length",
+        FinishReason::Unspecified => "unspecified",
+    }
+}
+
+fn matched_stop(finished: &Finished) -> Value {
+    match (&finished.stop_string, finished.stop_token_id) {
+        (Some(text), _) => json!(text),
+        (None, Some(token)) => json!(token),
+        (None, None) => Value::Null,
+    }
+}
+
+fn logprobs(tokens: &[TokenLogprobs]) -> Value {
+    let one = |t: &TokenLogprob| json!({"token_id": t.token_id, "logprob": t.logprob});
+    let list = tokens.iter().map(|t| {
+        let top: Vec<Value> = t.top.iter().map(one).collect();
+        json!({"token_id": t.token_id, "logprob": t.logprob, "top": top})
+    });
+    if tokens.is_empty() { Value::Null } else { list.collect() }
+}
+
+/// Sends `request` and gathers its completions; `on_text` sees the first one's text as it comes.
+pub(crate) async fn complete(
+    target: &Target,
+    request: GenerateRequest,
+    mut on_text: impl FnMut(&str),
+) -> Result<Vec<Completion>, CommandError> {
+    let mut choices: Vec<Completion> = Vec::new();
+    choices.resize_with(request.n.unwrap_or(1).max(1) as usize, Completion::default);
+    let stream = target.inference().await?.generate(request).await;
+    let mut stream = stream.map_err(|status| explain(&status))?.into_inner();
+    while let Some(message) = stream.message().await.map_err(|status| explain(&status))? {
+        if message.choice == 0 {
+            on_text(&message.text);
+        }
+        let choice = choices.get_mut(message.choice as usize);
+        choice.ok_or("the coordinator sent a choice that was not asked for")?.add(message);
+    }
+    match choices.iter().all(|c| c.finished.reason() != FinishReason::Unspecified) {
+        true => Ok(choices),
+        false => Err("the stream ended before the request was finished".into()),
+    }
+}
+
+/// Runs `baton generate`.
+pub(crate) async fn run(args: GenerateArgs) -> Result<(), CommandError> {
+    let streams = !args.json && args.n.unwrap_or(1) == 1;
+    let request = GenerateRequest {
+        model: args.model,
+        sampling: Some(args.sampling.into()),
+        deadline_ms: args.deadline_ms,
+        cache_salt: args.cache_salt,
+        n: args.n,
+        input: Some(args.input.load()?),
+    };
+    let show = |text: &str| {
+        if streams {
+            print!("{text}");
+            // A closed pipe shows at the end; nothing is lost by going on.
+            let _ = std::io::stdout().flush();
+        }
+    };
+    let choices = complete(&args.target, request, show).await?;
+    if args.json {
+        let mut objects: Vec<Value> = choices.iter().map(Completion::to_json).collect();
+        let value = if objects.len() == 1 { objects.remove(0) } else { Value::Array(objects) };
+        println!("{value}");
+    } else if streams {
+        println!();
+    } else {
+        for (index, choice) in choices.iter().enumerate() {
+            println!("--- {index} ---\n{}", choice.text);
+        }
+    }
+    Ok(())
+}

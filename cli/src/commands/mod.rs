@@ -1,0 +1,12 @@
+//! One file per command.
+
+pub(crate) mod cache;
+pub(crate) mod certs;
+pub(crate) mod check;
+pub(crate) mod demo;
+pub(crate) mod generate;
+pub(crate) mod nodes;
+pub(crate) mod status;
+
+/// What a command fails with: one line for a person.
+pub(crate) type CommandError = Box<dyn std::error::Error + Send + Sync>;

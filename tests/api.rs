@@ -1,0 +1,129 @@
+//! What a client of the gRPC API sees, good input and bad.
+
+use baton_proto::wire::v1::generate_request::Input;
+use baton_proto::wire::v1::{Chat, ChatMessage, FinishReason, GenerateRequest, Sampling};
+use baton_tests::{Answer, Chance, TestCluster, options, request};
+use tonic::Code;
+
+fn with(change: impl FnOnce(&mut Sampling)) -> GenerateRequest {
+    let mut request = request(vec![20, 21, 22], 4);
+    change(request.sampling.as_mut().unwrap());
+    request
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn bad_requests_are_refused_by_name_and_disturb_nothing() {
+    let cluster = TestCluster::start(options(1, 1)).await;
+    let too_long = request(Chance(1).tokens(5000), 1);
+    let unknown = GenerateRequest { model: "gpt-17".into(), ..request(vec![1], 1) };
+    let cases = [
+        (GenerateRequest::default(), Code::InvalidArgument, "prompt"),
+        (unknown, Code::NotFound, "gpt-17"),
+        (too_long, Code::InvalidArgument, "5000"),
+        (request(vec![1 << 30], 1), Code::InvalidArgument, "1073741824"),
+        (request(Vec::new(), 1), Code::InvalidArgument, "token"),
+        (with(|s| s.temperature = Some(-1.0)), Code::InvalidArgument, "temperature"),
+        (with(|s| s.top_p = Some(0.0)), Code::InvalidArgument, "top_p"),
+        (with(|s| s.min_p = Some(2.0)), Code::InvalidArgument, "min_p"),
+        (with(|s| s.max_tokens = Some(0)), Code::InvalidArgument, "max_tokens"),
+        (with(|s| s.min_tokens = Some(9)), Code::InvalidArgument, "min_tokens"),
+        (with(|s| s.logprobs = Some(21)), Code::InvalidArgument, "logprobs"),
+        (with(|s| s.stop = vec![String::new()]), Code::InvalidArgument, "stop"),
+        (with(|s| s.stop = vec!["x".into(); 17]), Code::InvalidArgument, "stop"),
+        (GenerateRequest { n: Some(17), ..request(vec![1], 1) }, Code::InvalidArgument, "n "),
+    ];
+    for (request, code, word) in cases {
+        let error = cluster.complete(request).await.unwrap_err();
+        assert_eq!(error.code(), code, "{error}");
+        assert!(error.message().contains(word), "{word:?} is not in {:?}", error.message());
+    }
+    assert_eq!(cluster.complete(request(vec![20], 4)).await.unwrap().tokens.len(), 4);
+    cluster.idle().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_finished_request_says_how_and_what_it_cost() {
+    let mut wanted = options(1, 1);
+    wanted.local_prefill = Some("never".into());
+    let cluster = TestCluster::start(wanted).await;
+    let prompt = Chance(5).tokens(200);
+    let first = cluster.complete(request(prompt.clone(), 8)).await.unwrap();
+    let finished = first.finished.as_ref().unwrap();
+    assert_eq!(finished.reason(), FinishReason::Length);
+    let (usage, timings) = (finished.usage.unwrap(), finished.timings.unwrap());
+    assert_eq!((usage.prompt_tokens, usage.cached_tokens, usage.completion_tokens), (200, 0, 8));
+    assert!(timings.transfer_bytes > 0 && timings.ttft_ms > 0.0 && timings.prefill_ms > 0.0);
+    assert!(timings.total_ms >= timings.ttft_ms);
+    let placement = finished.placement.clone().unwrap();
+    assert_eq!((&*placement.prefill_node, &*placement.decode_node), ("prefill-0", "decode-0"));
+    assert!(!placement.reason.is_empty());
+
+    let again = cluster.complete(request(prompt.clone(), 8)).await.unwrap();
+    assert_eq!(again.tokens, first.tokens);
+    let finished = again.finished.unwrap();
+    assert!(finished.usage.unwrap().cached_tokens >= 160, "{finished:?}");
+    assert!(finished.timings.unwrap().transfer_bytes < timings.transfer_bytes);
+
+    let salted = GenerateRequest { cache_salt: Some("other".into()), ..request(prompt, 8) };
+    let salted = cluster.complete(salted).await.unwrap();
+    assert_eq!(salted.tokens, first.tokens);
+    assert_eq!(salted.finished.unwrap().usage.unwrap().cached_tokens, 0, "salts share nothing");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn stops_choices_and_logprobs_work_across_the_hand_over() {
+    let cluster = TestCluster::start(options(1, 1)).await;
+    let plain = cluster.complete(request(vec![30, 31, 32, 33], 12)).await.unwrap();
+
+    let stop = plain.tokens[5];
+    let at = plain.tokens.iter().position(|&t| t == stop).unwrap();
+    let mut wanted = request(vec![30, 31, 32, 33], 12);
+    wanted.sampling.as_mut().unwrap().stop_token_ids = vec![stop];
+    let stopped = cluster.complete(wanted).await.unwrap();
+    let finished = stopped.finished.unwrap();
+    assert_eq!(finished.reason(), FinishReason::Stop);
+    assert_eq!(finished.stop_token_id, Some(stop));
+    assert_eq!(stopped.tokens, plain.tokens[..=at]);
+
+    let mut wanted = request(vec![30, 31, 32, 33], 12);
+    wanted.n = Some(3);
+    let sampling = wanted.sampling.as_mut().unwrap();
+    (sampling.temperature, sampling.seed) = (Some(1.5), Some(7));
+    (sampling.logprobs, sampling.prompt_logprobs) = (Some(2), Some(1));
+    let mut stream = cluster.generate(wanted).await.unwrap();
+    let mut choices: [Answer; 3] = Default::default();
+    let (mut logprobs, mut prompt) = (0, 0);
+    while let Some(message) = stream.message().await.unwrap() {
+        assert_eq!(message.logprobs.len(), message.token_ids.len());
+        logprobs += message.logprobs.iter().filter(|l| l.top.len() == 2).count();
+        prompt += message.prompt_logprobs.len();
+        choices[message.choice as usize].add(message);
+    }
+    assert_eq!((logprobs, prompt), (36, 12));
+    assert!(choices.iter().all(|c| c.tokens.len() == 12 && c.finished.is_some()));
+    assert_ne!(choices[0].tokens, choices[1].tokens, "choices differ");
+    cluster.idle().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_chat_answers_from_its_prompt() {
+    let cluster = TestCluster::start(options(1, 1)).await;
+    let message = |role: &str, content: &str| ChatMessage { role: role.into(), content: content.into() };
+    let facts = "You answer questions about this register of depots. The code of Otter is 4711. \
+                 The city of Otter is Oslo. The code of Raven is 9302. The city of Raven is Lima.";
+    let messages = vec![message("system", facts), message("user", "What is the code of Raven?")];
+    let request = GenerateRequest {
+        input: Some(Input::Chat(Chat { messages, add_generation_prompt: None })),
+        sampling: Some(Sampling { temperature: Some(0.0), ..Sampling::default() }),
+        ..GenerateRequest::default()
+    };
+    let answer = cluster.complete(request.clone()).await.unwrap();
+    assert!(answer.text.contains("9302"), "{}", answer.text);
+    assert_eq!(answer.finished.unwrap().reason(), FinishReason::Stop);
+
+    let mut stopped = request;
+    stopped.sampling.as_mut().unwrap().stop = vec!["93".into()];
+    let answer = cluster.complete(stopped).await.unwrap();
+    assert!(!answer.text.contains("93"), "{}", answer.text);
+    assert_eq!(answer.finished.unwrap().stop_string.as_deref(), Some("93"));
+}

@@ -1,0 +1,80 @@
+//! A client that goes away in any phase frees what its request held.
+
+use std::time::{Duration, Instant};
+
+use baton_cli::launcher::ClusterOptions;
+use baton_proto::wire::v1::{GenerateRequest, GetStatusRequest};
+use baton_tests::{Chance, TestCluster, is_idle, options, request};
+
+/// A model without weights whose prefill of a long prompt takes long enough to be cut short.
+const CONFIG: &str = r#"{
+    "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "hidden_size": 256,
+    "intermediate_size": 768, "num_hidden_layers": 8, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 2048, "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 8192, "rope_theta": 10000.0, "tie_word_embeddings": true,
+    "hidden_act": "silu", "torch_dtype": "bfloat16"
+}"#;
+
+async fn start() -> (TestCluster, tempfile::TempDir) {
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join("config.json"), CONFIG).unwrap();
+    for file in ["tokenizer.json", "tokenizer_config.json"] {
+        std::fs::copy(baton_tests::model().join(file), folder.path().join(file)).unwrap();
+    }
+    let wanted = ClusterOptions {
+        model: Some(folder.path().to_owned()),
+        load_format: Some("dummy".into()),
+        local_prefill: Some("never".into()),
+        kv_blocks: Some(800),
+        ..options(1, 1)
+    };
+    (TestCluster::start(wanted).await, folder)
+}
+
+fn long(seed: u64) -> GenerateRequest {
+    request(Chance(seed).tokens(4000), 2000)
+}
+
+/// Drops requests after a delay that sweeps over their life, and waits for all blocks each time.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_that_goes_away_frees_everything() {
+    let (cluster, _folder) = start().await;
+    let mut slowest = Duration::ZERO;
+    for round in 0..12_u64 {
+        // One request is computed, the others queue behind it.
+        let mut streams = Vec::new();
+        for request in 0..3 {
+            streams.push(cluster.generate(long(10 * round + request)).await.unwrap());
+        }
+        // Where in their life the requests are when the client leaves: sweeps from queued over
+        // prefilling and transferring to decoding.
+        match round {
+            0 => {}
+            1..8 => tokio::time::sleep(Duration::from_millis(150 * round)).await,
+            // Round 8 and later: the first token is here, so its KV is on its way or has landed.
+            _ => {
+                for _ in 0..=(round - 8) * 2 {
+                    streams[0].message().await.unwrap().expect("a token");
+                }
+            }
+        }
+        let left = Instant::now();
+        drop(streams);
+        cluster.idle().await;
+        slowest = slowest.max(left.elapsed());
+    }
+    println!("slowest return of all blocks, as the coordinator saw it: {slowest:?}");
+    let answer = cluster.complete(request(Chance(7).tokens(50), 3)).await.unwrap();
+    assert_eq!(answer.tokens.len(), 3, "the cluster serves on");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_deadline_ends_a_request_and_frees_everything() {
+    let (cluster, _folder) = start().await;
+    let wanted = GenerateRequest { deadline_ms: Some(300), ..long(1) };
+    let error = cluster.complete(wanted).await.unwrap_err();
+    assert_eq!(error.code(), tonic::Code::DeadlineExceeded, "{error}");
+    assert!(cluster.idle().await.iter().all(is_idle));
+    let status = cluster.operator().get_status(GetStatusRequest {}).await.unwrap().into_inner();
+    assert_eq!(status.requests_active, 0);
+}
