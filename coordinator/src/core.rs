@@ -463,7 +463,7 @@ impl Core {
 }
 
 /// What an overloaded coordinator tells clients to wait.
-const RETRY_AFTER: Duration = Duration::from_secs(1);
+pub(crate) const RETRY_AFTER: Duration = Duration::from_secs(1);
 
 fn check(request: &NewRequest, model: &ModelInfo) -> Result<(), SubmitError> {
     let tokens = request.tokens.len();

@@ -1,5 +1,17 @@
 //! The coordinator: admission, placement, the life of requests, the index of cached blocks, and
 //! the front that clients talk to.
 
+pub mod cluster;
+pub mod control;
 pub mod core;
 pub mod front;
+pub mod index;
+pub mod ledger;
+pub mod placement;
+pub mod placing;
+pub mod requests;
+
+mod bits;
+mod request;
+#[cfg(test)]
+mod testing;

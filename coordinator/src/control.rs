@@ -1,0 +1,330 @@
+//! All that the coordinator decides, as one pure machine: what happened goes in, what is to be
+//! done comes out. The driver gives it sockets and a clock.
+
+use std::time::{Duration, Instant};
+
+use baton_proto::hash::BlockHash;
+use baton_proto::ids::{NodeId, RequestId, Role};
+use baton_proto::message::{Command, Hello, NodeEvent};
+
+use crate::cluster::{Cluster, LinkId, NodeRef, Refusal};
+use crate::core::{
+    CacheView, ModelInfo, NewRequest, NodeCacheView, NodeView, StatusView, SubmitError,
+};
+use crate::index::{BYTES_PER_BLOCK, Heard, Index};
+use crate::ledger::Ledger;
+use crate::placing::Placing;
+use crate::requests::{Action, Context, Limits, Requests, Totals};
+
+/// Index entries of nodes that left, cleared per report.
+const SWEEP_PER_REPORT: usize = 4096;
+
+/// The coordinator's state. See the module's description.
+#[derive(Debug)]
+pub struct Control {
+    nodes: Placing,
+    requests: Requests,
+    started: Instant,
+}
+
+impl Control {
+    /// Without nodes and requests.
+    #[must_use]
+    pub fn new(limits: Limits, index_blocks: usize, now: Instant) -> Self {
+        let (cluster, ledger) = (Cluster::default(), Ledger::default());
+        let nodes = Placing {
+            cluster,
+            index: Index::new(index_blocks),
+            ledger,
+        };
+        Self {
+            nodes,
+            requests: Requests::new(limits),
+            started: now,
+        }
+    }
+
+    /// A node says hello on a new stream. An earlier stream of it is over with this.
+    pub fn join(
+        &mut self,
+        node: &NodeId,
+        hello: Hello,
+        link: LinkId,
+        now: Instant,
+        out: &mut Vec<Action>,
+    ) -> Result<(), Refusal> {
+        self.nodes.cluster.admit(node, &hello)?;
+        if let Some(earlier) = self.nodes.cluster.member(node).map(|member| member.link) {
+            self.leave(node, earlier, now, out);
+        }
+        let to = NodeRef {
+            node: node.clone(),
+            epoch: hello.epoch,
+        };
+        self.nodes.cluster.join(node, hello, link, now)?;
+        self.nodes.index.join(node);
+        self.nodes.ledger.clear(node);
+        out.push(Action::Send {
+            to,
+            command: Command::SendSnapshot,
+        });
+        self.requests.node_joined(&mut Context {
+            now,
+            placer: &mut self.nodes,
+            out,
+        });
+        Ok(())
+    }
+
+    /// A stream ended. Returns whether that took the node away: a replaced stream does not.
+    pub fn leave(
+        &mut self,
+        node: &NodeId,
+        link: LinkId,
+        now: Instant,
+        out: &mut Vec<Action>,
+    ) -> bool {
+        let Some(member) = self.nodes.cluster.leave(node, link) else {
+            return false;
+        };
+        self.nodes.index.leave(node);
+        self.nodes.ledger.clear(node);
+        let lost = NodeRef {
+            node: node.clone(),
+            epoch: member.hello.epoch,
+        };
+        self.requests.node_lost(
+            &lost,
+            &mut Context {
+                now,
+                placer: &mut self.nodes,
+                out,
+            },
+        );
+        true
+    }
+
+    /// A node says something on its stream.
+    pub fn event(
+        &mut self,
+        node: &NodeId,
+        link: LinkId,
+        event: NodeEvent,
+        now: Instant,
+        out: &mut Vec<Action>,
+    ) {
+        let Some(member) = self.nodes.cluster.member(node).filter(|m| m.link == link) else {
+            return;
+        };
+        let from = NodeRef {
+            node: node.clone(),
+            epoch: member.hello.epoch,
+        };
+        match event {
+            NodeEvent::Report(report) => {
+                self.nodes.ledger.report(node, &report, now);
+                self.nodes.cluster.report(node, report, now);
+                self.nodes.index.sweep(SWEEP_PER_REPORT);
+            }
+            NodeEvent::Cache {
+                sequence,
+                stored,
+                removed,
+            } => {
+                if self.nodes.index.event(node, sequence, &stored, &removed) == Heard::NeedSnapshot
+                {
+                    out.push(Action::Send {
+                        to: from,
+                        command: Command::SendSnapshot,
+                    });
+                }
+            }
+            NodeEvent::Snapshot {
+                sequence,
+                hashes,
+                last,
+            } => {
+                self.nodes.index.snapshot(node, sequence, &hashes, last);
+            }
+            other => {
+                let mut cx = Context {
+                    now,
+                    placer: &mut self.nodes,
+                    out,
+                };
+                self.requests.event(&from, other, &mut cx);
+            }
+        }
+    }
+
+    /// A request arrives, with the hashes of its full blocks.
+    pub fn submit(
+        &mut self,
+        request: NewRequest,
+        chain: Vec<BlockHash>,
+        arrived: Instant,
+        now: Instant,
+        out: &mut Vec<Action>,
+    ) -> Result<(), SubmitError> {
+        let model = self.nodes.cluster.model(&request.model).cloned();
+        let model = model.ok_or_else(|| SubmitError::UnknownModel(request.model.clone()))?;
+        let mut cx = Context {
+            now,
+            placer: &mut self.nodes,
+            out,
+        };
+        self.requests
+            .arrive(request, chain, model, arrived, &mut cx)
+    }
+
+    /// How long it took to choose the nodes of a request that just arrived.
+    pub fn placed_in(&mut self, id: RequestId, took: Duration) {
+        self.requests.placed_in(id, took);
+    }
+
+    /// The client is gone, or wants no more.
+    pub fn cancel(&mut self, id: RequestId, now: Instant, out: &mut Vec<Action>) {
+        self.requests.cancel(
+            id,
+            &mut Context {
+                now,
+                placer: &mut self.nodes,
+                out,
+            },
+        );
+    }
+
+    /// The client has what it wanted.
+    pub fn stop(&mut self, id: RequestId, now: Instant, out: &mut Vec<Action>) {
+        self.requests.stop(
+            id,
+            &mut Context {
+                now,
+                placer: &mut self.nodes,
+                out,
+            },
+        );
+    }
+
+    /// Ends all requests.
+    pub fn shut_down(&mut self, now: Instant, out: &mut Vec<Action>) {
+        self.requests.shut_down(&mut Context {
+            now,
+            placer: &mut self.nodes,
+            out,
+        });
+    }
+
+    /// When [`Self::handle_timeout`] must be called next.
+    #[must_use]
+    pub fn poll_timeout(&self) -> Option<Instant> {
+        self.requests.poll_timeout()
+    }
+
+    /// Does what is due.
+    pub fn handle_timeout(&mut self, now: Instant, out: &mut Vec<Action>) {
+        self.requests.handle_timeout(&mut Context {
+            now,
+            placer: &mut self.nodes,
+            out,
+        });
+    }
+
+    /// All models known.
+    #[must_use]
+    pub fn models(&self) -> Vec<ModelInfo> {
+        self.nodes.cluster.models()
+    }
+
+    /// Counts since the start.
+    #[must_use]
+    pub fn totals(&self) -> Totals {
+        self.requests.totals()
+    }
+
+    /// Joined nodes, by name.
+    #[must_use]
+    pub fn nodes(&self, now: Instant) -> Vec<NodeView> {
+        self.nodes.cluster.views(now)
+    }
+
+    /// The coordinator as a whole.
+    #[must_use]
+    pub fn status(&self, now: Instant) -> StatusView {
+        let cluster = &self.nodes.cluster;
+        let ready = cluster
+            .models()
+            .into_iter()
+            .filter(|model| cluster.is_ready(model));
+        let models: Vec<String> = ready.map(|model| model.name).collect();
+        let decode_nodes = cluster.count(Role::Decode);
+        let reason = match (models.is_empty(), decode_nodes) {
+            (false, _) => "",
+            (true, 0) => "no decode node has joined",
+            (true, _) => "every decode node is draining",
+        };
+        let Totals {
+            finished,
+            failed,
+            retried,
+        } = self.requests.totals();
+        StatusView {
+            ready: !models.is_empty(),
+            reason: reason.to_owned(),
+            models,
+            requests_active: self.requests.len(),
+            prefill_nodes: cluster.count(Role::Prefill),
+            decode_nodes,
+            uptime: now.saturating_duration_since(self.started),
+            requests_finished: finished,
+            requests_failed: failed,
+            requests_retried: retried,
+        }
+    }
+
+    /// What the prefix caches hold, of one node or of all, and how much of a prompt.
+    pub fn cache(
+        &mut self,
+        node: Option<&NodeId>,
+        chain: &[BlockHash],
+        block_tokens: usize,
+    ) -> CacheView {
+        let matched = self.nodes.index.longest(chain);
+        let tokens = |id: &NodeId| {
+            let blocks = matched
+                .iter()
+                .find(|(node, _)| node == id)
+                .map_or(0, |&(_, n)| n);
+            (blocks * block_tokens) as u64
+        };
+        let names = self
+            .nodes
+            .cluster
+            .names()
+            .filter(|id| node.is_none_or(|node| node == *id));
+        let view = |id: &NodeId| NodeCacheView {
+            node: id.clone(),
+            blocks: self.nodes.index.blocks_of(id),
+            matched_tokens: tokens(id),
+        };
+        let nodes = names.map(view).collect();
+        let index_blocks = self.index_blocks();
+        CacheView {
+            nodes,
+            index_blocks,
+            index_bytes: index_blocks * BYTES_PER_BLOCK,
+        }
+    }
+
+    /// Blocks in the index.
+    #[must_use]
+    pub fn index_blocks(&self) -> u64 {
+        self.nodes.index.len() as u64
+    }
+
+    /// Attempts that are promised to nodes: none once all requests have ended.
+    #[must_use]
+    pub fn owes_nothing(&self) -> bool {
+        self.nodes.ledger.is_empty()
+    }
+}

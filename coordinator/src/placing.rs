@@ -1,0 +1,115 @@
+//! Puts a request's demand and what is known of the nodes together, for [`choose`] to decide.
+
+use std::collections::HashMap;
+use std::time::Instant;
+
+use baton_proto::ids::{NodeId, Role, TransferId};
+use baton_proto::message::Report;
+
+use crate::cluster::{Cluster, Member, NodeRef};
+use crate::index::Index;
+use crate::ledger::Ledger;
+use crate::placement::{Candidate, Demand, choose};
+use crate::requests::{Placed, Placer, Wanted};
+
+/// What is known of the nodes.
+#[derive(Debug)]
+pub struct Placing {
+    /// Who they are.
+    pub cluster: Cluster,
+    /// What they hold.
+    pub index: Index,
+    /// What they were asked to do.
+    pub ledger: Ledger,
+}
+
+impl Placer for Placing {
+    fn place(&mut self, wanted: &Wanted<'_>, now: Instant) -> Option<Placed> {
+        let geometry = wanted.model.geometry;
+        let demand = Demand {
+            tokens: wanted.tokens,
+            token_bytes: geometry.token_bytes(),
+            blocks: geometry.blocks_for(wanted.tokens + 1) as u64,
+        };
+        let matched: HashMap<NodeId, usize> =
+            self.index.longest(wanted.chain).into_iter().collect();
+        let (mut prefill, mut decode) = (Vec::new(), Vec::new());
+        for (node, member) in self.cluster.serving(wanted.model.root) {
+            if wanted.avoid.iter().any(|avoid| is(avoid, node, member)) {
+                continue;
+            }
+            let blocks = matched.get(node).copied().unwrap_or(0);
+            let cached_tokens = blocks * geometry.block_tokens as usize;
+            let candidate = candidate(node, member, cached_tokens, &self.ledger);
+            match member.hello.role {
+                Role::Prefill => prefill.push(candidate),
+                Role::Decode => decode.push(candidate),
+            }
+        }
+        let choice = choose(demand, &prefill, &decode)?;
+        let source = choice.prefill.map(|at| &prefill[at]);
+        let target = &decode[choice.decode];
+        let rest = |node: &Candidate<'_>| {
+            let cached = node.cached_tokens.min(demand.tokens.saturating_sub(1));
+            (demand.tokens - cached) as u64
+        };
+        let (id, ledger) = (wanted.id, &mut self.ledger);
+        if let Some(source) = source {
+            ledger.promise(source.node, id, rest(source), demand.blocks, now);
+        }
+        let tokens = if source.is_some() { 0 } else { rest(target) };
+        ledger.promise(target.node, id, tokens, demand.blocks, now);
+        let peer = |node: &NodeId| Some(self.cluster.member(node)?.peer(node));
+        Some(Placed {
+            prefill: source.and_then(|source| peer(source.node)),
+            decode: peer(target.node)?,
+            reason: choice.reason,
+        })
+    }
+
+    fn prefilled(&mut self, node: &NodeId, id: TransferId) {
+        self.ledger.prefilled(node, id);
+    }
+
+    fn ended(&mut self, node: &NodeId, id: TransferId) {
+        self.ledger.ended(node, id);
+    }
+}
+
+fn is(life: &NodeRef, node: &NodeId, member: &Member) -> bool {
+    life.node == *node && life.epoch == member.hello.epoch
+}
+
+fn candidate<'a>(
+    node: &'a NodeId,
+    member: &Member,
+    cached_tokens: usize,
+    ledger: &Ledger,
+) -> Candidate<'a> {
+    let Report {
+        running,
+        waiting,
+        blocks,
+        ..
+    } = &member.report;
+    let load = ledger.load(node);
+    let reported = blocks.free.saturating_add(blocks.cached);
+    let none_yet = member.report == Report::default();
+    let room = if none_yet {
+        member.hello.total_blocks
+    } else {
+        reported
+    };
+    Candidate {
+        node,
+        cached_tokens,
+        queued_tokens: load.queued_tokens,
+        sequences: running
+            .saturating_add(*waiting)
+            .saturating_add(load.sequences),
+        tokens_per_second: member.report.prefill_tokens_per_second,
+        step_ms: member.report.decode_step_ms,
+        room: room.saturating_sub(load.blocks),
+        total_blocks: member.hello.total_blocks,
+    }
+}

@@ -1,0 +1,348 @@
+//! One request: its tokens, and its current attempt on a pair of nodes or on one node.
+
+use std::collections::VecDeque;
+use std::time::{Duration, Instant};
+
+use baton_proto::hash::BlockHash;
+use baton_proto::ids::TransferId;
+use baton_proto::message::{Job, NodeFinish, TokenEvent};
+
+use crate::cluster::NodeRef;
+use crate::core::{ModelInfo, NewRequest, OutputToken, PlacementInfo, Summary, Timings, Usage};
+
+/// A request from its arrival to its end.
+#[derive(Debug)]
+pub(crate) struct Request {
+    /// As it came, but with everything emitted appended to its tokens.
+    pub(crate) new: NewRequest,
+    pub(crate) model: ModelInfo,
+    pub(crate) prompt_tokens: usize,
+    /// Hashes of the full blocks of all tokens, as far as computed.
+    pub(crate) chain: Vec<BlockHash>,
+    pub(crate) arrived: Instant,
+    pub(crate) deadline: Option<Instant>,
+    /// Number of the last attempt started; 0 before the first.
+    pub(crate) attempt: u32,
+    /// Attempts that failed since a token was last emitted.
+    pub(crate) fruitless: u32,
+    /// Pauses since then.
+    pub(crate) pauses: u32,
+    /// Where attempts failed since then.
+    pub(crate) avoid: Vec<NodeRef>,
+    /// When the first of them failed.
+    pub(crate) stalled: Option<Instant>,
+    pub(crate) phase: Phase,
+    pub(crate) timings: Timings,
+    pub(crate) cached_tokens: Option<u32>,
+    pub(crate) prompt_logprobs_sent: bool,
+    /// Of the last attempt started.
+    pub(crate) placement: Option<PlacementInfo>,
+    /// When its timer is set for.
+    pub(crate) armed: Option<Instant>,
+}
+
+/// What a request is doing.
+#[derive(Debug)]
+pub(crate) enum Phase {
+    /// No node can take it; tried again at this time, and when a node joins.
+    Waiting { again: Instant },
+    /// On nodes.
+    Running(Attempt),
+    /// All tokens are emitted; the report of the transfer is awaited until this time.
+    Finishing {
+        attempt: Attempt,
+        finish: NodeFinish,
+        until: Instant,
+    },
+}
+
+/// A node's part in an attempt.
+#[derive(Clone, Debug)]
+pub(crate) struct Leg {
+    pub(crate) node: NodeRef,
+    /// The node may still hold something for the attempt.
+    pub(crate) open: bool,
+}
+
+/// One attempt.
+#[derive(Debug)]
+pub(crate) struct Attempt {
+    pub(crate) prefill: Option<Leg>,
+    pub(crate) decode: Leg,
+    /// Position of the prefill node's token; without one, of the decode node's first.
+    first: usize,
+    first_seen: bool,
+    /// Position of the decode node's next token.
+    decode_next: usize,
+    /// Tokens of the decode node that overtook the prefill node's.
+    ahead: VecDeque<TokenEvent>,
+    /// The decode node has the KV: the prefill node is no longer needed.
+    pub(crate) handed_over: bool,
+}
+
+/// A node broke the rules; its attempt is void.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Broken(pub(crate) &'static str);
+
+impl Attempt {
+    /// `first`: the output position that it starts from.
+    pub(crate) fn new(prefill: Option<NodeRef>, decode: NodeRef, first: usize) -> Self {
+        let remote = prefill.is_some();
+        Self {
+            prefill: prefill.map(|node| Leg { node, open: true }),
+            decode: Leg {
+                node: decode,
+                open: true,
+            },
+            first,
+            first_seen: false,
+            decode_next: if remote { first + 1 } else { first },
+            ahead: VecDeque::new(),
+            handed_over: !remote,
+        }
+    }
+
+    /// The node that computes the prompt.
+    pub(crate) fn computes(&self, node: &NodeRef) -> bool {
+        self.prefill.as_ref().map_or(&self.decode, |leg| leg).node == *node
+    }
+
+    pub(crate) fn is_prefill(&self, node: &NodeRef) -> bool {
+        self.prefill.as_ref().is_some_and(|leg| leg.node == *node)
+    }
+
+    /// Losing the prefill node now would lose the attempt.
+    pub(crate) fn needs_prefill(&self) -> bool {
+        self.prefill.is_some() && !(self.handed_over && self.first_seen)
+    }
+
+    pub(crate) fn leg(&mut self, node: &NodeRef) -> Option<&mut Leg> {
+        let prefill = self.prefill.as_mut().filter(|leg| leg.node == *node);
+        prefill.or(Some(&mut self.decode).filter(|leg| leg.node == *node))
+    }
+
+    pub(crate) fn legs(&mut self) -> impl Iterator<Item = &mut Leg> {
+        std::iter::once(&mut self.decode).chain(self.prefill.as_mut())
+    }
+
+    /// Takes a token; those that are next in order are appended to `ready`. The two nodes' streams
+    /// are not ordered against each other, but each one's tokens are.
+    fn take(
+        &mut self,
+        from: &NodeRef,
+        event: TokenEvent,
+        ready: &mut Vec<TokenEvent>,
+    ) -> Result<(), Broken> {
+        let position = event.position as usize;
+        if self.is_prefill(from) {
+            if position > self.first {
+                return Err(Broken("a prefill node sent more than one token"));
+            }
+            if position == self.first && !self.first_seen {
+                self.first_seen = true;
+                ready.push(event);
+                ready.extend(self.ahead.drain(..));
+            }
+            return Ok(());
+        }
+        if position > self.decode_next {
+            return Err(Broken("a decode node left out a token"));
+        }
+        if position < self.decode_next {
+            return Ok(());
+        }
+        self.decode_next += 1;
+        self.handed_over = true;
+        if self.prefill.is_none() || self.first_seen {
+            ready.push(event);
+        } else {
+            self.ahead.push_back(event);
+        }
+        Ok(())
+    }
+}
+
+impl Request {
+    pub(crate) fn new(
+        new: NewRequest,
+        chain: Vec<BlockHash>,
+        model: ModelInfo,
+        now: Instant,
+    ) -> Self {
+        Self {
+            prompt_tokens: new.tokens.len(),
+            deadline: new.deadline.and_then(|left| now.checked_add(left)),
+            new,
+            model,
+            chain,
+            arrived: now,
+            attempt: 0,
+            fruitless: 0,
+            pauses: 0,
+            avoid: Vec::new(),
+            stalled: None,
+            phase: Phase::Waiting { again: now },
+            timings: Timings::default(),
+            cached_tokens: None,
+            prompt_logprobs_sent: false,
+            placement: None,
+            armed: None,
+        }
+    }
+
+    /// Tokens emitted; the position of the next one.
+    pub(crate) fn emitted(&self) -> usize {
+        self.new.tokens.len() - self.prompt_tokens
+    }
+
+    /// Names the last attempt started.
+    pub(crate) fn transfer(&self) -> TransferId {
+        TransferId {
+            request: self.new.id,
+            attempt: self.attempt,
+        }
+    }
+
+    /// The attempt on nodes now, if it is this one.
+    pub(crate) fn current(&mut self, id: TransferId) -> Option<&mut Attempt> {
+        if self.attempt != id.attempt {
+            return None;
+        }
+        self.on_nodes()
+    }
+
+    /// The attempt on nodes now.
+    pub(crate) fn on_nodes(&mut self) -> Option<&mut Attempt> {
+        match &mut self.phase {
+            Phase::Waiting { .. } => None,
+            Phase::Running(attempt) | Phase::Finishing { attempt, .. } => Some(attempt),
+        }
+    }
+
+    /// Whether log-probabilities of the prompt are asked for and not yet sent.
+    pub(crate) fn wants_prompt_logprobs(&self) -> bool {
+        self.new.sampling.prompt_logprobs.is_some() && !self.prompt_logprobs_sent
+    }
+
+    /// Brings the hashes up to date with the tokens.
+    pub(crate) fn extend_chain(&mut self) {
+        let size = self.model.geometry.block_tokens as usize;
+        for block in self.new.tokens.chunks_exact(size).skip(self.chain.len()) {
+            let parent = self.chain.last().copied();
+            let parent = parent.unwrap_or_else(|| self.model.root.start(self.new.salt));
+            self.chain.push(parent.child(block));
+        }
+    }
+
+    /// What the nodes of the last attempt started are to do.
+    pub(crate) fn job(&self, now: Instant) -> Job {
+        let mut sampling = self.new.sampling.clone();
+        if self.prompt_logprobs_sent {
+            sampling.prompt_logprobs = None;
+        }
+        Job {
+            id: self.transfer(),
+            tokens: self.new.tokens.clone(),
+            prompt_tokens: self.prompt_tokens,
+            sampling,
+            salt: self.new.salt,
+            deadline: self.deadline.map(|at| at.saturating_duration_since(now)),
+        }
+    }
+
+    /// Takes a token of the running attempt; returns what can be emitted now, in order.
+    pub(crate) fn take(
+        &mut self,
+        from: &NodeRef,
+        event: TokenEvent,
+        now: Instant,
+    ) -> Result<Vec<OutputToken>, Broken> {
+        let limit = self.new.sampling.max_tokens as usize;
+        if event.token >= self.model.vocab_size {
+            return Err(Broken("a node sent a token outside the vocabulary"));
+        }
+        let left = limit.saturating_sub(event.position as usize);
+        if left == 0 || (left == 1 && event.finish.is_none()) {
+            return Err(Broken("a node did not end at max_tokens"));
+        }
+        let Phase::Running(attempt) = &mut self.phase else {
+            return Ok(Vec::new());
+        };
+        let mut ready = Vec::new();
+        attempt.take(from, event, &mut ready)?;
+        if let Some(last) = ready.iter().position(|event| event.finish.is_some()) {
+            ready.truncate(last + 1);
+        }
+        if ready.is_empty() {
+            return Ok(Vec::new());
+        }
+        if self.emitted() == 0 {
+            self.timings.first_token = now.saturating_duration_since(self.arrived);
+            self.timings.prefill = ready[0].prefill.unwrap_or_default();
+        }
+        (self.fruitless, self.pauses, self.stalled) = (0, 0, None);
+        self.avoid.clear();
+        self.new
+            .tokens
+            .extend(ready.iter().map(|event| event.token));
+        let output = |TokenEvent {
+                          token,
+                          logprobs,
+                          finish,
+                          ..
+                      }| OutputToken {
+            token,
+            logprobs,
+            finish,
+        };
+        Ok(ready.into_iter().map(output).collect())
+    }
+
+    /// Where and for how long the prompt waited; the attempt that gives the first token counts.
+    pub(crate) fn started(&mut self, cached_tokens: u32, queued: Duration) {
+        if self.emitted() == 0 {
+            self.cached_tokens = Some(cached_tokens.min(self.prompt_tokens as u32));
+            self.timings.queue = queued;
+        }
+    }
+
+    /// When something is to be done about it without an event.
+    pub(crate) fn due(&self) -> Option<Instant> {
+        let phase = match self.phase {
+            Phase::Waiting { again } => Some(again),
+            Phase::Running(_) => None,
+            Phase::Finishing { until, .. } => Some(until),
+        };
+        [phase, self.deadline].into_iter().flatten().min()
+    }
+
+    /// Whether its time is over.
+    pub(crate) fn is_late(&self, now: Instant) -> bool {
+        self.deadline.is_some_and(|deadline| deadline <= now)
+    }
+
+    /// What the request took, if it ends now.
+    pub(crate) fn summary(&self, now: Instant) -> Summary {
+        let usage = Usage {
+            prompt_tokens: self.prompt_tokens as u32,
+            cached_tokens: self.cached_tokens.unwrap_or(0),
+            completion_tokens: self.emitted() as u32,
+        };
+        let finish = match self.phase {
+            Phase::Finishing { finish, .. } => Some(finish),
+            _ => None,
+        };
+        let total = now.saturating_duration_since(self.arrived);
+        let placement = self.placement.clone();
+        let placement = placement.expect("a request is taken in only with its first attempt");
+        Summary {
+            finish,
+            usage,
+            timings: Timings {
+                total,
+                ..self.timings
+            },
+            placement,
+        }
+    }
+}
