@@ -1,16 +1,31 @@
 //! A node's end of all its transfers.
 
+use std::collections::HashMap;
 use std::net::SocketAddr;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use baton_identity::Identity;
-use baton_proto::ids::Epoch;
+use baton_proto::ids::{Epoch, NodeId, TransferId};
+use tokio::runtime::Handle;
+use tokio::time::timeout;
 
+use crate::accept;
+use crate::dial::Dialer;
+use crate::inbox::Inbox;
 use crate::limits::Timing;
-use crate::receive::{Incoming, ReceiveHandle};
-use crate::send::{Outgoing, SendHandle};
+use crate::link::{CloseCode, Link};
+use crate::receive::{Inbound, Incoming, ReceiveHandle};
+use crate::send::{Outbound, Outgoing, SendHandle};
+use crate::sender::LinkId;
+use crate::transport;
 
 /// Transports of this build, best first.
 pub const TRANSPORTS: &[&str] = &["quic"];
+
+/// How long [`Endpoint::close`] waits for peers to take note.
+const CLOSE_WAIT: Duration = Duration::from_secs(1);
 
 /// The endpoint could not start.
 #[derive(Debug, thiserror::Error)]
@@ -25,47 +40,126 @@ pub enum BindError {
     },
 }
 
-/// Sends and receives the transfers of one node. Cheap to clone; all clones are one endpoint.
+/// Sends and receives the transfers of one node. Cheap to clone; when the last clone is dropped,
+/// it closes as by [`close`](Self::close), without waiting.
 #[derive(Clone)]
-pub struct Endpoint {}
+pub struct Endpoint {
+    shared: Arc<Shared>,
+    _closes: Arc<ClosesOnDrop>,
+}
+
+struct ClosesOnDrop(Arc<Shared>);
+
+impl Drop for ClosesOnDrop {
+    fn drop(&mut self) {
+        self.0.stop();
+    }
+}
 
 impl Endpoint {
     /// Listens on `listen` as `identity`, in life `epoch` of the node. Must be called in a tokio
     /// runtime, which then runs the transfers; the other methods may be called from any thread.
     pub fn bind(
-        _listen: SocketAddr,
-        _identity: &Identity,
-        _epoch: Epoch,
-        _timing: Timing,
+        listen: SocketAddr,
+        identity: &Identity,
+        epoch: Epoch,
+        timing: Timing,
     ) -> Result<Self, BindError> {
-        todo!()
+        let socket_error = |error| BindError::Socket {
+            address: listen,
+            error,
+        };
+        let (quic, client) = transport::bind(listen, identity, &timing).map_err(socket_error)?;
+        let address = quic.local_addr().map_err(socket_error)?;
+        let shared = Arc::new(Shared {
+            quic,
+            client,
+            address,
+            epoch,
+            timing,
+            runtime: Handle::current(),
+            last_link: AtomicU64::new(0),
+            inbox: Mutex::new(Inbox::new(timing.grant)),
+            inbound_links: Mutex::default(),
+            outbound: Mutex::default(),
+            dialers: Mutex::default(),
+        });
+        shared.runtime.spawn(accept::accept_links(shared.clone()));
+        Ok(Self {
+            _closes: Arc::new(ClosesOnDrop(shared.clone())),
+            shared,
+        })
     }
 
     /// Where it listens.
     #[must_use]
     pub fn local_addr(&self) -> SocketAddr {
-        todo!()
+        self.shared.address
     }
 
     /// Starts to send. Never blocks; what cannot be sent fails through the handle.
-    pub fn send(&self, _outgoing: Outgoing) -> SendHandle {
-        todo!()
+    pub fn send(&self, outgoing: Outgoing) -> SendHandle {
+        SendHandle::start(&self.shared, outgoing)
     }
 
     /// Starts to receive. Never blocks; the offer may have come already.
-    pub fn expect(&self, _incoming: Incoming) -> ReceiveHandle {
-        todo!()
+    pub fn expect(&self, incoming: Incoming) -> ReceiveHandle {
+        ReceiveHandle::start(&self.shared, incoming)
     }
 
     /// Transfers under way: `(outgoing, incoming)`.
     #[must_use]
     pub fn transfers(&self) -> (usize, usize) {
-        todo!()
+        let outgoing = lock(&self.shared.outbound).len();
+        (outgoing, lock(&self.shared.inbox).len())
     }
 
     /// Cancels every transfer and closes every connection; returns when peers have been told, or
     /// after a short wait.
     pub async fn close(&self) {
-        todo!()
+        self.shared.stop();
+        let _ = timeout(CLOSE_WAIT, self.shared.quic.wait_idle()).await;
     }
+}
+
+/// What all transfers and connections of an endpoint share.
+pub(crate) struct Shared {
+    pub(crate) quic: quinn::Endpoint,
+    pub(crate) client: quinn::ClientConfig,
+    address: SocketAddr,
+    pub(crate) epoch: Epoch,
+    pub(crate) timing: Timing,
+    pub(crate) runtime: Handle,
+    last_link: AtomicU64,
+    pub(crate) inbox: Mutex<Inbox<Arc<Inbound>, Arc<Link>>>,
+    /// The one connection that each sender may have here.
+    pub(crate) inbound_links: Mutex<HashMap<NodeId, Arc<Link>>>,
+    pub(crate) outbound: Mutex<HashMap<TransferId, Arc<Outbound>>>,
+    /// The one connection to each receiver.
+    pub(crate) dialers: Mutex<HashMap<NodeId, Arc<Dialer>>>,
+}
+
+impl Shared {
+    pub(crate) fn next_link(&self) -> LinkId {
+        self.last_link.fetch_add(1, Ordering::Relaxed) + 1
+    }
+
+    fn stop(&self) {
+        let outbound: Vec<_> = lock(&self.outbound).values().cloned().collect();
+        for transfer in outbound {
+            transfer.input(|sender, _| sender.cancel());
+        }
+        let inbound = lock(&self.inbox).all();
+        for transfer in inbound {
+            transfer.input(self, |receiver, _| receiver.cancel());
+        }
+        let code = quinn::VarInt::from_u32(CloseCode::Stopping as u32);
+        self.quic.close(code, &[]);
+    }
+}
+
+/// No code panics while it holds one of this crate's locks and has broken an invariant; a panic
+/// in an owner's source or sink must not take the other transfers down.
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

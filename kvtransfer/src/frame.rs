@@ -1,6 +1,150 @@
-//! skeleton
-use baton_proto::message::{Logprobs, NodeFinish, Retry};
+//! What the two ends of a transfer say to each other, and its wire form.
+//!
+//! Control frames travel on one bidirectional stream, each as `length: u32, kind: u8, body`, all
+//! numbers little endian; `length` counts kind and body. Payload units travel on unidirectional
+//! streams, each as a header of [`UnitHeader::BYTES`] and then the pieces as they lie in memory.
+//! No frame carries an address: blocks are named by their ordinal in the sequence.
+
 use std::fmt;
+use std::ops::RangeInclusive;
+use std::time::Duration;
+
+use baton_proto::geometry::KvGeometry;
+use baton_proto::hash::{BlockHash, ModelRoot};
+use baton_proto::ids::{Epoch, TransferId};
+use baton_proto::message::{Logprobs, NodeFinish, Retry};
+
+use crate::codec::{Reader, Writer};
+pub use crate::grid::{LayerRun, Run};
+use crate::limits::{MAX_BLOCKS, MAX_FRAME_BYTES, MAX_LANDED_RUNS, MAX_WANTED_RUNS};
+
+/// Protocol versions that this build speaks.
+pub const VERSIONS: RangeInclusive<u32> = 1..=1;
+
+/// Bytes that are no frame. Whoever sent them broke the protocol.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum FrameError {
+    /// Longer than [`MAX_FRAME_BYTES`], or empty.
+    #[error("a frame of {0} bytes")]
+    Length(u32),
+    /// The frame ends inside a field.
+    #[error("a frame that ends inside a field")]
+    Truncated,
+    /// The frame goes on after its last field.
+    #[error("a frame with {0} bytes too many")]
+    Trailing(usize),
+    /// No frame of this version has this kind.
+    #[error("a frame of unknown kind {0}")]
+    UnknownKind(u8),
+    /// A field has a code that this version does not know.
+    #[error("unknown code {code} for {what}")]
+    UnknownCode {
+        /// The field.
+        what: &'static str,
+        /// Its value.
+        code: u8,
+    },
+    /// Units of two transfers on one stream.
+    #[error("units of two transfers on one stream")]
+    MixedStream,
+    /// A number is outside its range.
+    #[error("{value} for {what}")]
+    OutOfRange {
+        /// The field.
+        what: &'static str,
+        /// Its value.
+        value: u32,
+    },
+}
+
+/// A control frame.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Frame {
+    /// The first frame of each end of a connection.
+    Hello(Hello),
+    /// Sender: this is what I have.
+    Offer(Offer),
+    /// Receiver: send me these.
+    Grant(Grant),
+    /// Receiver: these arrived damaged, send them again.
+    Retry(TransferId, LayerRun),
+    /// Sender: the prompt is computed; every granted piece is sent or about to be.
+    Finish(TransferId, FirstToken),
+    /// Receiver: all granted pieces are verified and in place.
+    Complete(TransferId),
+    /// Either: the transfer is over, without success.
+    Cancel(TransferId, Reason),
+    /// Either: I am still at it.
+    Heartbeat(TransferId),
+}
+
+/// Opens a connection.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Hello {
+    /// Oldest version spoken.
+    pub oldest: u32,
+    /// Newest version spoken.
+    pub newest: u32,
+    /// Which life of the node speaks.
+    pub epoch: Epoch,
+}
+
+impl Hello {
+    /// What this build says.
+    #[must_use]
+    pub fn new(epoch: Epoch) -> Self {
+        Self {
+            oldest: *VERSIONS.start(),
+            newest: *VERSIONS.end(),
+            epoch,
+        }
+    }
+
+    /// The version that both ends then speak: the newest that both know.
+    #[must_use]
+    pub fn common_version(&self) -> Option<u32> {
+        let newest = self.newest.min(*VERSIONS.end());
+        (newest >= self.oldest.max(*VERSIONS.start())).then_some(newest)
+    }
+}
+
+/// What is transferred; both ends must have the same.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Manifest {
+    /// The transfer.
+    pub transfer: TransferId,
+    /// The model.
+    pub root: ModelRoot,
+    /// Layout of the blocks.
+    pub geometry: KvGeometry,
+    /// Blocks of the sequence, the partial last one included.
+    pub blocks: u32,
+    /// Hash chain of the full blocks.
+    pub hashes: Vec<BlockHash>,
+}
+
+/// What the sender has.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Offer {
+    /// The blocks.
+    pub manifest: Manifest,
+    /// The sender gives up when the receiver is silent for so long.
+    pub lease: Duration,
+}
+
+/// What the receiver wants: the sender's credit.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Grant {
+    /// The transfer.
+    pub transfer: TransferId,
+    /// The receiver gives up when the sender is silent for so long.
+    pub lease: Duration,
+    /// Wanted blocks, ascending.
+    pub wanted: Vec<Run>,
+    /// Wanted pieces that have landed over an earlier connection.
+    pub landed: Vec<LayerRun>,
+}
+
 /// The first token, sampled by the sender's node, handed over with the KV.
 #[derive(Clone, Debug, PartialEq)]
 pub struct FirstToken {
@@ -11,32 +155,50 @@ pub struct FirstToken {
     /// The sequence ends with this token.
     pub finish: Option<NodeFinish>,
 }
+
 /// Why one end ends a transfer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
 pub enum Reason {
     /// Its owner gave it up.
-    Cancelled,
-    /// The other end was silent for too long.
-    Expired,
+    Cancelled = 0,
+    /// The other end was silent, or made no progress, for too long.
+    Expired = 1,
     /// Too many transfers or offers.
-    Busy,
+    Busy = 2,
     /// Another model.
-    Model,
+    Model = 3,
     /// Another KV layout.
-    Geometry,
+    Geometry = 4,
     /// Another number of blocks.
-    Blocks,
+    Blocks = 5,
     /// Blocks of other tokens.
-    Hashes,
-    /// The sender, or the receiver, is in another epoch.
-    Epoch,
+    Hashes = 6,
+    /// The other end's node is in another epoch.
+    Epoch = 7,
     /// Expected from another node.
-    Sender,
+    Sender = 8,
     /// The payload kept arriving damaged.
-    Corrupt,
+    Corrupt = 9,
     /// The other end broke the protocol.
-    Protocol,
+    Protocol = 10,
 }
+
+/// Every reason with its text.
+const REASONS: [(Reason, &str); 11] = [
+    (Reason::Cancelled, "its owner cancelled"),
+    (Reason::Expired, "the other end was silent for too long"),
+    (Reason::Busy, "too many transfers"),
+    (Reason::Model, "another model"),
+    (Reason::Geometry, "another KV layout"),
+    (Reason::Blocks, "another number of blocks"),
+    (Reason::Hashes, "blocks of other tokens"),
+    (Reason::Epoch, "the node is in another epoch"),
+    (Reason::Sender, "expected from another node"),
+    (Reason::Corrupt, "the payload kept arriving damaged"),
+    (Reason::Protocol, "the other end broke the protocol"),
+];
+
 impl Reason {
     /// Whether and where another attempt may succeed.
     #[must_use]
@@ -48,8 +210,193 @@ impl Reason {
         }
     }
 }
+
 impl fmt::Display for Reason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{self:?}")
+        f.write_str(REASONS[*self as usize].1)
+    }
+}
+
+/// What stands before the pieces of a payload unit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct UnitHeader {
+    /// The transfer.
+    pub transfer: TransferId,
+    /// Which pieces follow, in order. Not checked against anything yet.
+    pub pieces: LayerRun,
+    /// Their bytes.
+    pub length: u32,
+    /// CRC-32C of those bytes.
+    pub checksum: u32,
+}
+
+impl UnitHeader {
+    /// Size of the wire form.
+    pub const BYTES: usize = 40;
+
+    /// The wire form.
+    #[must_use]
+    pub fn encode(&self) -> Vec<u8> {
+        let mut out = Vec::with_capacity(Self::BYTES);
+        out.transfer(self.transfer);
+        out.layer_run(self.pieces);
+        out.u32(self.length);
+        out.u32(self.checksum);
+        out
+    }
+
+    /// The inverse of [`Self::encode`].
+    pub fn decode(bytes: &[u8; Self::BYTES]) -> Result<Self, FrameError> {
+        let mut r = Reader(bytes);
+        Ok(Self {
+            transfer: r.transfer()?,
+            pieces: r.layer_run()?,
+            length: r.u32()?,
+            checksum: r.u32()?,
+        })
+    }
+}
+
+/// Checks the length that stands before a frame.
+pub fn frame_length(prefix: [u8; 4]) -> Result<usize, FrameError> {
+    let length = u32::from_le_bytes(prefix);
+    if length == 0 || length as usize > MAX_FRAME_BYTES {
+        return Err(FrameError::Length(length));
+    }
+    Ok(length as usize)
+}
+
+impl Frame {
+    /// The transfer that it is about; `None` for [`Self::Hello`].
+    #[must_use]
+    pub fn transfer(&self) -> Option<TransferId> {
+        match self {
+            Self::Hello(_) => None,
+            Self::Offer(offer) => Some(offer.manifest.transfer),
+            Self::Grant(grant) => Some(grant.transfer),
+            Self::Retry(id, _)
+            | Self::Finish(id, _)
+            | Self::Complete(id)
+            | Self::Cancel(id, _)
+            | Self::Heartbeat(id) => Some(*id),
+        }
+    }
+
+    /// Appends the wire form, length included.
+    pub fn encode(&self, out: &mut Vec<u8>) {
+        let start = out.len();
+        out.u32(0);
+        self.encode_body(out);
+        let length = out.len() - start - 4;
+        debug_assert!(length <= MAX_FRAME_BYTES, "a frame within its limit");
+        out[start..start + 4].copy_from_slice(&(length as u32).to_le_bytes());
+    }
+
+    fn encode_body(&self, out: &mut Vec<u8>) {
+        let mut kind = |code: u8, id: &TransferId| {
+            out.u8(code);
+            out.transfer(*id);
+        };
+        match self {
+            Self::Hello(hello) => {
+                out.u8(1);
+                out.u32(hello.oldest);
+                out.u32(hello.newest);
+                out.u64(hello.epoch.0);
+            }
+            Self::Offer(Offer { manifest, lease }) => {
+                kind(2, &manifest.transfer);
+                out.bytes(&manifest.root.0);
+                out.geometry(&manifest.geometry);
+                out.u32(manifest.blocks);
+                out.list(&manifest.hashes, |w, hash| w.bytes(&hash.0));
+                out.duration(*lease);
+            }
+            Self::Grant(grant) => {
+                kind(3, &grant.transfer);
+                out.duration(grant.lease);
+                out.list(&grant.wanted, |w, &run| w.run(run));
+                out.list(&grant.landed, |w, &at| w.layer_run(at));
+            }
+            Self::Retry(id, at) => {
+                kind(4, id);
+                out.layer_run(*at);
+            }
+            Self::Finish(id, first) => {
+                kind(5, id);
+                out.first_token(first);
+            }
+            Self::Complete(id) => kind(6, id),
+            Self::Cancel(id, reason) => {
+                kind(7, id);
+                out.u8(*reason as u8);
+            }
+            Self::Heartbeat(id) => kind(8, id),
+        }
+    }
+
+    /// Reads kind and body; the length before them has been taken off.
+    pub fn decode(bytes: &[u8]) -> Result<Self, FrameError> {
+        let mut r = Reader(bytes);
+        let frame = match r.u8()? {
+            1 => Self::Hello(Hello {
+                oldest: r.u32()?,
+                newest: r.u32()?,
+                epoch: Epoch(r.u64()?),
+            }),
+            2 => Self::Offer(Offer {
+                manifest: Manifest {
+                    transfer: r.transfer()?,
+                    root: ModelRoot(r.bytes()?),
+                    geometry: r.geometry()?,
+                    blocks: r.blocks()?,
+                    hashes: r.list(MAX_BLOCKS as usize, "hash count", |r| {
+                        r.bytes().map(BlockHash)
+                    })?,
+                },
+                lease: r.duration()?,
+            }),
+            3 => Self::Grant(Grant {
+                transfer: r.transfer()?,
+                lease: r.duration()?,
+                wanted: r.list(MAX_WANTED_RUNS, "wanted runs", Reader::run)?,
+                landed: r.list(MAX_LANDED_RUNS, "landed runs", Reader::layer_run)?,
+            }),
+            4 => Self::Retry(r.transfer()?, r.layer_run()?),
+            5 => Self::Finish(r.transfer()?, r.first_token()?),
+            6 => Self::Complete(r.transfer()?),
+            7 => Self::Cancel(r.transfer()?, reason(r.u8()?)?),
+            8 => Self::Heartbeat(r.transfer()?),
+            kind => return Err(FrameError::UnknownKind(kind)),
+        };
+        match r.0.len() {
+            0 => Ok(frame),
+            extra => Err(FrameError::Trailing(extra)),
+        }
+    }
+}
+
+fn reason(code: u8) -> Result<Reason, FrameError> {
+    match REASONS.get(usize::from(code)) {
+        Some(&(reason, _)) => Ok(reason),
+        None => Err(FrameError::UnknownCode {
+            what: "reason",
+            code,
+        }),
+    }
+}
+
+impl fmt::Display for Frame {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Hello(_) => "hello",
+            Self::Offer(_) => "offer",
+            Self::Grant(_) => "grant",
+            Self::Retry(..) => "retry",
+            Self::Finish(..) => "finish",
+            Self::Complete(_) => "complete",
+            Self::Cancel(..) => "cancel",
+            Self::Heartbeat(_) => "heartbeat",
+        })
     }
 }

@@ -21,11 +21,21 @@
 pub mod frame;
 pub mod limits;
 
+mod accept;
+mod codec;
+mod dial;
 mod endpoint;
 mod error;
+mod grid;
+mod inbox;
+mod link;
 mod memory;
+mod payload;
 mod receive;
+mod receiver;
 mod send;
+mod sender;
+mod transport;
 
 pub use endpoint::{BindError, Endpoint, TRANSPORTS};
 pub use error::{ReceiveError, SendError};
@@ -33,4 +43,6 @@ pub use frame::{FirstToken, Reason};
 pub use limits::Timing;
 pub use memory::{BlockSink, BlockSource};
 pub use receive::{Incoming, ReceiveHandle};
+pub use receiver::Receiver;
 pub use send::{Outgoing, SendHandle, Sent};
+pub use sender::{LinkId, Sender};

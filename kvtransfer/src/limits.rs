@@ -14,11 +14,13 @@ pub const UNIT_BYTES: usize = 512 << 10;
 /// Most bytes of a control frame: an offer of [`MAX_BLOCKS`] hashes is the largest.
 pub const MAX_FRAME_BYTES: usize = (16 * MAX_BLOCKS as usize) + 4096;
 /// Most runs of blocks in a grant.
-pub const MAX_WANTED_RUNS: usize = 4096;
+pub const MAX_WANTED_RUNS: usize = 256;
 /// Most runs of landed pieces in a grant; those beyond are sent once more and dropped.
 pub const MAX_LANDED_RUNS: usize = 16_384;
 /// Units of one transfer whose checksum may fail before the transfer does.
 pub const MAX_RETRIES: u32 = 8;
+/// Connections that one transfer may use up.
+pub const MAX_CONNECTIONS: u32 = 16;
 
 /// Transfers that one endpoint sends at a time.
 pub const MAX_OUTGOING: usize = 4096;

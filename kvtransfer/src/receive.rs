@@ -1,15 +1,22 @@
 //! The receiving end of one transfer, driven over QUIC.
 
-use std::sync::Arc;
-use std::time::Duration;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use baton_proto::geometry::KvGeometry;
 use baton_proto::hash::{BlockHash, ModelRoot};
 use baton_proto::ids::{Epoch, NodeId, TransferId};
+use tokio::sync::{Notify, watch};
+use tokio::time::sleep_until;
 
+use crate::endpoint::{Shared, lock};
 use crate::error::ReceiveError;
-use crate::frame::FirstToken;
+use crate::frame::{FirstToken, LayerRun, Manifest, Offer, UnitHeader};
+use crate::inbox::Routed;
+use crate::link::Link;
 use crate::memory::BlockSink;
+use crate::receiver::Receiver;
+use crate::sender::LinkId;
 
 /// What is expected, and from whom.
 pub struct Incoming {
@@ -36,18 +43,212 @@ pub struct Incoming {
     pub lease: Duration,
 }
 
+type Outcome = Option<Result<FirstToken, ReceiveError>>;
+
 /// An incoming transfer. Dropping it cancels, unless the transfer has ended.
-pub struct ReceiveHandle {}
+pub struct ReceiveHandle {
+    shared: Arc<Shared>,
+    /// `None` if it could not even start; `outcome` says why.
+    transfer: Option<Arc<Inbound>>,
+    outcome: watch::Receiver<Outcome>,
+}
 
 impl ReceiveHandle {
+    pub(crate) fn start(shared: &Arc<Shared>, incoming: Incoming) -> Self {
+        let (transfer, outcome) = match begin(shared, incoming) {
+            Ok(transfer) => (Some(transfer.clone()), transfer.outcome()),
+            Err(error) => (None, watch::channel(Some(Err(error))).1),
+        };
+        Self {
+            shared: shared.clone(),
+            transfer,
+            outcome,
+        }
+    }
+
     /// Stops the transfer and tells the sender. Does not block.
     pub fn cancel(&self) {
-        todo!()
+        if let Some(transfer) = &self.transfer {
+            transfer.input(&self.shared, |receiver, _| receiver.cancel());
+        }
     }
 
     /// Waits for the end: every wanted piece verified and in place. The sink is released before
     /// this returns.
     pub async fn outcome(&self) -> Result<FirstToken, ReceiveError> {
-        todo!()
+        let mut outcome = self.outcome.clone();
+        match outcome.wait_for(Option::is_some).await {
+            Ok(ended) => ended.clone().expect("waited for it"),
+            Err(_) => Err(ReceiveError::Cancelled),
+        }
+    }
+}
+
+impl Drop for ReceiveHandle {
+    fn drop(&mut self) {
+        self.cancel();
+    }
+}
+
+fn begin(shared: &Arc<Shared>, incoming: Incoming) -> Result<Arc<Inbound>, ReceiveError> {
+    let id = incoming.transfer;
+    let manifest = Manifest {
+        transfer: id,
+        root: incoming.root,
+        geometry: incoming.geometry,
+        blocks: incoming.blocks,
+        hashes: incoming.hashes,
+    };
+    let (now, patience) = (Instant::now(), shared.timing.producer);
+    let machine = Receiver::new(now, manifest, incoming.held, incoming.lease, patience)?;
+    let piece_bytes = incoming.geometry.piece_bytes();
+    let transfer = Arc::new(Inbound {
+        piece_bytes,
+        state: Mutex::new(State {
+            machine,
+            sink: Some(incoming.sink),
+            link: None,
+        }),
+        deadline: Notify::new(),
+        outcome: watch::Sender::new(None),
+    });
+    let offer = lock(&shared.inbox)
+        .expect(id, incoming.from, incoming.epoch, transfer.clone())
+        .ok_or(ReceiveError::Busy)?;
+    shared
+        .runtime
+        .spawn(keep_deadlines(shared.clone(), transfer.clone()));
+    if let Some((link, offer)) = offer {
+        take_offer(shared, &link, offer);
+    }
+    Ok(transfer)
+}
+
+/// An offer came over `link`.
+pub(crate) fn take_offer(shared: &Shared, link: &Arc<Link>, offer: Offer) {
+    let routed = lock(&shared.inbox).route(Instant::now(), link, offer);
+    match routed {
+        Routed::Wait => {}
+        Routed::Answer(frame) => link.send(frame),
+        Routed::Deliver(inbound, offer) => {
+            inbound.follow(link);
+            inbound.input(shared, |r, now| r.handle_offer(now, link.id, &offer));
+        }
+    }
+}
+
+async fn keep_deadlines(shared: Arc<Shared>, transfer: Arc<Inbound>) {
+    while let Some(deadline) = transfer.poll_timeout() {
+        tokio::select! {
+            () = transfer.deadline.notified() => {}
+            () = sleep_until(deadline.into()) => {
+                transfer.input(&shared, |receiver, now| receiver.handle_timeout(now));
+            }
+        }
+    }
+}
+
+/// A receiver, its sink, and the connection that it uses.
+pub(crate) struct Inbound {
+    piece_bytes: usize,
+    state: Mutex<State>,
+    /// The machine's deadline is nearer than it was, or it has ended.
+    deadline: Notify,
+    outcome: watch::Sender<Outcome>,
+}
+
+struct State {
+    machine: Receiver,
+    /// Until the end.
+    sink: Option<Arc<dyn BlockSink>>,
+    link: Option<Arc<Link>>,
+}
+
+impl Inbound {
+    /// Gives the machine an input, passes on what it has to say, and lets go at its end.
+    pub(crate) fn input(&self, shared: &Shared, input: impl FnOnce(&mut Receiver, Instant)) {
+        let mut state = lock(&self.state);
+        let before = state.machine.poll_timeout();
+        input(&mut state.machine, Instant::now());
+        state.send_frames();
+        let after = state.machine.poll_timeout();
+        let ended = after.is_none() && state.sink.take().is_some();
+        let outcome = state.machine.outcome().filter(|_| ended).cloned();
+        let farewell = state.machine.farewell();
+        let id = state.machine.manifest().transfer;
+        drop(state);
+        if after.is_none() || after < before {
+            self.deadline.notify_one();
+        }
+        if let (Some(outcome), Some(farewell)) = (outcome, farewell) {
+            lock(&shared.inbox).close(id, farewell);
+            tracing::debug!(transfer = %id, ?outcome, "received");
+            self.outcome.send_replace(Some(outcome));
+        }
+    }
+
+    /// Announces a unit; false if its stream is not to be read on.
+    pub(crate) fn begin_unit(&self, shared: &Shared, link: LinkId, unit: &UnitHeader) -> bool {
+        let mut begun = false;
+        self.input(shared, |receiver, now| {
+            begun = receiver.begin_unit(now, link, unit) == Ok(true);
+        });
+        begun
+    }
+
+    /// Writes bytes that stand at `offset` of a unit to their pieces; false if they are late.
+    /// Holds the lock, so that nothing is written once the transfer has ended.
+    pub(crate) fn write(&self, link: LinkId, unit: LayerRun, offset: usize, bytes: &[u8]) -> bool {
+        let mut state = lock(&self.state);
+        let State { machine, sink, .. } = &mut *state;
+        let (Some(sink), true) = (sink, machine.is_current(link)) else {
+            return false;
+        };
+        let now = Instant::now();
+        let (mut ordinal, mut within) = (
+            unit.run.first + (offset / self.piece_bytes) as u32,
+            offset % self.piece_bytes,
+        );
+        let mut rest = bytes;
+        while !rest.is_empty() {
+            let (part, next) = rest.split_at(rest.len().min(self.piece_bytes - within));
+            if machine.accepts(now, link, unit.layer, ordinal) {
+                sink.write(unit.layer, ordinal, within, part);
+            }
+            (rest, ordinal, within) = (next, ordinal + 1, 0);
+        }
+        true
+    }
+
+    /// Becomes `Some` at the end.
+    pub(crate) fn outcome(&self) -> watch::Receiver<Outcome> {
+        self.outcome.subscribe()
+    }
+
+    fn follow(&self, link: &Arc<Link>) {
+        let mut state = lock(&self.state);
+        if state
+            .link
+            .as_ref()
+            .is_none_or(|current| current.id < link.id)
+        {
+            state.link = Some(link.clone());
+        }
+    }
+
+    fn poll_timeout(&self) -> Option<Instant> {
+        lock(&self.state).machine.poll_timeout()
+    }
+}
+
+impl State {
+    fn send_frames(&mut self) {
+        while let Some(frame) = self.machine.poll_frame() {
+            if let Some(link) = &self.link
+                && self.machine.link() == Some(link.id)
+            {
+                link.send(frame);
+            }
+        }
     }
 }

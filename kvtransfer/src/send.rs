@@ -1,17 +1,25 @@
 //! The sending end of one transfer, driven over QUIC.
 
 use std::ops::Range;
-use std::sync::Arc;
-use std::time::Duration;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use baton_proto::geometry::KvGeometry;
 use baton_proto::hash::{BlockHash, ModelRoot};
 use baton_proto::ids::TransferId;
 use baton_proto::message::Peer;
+use tokio::sync::{Notify, watch};
+use tokio::time::sleep_until;
 
+use crate::dial::{self, LinkState};
+use crate::endpoint::{Shared, lock};
 use crate::error::SendError;
-use crate::frame::FirstToken;
+use crate::frame::{FirstToken, LayerRun, Manifest};
+use crate::limits::MAX_OUTGOING;
+use crate::link::Link;
 use crate::memory::BlockSource;
+use crate::payload::PayloadStream;
+use crate::sender::Sender;
 
 /// What is to be sent, and to whom.
 pub struct Outgoing {
@@ -45,26 +53,236 @@ pub struct Sent {
 }
 
 /// An outgoing transfer. Dropping it cancels, unless the transfer has ended.
-pub struct SendHandle {}
+pub struct SendHandle {
+    /// `None` if it could not even start; `outcome` says why.
+    transfer: Option<Arc<Outbound>>,
+    outcome: watch::Receiver<Option<Result<Sent, SendError>>>,
+}
 
 impl SendHandle {
+    pub(crate) fn start(shared: &Arc<Shared>, outgoing: Outgoing) -> Self {
+        let (tell, outcome) = watch::channel(None);
+        match begin(shared, outgoing, &tell) {
+            Ok(transfer) => Self {
+                transfer: Some(transfer),
+                outcome,
+            },
+            Err(error) => {
+                tell.send_replace(Some(Err(error)));
+                Self {
+                    transfer: None,
+                    outcome,
+                }
+            }
+        }
+    }
+
     /// Blocks `ordinals` are computed and final in `layer`. Does not block.
-    pub fn ready(&self, _layer: u32, _ordinals: Range<u32>) {
-        todo!()
+    pub fn ready(&self, layer: u32, ordinals: Range<u32>) {
+        self.input(|sender, now| sender.ready(now, layer, ordinals));
     }
 
     /// The prompt is computed and this is the first token. Does not block.
-    pub fn finish(&self, _first: FirstToken) {
-        todo!()
+    pub fn finish(&self, first: FirstToken) {
+        self.input(|sender, now| sender.finish(now, first));
     }
 
     /// Stops the transfer and tells the receiver. Does not block.
     pub fn cancel(&self) {
-        todo!()
+        self.input(|sender, _| sender.cancel());
     }
 
     /// Waits for the end. The source is released before this returns.
     pub async fn outcome(&self) -> Result<Sent, SendError> {
-        todo!()
+        let mut outcome = self.outcome.clone();
+        match outcome.wait_for(Option::is_some).await {
+            Ok(ended) => ended.clone().expect("waited for it"),
+            // The runtime that drives the endpoint is gone.
+            Err(_) => Err(SendError::Cancelled),
+        }
+    }
+
+    fn input(&self, input: impl FnOnce(&mut Sender, Instant)) {
+        if let Some(transfer) = &self.transfer {
+            transfer.input(input);
+        }
+    }
+}
+
+impl Drop for SendHandle {
+    fn drop(&mut self) {
+        self.cancel();
+    }
+}
+
+fn begin(
+    shared: &Arc<Shared>,
+    outgoing: Outgoing,
+    tell: &watch::Sender<Option<Result<Sent, SendError>>>,
+) -> Result<Arc<Outbound>, SendError> {
+    let id = outgoing.transfer;
+    let manifest = Manifest {
+        transfer: id,
+        root: outgoing.root,
+        geometry: outgoing.geometry,
+        blocks: outgoing.blocks,
+        hashes: outgoing.hashes,
+    };
+    let machine = Sender::new(Instant::now(), manifest, shared.timing)?;
+    let transfer = Arc::new(Outbound {
+        state: Mutex::new(State {
+            machine,
+            link: None,
+        }),
+        deadline: Notify::new(),
+        payload: Notify::new(),
+    });
+    {
+        let mut outbound = lock(&shared.outbound);
+        if outbound.len() >= MAX_OUTGOING || outbound.contains_key(&id) {
+            return Err(SendError::Busy);
+        }
+        outbound.insert(id, transfer.clone());
+    }
+    let task = {
+        let (shared, transfer, tell) = (shared.clone(), transfer.clone(), tell.clone());
+        async move {
+            let outcome = run(&shared, &transfer, &outgoing.peer, outgoing.source).await;
+            lock(&shared.outbound).remove(&id);
+            tracing::debug!(transfer = %id, to = %outgoing.peer.node, ?outcome, "sent");
+            tell.send_replace(Some(outcome));
+        }
+    };
+    shared.runtime.spawn(task);
+    Ok(transfer)
+}
+
+/// A sender and the connection that it uses.
+pub(crate) struct Outbound {
+    state: Mutex<State>,
+    /// The machine's deadline is nearer than it was, or it has ended.
+    deadline: Notify,
+    /// There may be units to send.
+    payload: Notify,
+}
+
+struct State {
+    machine: Sender,
+    link: Option<Arc<Link>>,
+}
+
+impl Outbound {
+    /// Gives the machine an input and passes on what it has to say.
+    pub(crate) fn input(&self, input: impl FnOnce(&mut Sender, Instant)) {
+        let mut state = lock(&self.state);
+        let before = state.machine.poll_timeout();
+        input(&mut state.machine, Instant::now());
+        state.send_frames();
+        let after = state.machine.poll_timeout();
+        drop(state);
+        if after.is_none() || after < before {
+            self.deadline.notify_one();
+        }
+        self.payload.notify_one();
+    }
+
+    fn follow(&self, link: &LinkState) {
+        if let LinkState::Up(link) = link {
+            lock(&self.state).link = Some(link.clone());
+        }
+        self.input(|sender, now| match link {
+            LinkState::Up(link) => sender.handle_connected(now, link.id),
+            LinkState::Down(why) => sender.handle_disconnected(now, why),
+            LinkState::Failed(error) => sender.handle_failed(error.clone()),
+        });
+    }
+
+    fn next_unit(&self) -> Option<(Arc<Link>, LayerRun)> {
+        let mut state = lock(&self.state);
+        let link = state.link.clone()?;
+        if state.machine.link() != Some(link.id) {
+            return None;
+        }
+        let pieces = state.machine.poll_unit(Instant::now())?;
+        Some((link, pieces))
+    }
+
+    fn poll_timeout(&self) -> Option<Instant> {
+        lock(&self.state).machine.poll_timeout()
+    }
+}
+
+impl State {
+    fn send_frames(&mut self) {
+        while let Some(frame) = self.machine.poll_frame() {
+            if let Some(link) = &self.link
+                && self.machine.link() == Some(link.id)
+            {
+                link.send(frame);
+            }
+        }
+    }
+}
+
+/// Drives a transfer to its end. The source and everything taken from it is dropped on return.
+async fn run(
+    shared: &Arc<Shared>,
+    transfer: &Outbound,
+    peer: &Peer,
+    source: Arc<dyn BlockSource>,
+) -> Result<Sent, SendError> {
+    let mut stream = PayloadStream::default();
+    let id = lock(&transfer.state).machine.manifest().transfer;
+    tokio::select! {
+        () = control(shared, transfer, peer) => {}
+        () = pump(transfer, id, source, &mut stream) => {}
+    }
+    // Also after success: the receiver has everything, and what QUIC still holds is let go.
+    stream.abandon();
+    let state = lock(&transfer.state);
+    state
+        .machine
+        .outcome()
+        .cloned()
+        .expect("the transfer has ended")
+}
+
+/// Follows the connection and keeps the deadlines, until the machine has ended.
+async fn control(shared: &Arc<Shared>, transfer: &Outbound, peer: &Peer) {
+    let mut link = match dial::link_to(shared, peer) {
+        Ok(link) => link,
+        Err(error) => return transfer.input(|sender, _| sender.handle_failed(error)),
+    };
+    link.mark_changed();
+    while let Some(deadline) = transfer.poll_timeout() {
+        tokio::select! {
+            () = transfer.deadline.notified() => {}
+            () = sleep_until(deadline.into()) => {
+                transfer.input(|sender, now| sender.handle_timeout(now));
+            }
+            changed = link.changed() => {
+                let state = match changed {
+                    Ok(()) => link.borrow_and_update().clone(),
+                    Err(_) => LinkState::Failed(SendError::Unreachable("it was given up".into())),
+                };
+                transfer.follow(&state);
+            }
+        }
+    }
+}
+
+/// Sends units as fast as the transport takes them. A lost stream is left to `control`, which
+/// learns of the lost connection, and to the receiver's next grant.
+async fn pump(
+    transfer: &Outbound,
+    id: TransferId,
+    source: Arc<dyn BlockSource>,
+    stream: &mut PayloadStream,
+) {
+    loop {
+        match transfer.next_unit() {
+            Some((link, pieces)) => stream.write_unit(&link, id, pieces, &*source).await,
+            None => transfer.payload.notified().await,
+        }
     }
 }

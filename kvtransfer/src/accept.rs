@@ -1,0 +1,189 @@
+//! Connections from nodes that send to this one.
+
+use std::sync::Arc;
+
+use quinn::{Connecting, Connection, ConnectionError, RecvStream, SendStream};
+use tokio::sync::Semaphore;
+use tokio::task::JoinSet;
+use tokio::time::timeout;
+
+use crate::endpoint::{Shared, lock};
+use crate::frame::{Frame, Hello};
+use crate::limits::{MAX_HANDSHAKES, MAX_LINKS};
+use crate::link::{
+    CloseCode, Link, LinkError, close, peer_of, read_frame, read_hello, write_frame, write_frames,
+};
+use crate::payload::read_units;
+use crate::receive::take_offer;
+
+/// Accepts connections until the endpoint closes.
+pub(crate) async fn accept_links(shared: Arc<Shared>) {
+    let handshakes = Arc::new(Semaphore::new(MAX_HANDSHAKES));
+    while let Some(incoming) = shared.quic.accept().await {
+        let Ok(permit) = handshakes.clone().try_acquire_owned() else {
+            incoming.refuse();
+            continue;
+        };
+        let Ok(connecting) = incoming.accept() else {
+            continue;
+        };
+        let shared = shared.clone();
+        tokio::spawn(async move {
+            let greeted = greet(&shared, connecting).await;
+            drop(permit);
+            match greeted {
+                Ok((connection, hello, streams)) => serve(shared, connection, hello, streams).await,
+                Err(error) => tracing::debug!(%error, "a KV connection was not accepted"),
+            }
+        });
+    }
+}
+
+type Control = (SendStream, RecvStream);
+
+/// Handshake and hello, each in bounded time.
+async fn greet(
+    shared: &Shared,
+    connecting: Connecting,
+) -> Result<(Connection, Hello, Control), LinkError> {
+    let patience = shared.timing.message;
+    let connection = timeout(patience, connecting)
+        .await
+        .map_err(|_| LinkError::Slow("the handshake"))??;
+    let hello = async {
+        peer_of(&connection)?;
+        let (mut send, mut receive) = timeout(patience, connection.accept_bi())
+            .await
+            .map_err(|_| LinkError::Slow("its control stream"))??;
+        let hello = read_hello(&mut receive, patience).await?;
+        write_frame(&mut send, &Frame::Hello(Hello::new(shared.epoch))).await?;
+        Ok((hello, (send, receive)))
+    };
+    match hello.await {
+        Ok((hello, control)) => Ok((connection, hello, control)),
+        Err(error) => {
+            let error: LinkError = error;
+            close(&connection, error.close_code());
+            Err(error)
+        }
+    }
+}
+
+/// Runs a connection to its end.
+async fn serve(shared: Arc<Shared>, connection: Connection, hello: Hello, control: Control) {
+    let Ok(peer) = peer_of(&connection) else {
+        return;
+    };
+    let (link, queue) = Link::new(shared.next_link(), peer, hello.epoch, connection);
+    let link = Arc::new(link);
+    if !register(&shared, &link) {
+        return;
+    }
+    let (send, receive) = control;
+    let error = tokio::select! {
+        error = read_control(&shared, &link, receive) => error,
+        Err(error) = write_frames(queue, send) => error,
+        error = accept_payload(&shared, &link) => error,
+    };
+    tracing::debug!(from = %link.peer, %error, "a KV connection has ended");
+    link.close(error.close_code());
+    unregister(&shared, &link, &error);
+}
+
+/// A node has one connection here: the latest of its latest life. False: this is not it.
+fn register(shared: &Shared, link: &Arc<Link>) -> bool {
+    let mut links = lock(&shared.inbound_links);
+    let current = links.get(&link.peer);
+    let refused = match current {
+        Some(current) if current.epoch > link.epoch => Some(CloseCode::Epoch),
+        None if links.len() >= MAX_LINKS => Some(CloseCode::Busy),
+        _ => None,
+    };
+    if let Some(code) = refused {
+        link.close(code);
+        return false;
+    }
+    let replaced = links.insert(link.peer.clone(), link.clone());
+    drop(links);
+    if let Some(replaced) = replaced {
+        replaced.close(CloseCode::Replaced);
+    }
+    // What an earlier life of the node had promised will not come.
+    let void = lock(&shared.inbox).before(&link.peer, link.epoch);
+    for receiver in void {
+        receiver.input(shared, |r, _| r.handle_sender_gone());
+    }
+    true
+}
+
+fn unregister(shared: &Shared, link: &Arc<Link>, error: &LinkError) {
+    {
+        let mut links = lock(&shared.inbound_links);
+        if links.get(&link.peer).is_some_and(|l| l.id == link.id) {
+            links.remove(&link.peer);
+        }
+    }
+    let receivers = {
+        let mut inbox = lock(&shared.inbox);
+        inbox.forget_link(link.id);
+        inbox.all()
+    };
+    let stops = matches!(error, LinkError::Connection(ConnectionError::ApplicationClosed(close))
+        if CloseCode::Stopping.matches(close.error_code));
+    for receiver in receivers {
+        receiver.input(shared, |r, _| {
+            if stops && r.link() == Some(link.id) {
+                r.handle_sender_gone();
+            }
+            r.handle_disconnected(link.id);
+        });
+    }
+}
+
+async fn read_control(shared: &Shared, link: &Arc<Link>, mut stream: RecvStream) -> LinkError {
+    let mut buffer = Vec::new();
+    loop {
+        let frame = match read_frame(&mut stream, &mut buffer, shared.timing.message).await {
+            Ok(frame) => frame,
+            Err(error) => return error,
+        };
+        match frame {
+            Frame::Offer(offer) => take_offer(shared, link, offer),
+            Frame::Hello(_) => return LinkError::Unexpected(frame.to_string()),
+            other => pass_on(shared, link, other),
+        }
+    }
+}
+
+/// A frame about a transfer that is not known is late, and dropped.
+fn pass_on(shared: &Shared, link: &Arc<Link>, frame: Frame) {
+    let Some(id) = frame.transfer() else {
+        return;
+    };
+    let receiver = lock(&shared.inbox).find(id, link);
+    match receiver {
+        Some(receiver) => receiver.input(shared, |r, now| r.handle_frame(now, link.id, frame)),
+        None if matches!(frame, Frame::Cancel(..)) => lock(&shared.inbox).withdraw(id, link),
+        None => {}
+    }
+}
+
+/// Reads every payload stream in a task of its own; QUIC bounds how many there are.
+async fn accept_payload(shared: &Arc<Shared>, link: &Arc<Link>) -> LinkError {
+    let mut streams = JoinSet::new();
+    loop {
+        tokio::select! {
+            stream = link.connection.accept_uni() => match stream {
+                Ok(stream) => {
+                    streams.spawn(read_units(shared.clone(), link.clone(), stream));
+                }
+                Err(error) => return error.into(),
+            },
+            Some(Ok(read)) = streams.join_next() => {
+                if let Err(error) = read {
+                    return error.into();
+                }
+            }
+        }
+    }
+}

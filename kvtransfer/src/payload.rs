@@ -1,0 +1,180 @@
+//! Payload units on unidirectional streams: one stream per transfer and connection.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use baton_proto::ids::TransferId;
+use bytes::Bytes;
+use crc32c::crc32c_append;
+use quinn::{ReadExactError, RecvStream, SendStream};
+use tokio::time::timeout;
+
+use crate::endpoint::{Shared, lock};
+use crate::frame::{FrameError, LayerRun, UnitHeader};
+use crate::link::{Link, STREAM_ABANDONED};
+use crate::memory::BlockSource;
+use crate::receive::Inbound;
+use crate::sender::LinkId;
+
+/// The sending end: a transfer's stream of the current connection, opened by the first unit.
+#[derive(Default)]
+pub(crate) struct PayloadStream(Option<(LinkId, SendStream)>);
+
+impl PayloadStream {
+    /// Sends one unit, without copying the pieces. On failure the stream is gone.
+    pub(crate) async fn write_unit(
+        &mut self,
+        link: &Link,
+        transfer: TransferId,
+        pieces: LayerRun,
+        source: &dyn BlockSource,
+    ) {
+        let stream = match &mut self.0 {
+            Some((id, stream)) if *id == link.id => stream,
+            _ => {
+                self.abandon();
+                match link.connection.open_uni().await {
+                    Ok(stream) => &mut self.0.insert((link.id, stream)).1,
+                    Err(_) => return,
+                }
+            }
+        };
+        let mut chunks = unit(transfer, pieces, source);
+        if stream.write_all_chunks(&mut chunks).await.is_err() {
+            self.abandon();
+        }
+    }
+
+    /// Stops, and lets go of every byte that QUIC still holds.
+    pub(crate) fn abandon(&mut self) {
+        if let Some((_, mut stream)) = self.0.take() {
+            let _ = stream.reset(STREAM_ABANDONED);
+        }
+    }
+}
+
+/// A unit's header and its pieces.
+fn unit(transfer: TransferId, pieces: LayerRun, source: &dyn BlockSource) -> Vec<Bytes> {
+    let mut chunks = Vec::with_capacity(1 + pieces.run.count as usize);
+    chunks.push(Bytes::new());
+    let (mut checksum, mut length) = (0, 0);
+    for ordinal in pieces.run.range() {
+        let piece = source.piece(pieces.layer, ordinal);
+        checksum = crc32c_append(checksum, &piece);
+        length += piece.len();
+        chunks.push(piece);
+    }
+    let header = UnitHeader {
+        transfer,
+        pieces,
+        length: u32::try_from(length).expect("a unit is far below 4 GiB"),
+        checksum,
+    };
+    chunks[0] = header.encode().into();
+    chunks
+}
+
+/// Why a payload stream is not read to its end.
+enum Stop {
+    /// Its transfer has ended, or is not known, or the stream or connection is lost.
+    Over,
+    /// The peer breaks the protocol.
+    Violation(FrameError),
+}
+
+impl From<FrameError> for Stop {
+    fn from(error: FrameError) -> Self {
+        Self::Violation(error)
+    }
+}
+
+/// The receiving end: reads one stream to its end. An error closes the connection.
+pub(crate) async fn read_units(
+    shared: Arc<Shared>,
+    link: Arc<Link>,
+    mut stream: RecvStream,
+) -> Result<(), FrameError> {
+    let stop = match read_first(&shared, &link, &mut stream).await {
+        Ok((header, inbound)) => read_rest(&shared, &link, &mut stream, header, &inbound).await,
+        Err(stop) => stop,
+    };
+    let _ = stream.stop(STREAM_ABANDONED);
+    match stop {
+        Stop::Over => Ok(()),
+        Stop::Violation(error) => Err(error),
+    }
+}
+
+/// The first unit's header names the transfer of the stream.
+async fn read_first(
+    shared: &Shared,
+    link: &Arc<Link>,
+    stream: &mut RecvStream,
+) -> Result<(UnitHeader, Arc<Inbound>), Stop> {
+    let patience: Duration = shared.timing.message;
+    let header = timeout(patience, read_header(stream)).await;
+    let header = header.map_err(|_| Stop::Over)??;
+    let inbound = lock(&shared.inbox).find(header.transfer, link);
+    Ok((header, inbound.ok_or(Stop::Over)?))
+}
+
+async fn read_rest(
+    shared: &Shared,
+    link: &Link,
+    stream: &mut RecvStream,
+    first: UnitHeader,
+    inbound: &Inbound,
+) -> Stop {
+    let mut outcome = inbound.outcome();
+    let read = async {
+        let mut header = first;
+        loop {
+            if let Err(stop) = read_unit(shared, link, stream, &header, inbound).await {
+                return stop;
+            }
+            header = match read_header(stream).await {
+                Ok(header) if header.transfer == first.transfer => header,
+                Ok(_) => return FrameError::MixedStream.into(),
+                Err(stop) => return stop,
+            };
+        }
+    };
+    tokio::select! {
+        stop = read => stop,
+        _ = outcome.wait_for(Option::is_some) => Stop::Over,
+    }
+}
+
+async fn read_unit(
+    shared: &Shared,
+    link: &Link,
+    stream: &mut RecvStream,
+    header: &UnitHeader,
+    inbound: &Inbound,
+) -> Result<(), Stop> {
+    if !inbound.begin_unit(shared, link.id, header) {
+        return Err(Stop::Over);
+    }
+    let (mut at, mut checksum, length) = (0, 0, header.length as usize);
+    while at < length {
+        let chunk = match stream.read_chunk(length - at, true).await {
+            Ok(Some(chunk)) => chunk.bytes,
+            Ok(None) | Err(_) => return Err(Stop::Over),
+        };
+        checksum = crc32c_append(checksum, &chunk);
+        if !inbound.write(link.id, header.pieces, at, &chunk) {
+            return Err(Stop::Over);
+        }
+        at += chunk.len();
+    }
+    inbound.input(shared, |r, now| r.end_unit(now, link.id, checksum));
+    Ok(())
+}
+
+async fn read_header(stream: &mut RecvStream) -> Result<UnitHeader, Stop> {
+    let mut bytes = [0; UnitHeader::BYTES];
+    match stream.read_exact(&mut bytes).await {
+        Ok(()) => Ok(UnitHeader::decode(&bytes)?),
+        Err(ReadExactError::FinishedEarly(_) | ReadExactError::ReadError(_)) => Err(Stop::Over),
+    }
+}

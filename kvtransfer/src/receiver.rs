@@ -1,0 +1,370 @@
+//! The receiving end's state machine. No I/O, no clock, no memory of blocks.
+
+use std::collections::VecDeque;
+use std::time::{Duration, Instant};
+
+use crate::error::ReceiveError;
+use crate::frame::{FirstToken, Frame, Grant, LayerRun, Manifest, Offer, Reason, Run, UnitHeader};
+use crate::grid::Grid;
+use crate::limits::{MAX_LANDED_RUNS, MAX_RETRIES};
+use crate::sender::{LinkId, check};
+
+/// Receives one transfer.
+///
+/// Inputs are the owner's [`cancel`](Self::cancel) and the driver's `handle_*`. Payload units are
+/// announced by [`begin_unit`](Self::begin_unit), written where [`accepts`](Self::accepts) allows
+/// it, and closed by [`end_unit`](Self::end_unit). After each input, the driver drains
+/// [`poll_frame`](Self::poll_frame), and calls [`handle_timeout`](Self::handle_timeout) when
+/// [`poll_timeout`](Self::poll_timeout) says so, until there is an [`outcome`](Self::outcome).
+///
+/// Always true: only granted pieces are accepted, one unit at a time; a piece lands once, after
+/// its checksum held, and is not written to again; complete exactly if every wanted piece has
+/// landed and the first token is here; nothing is accepted after the end, or over an earlier
+/// connection than the current one.
+pub struct Receiver {
+    manifest: Manifest,
+    /// Leading blocks that are not wanted.
+    held: u32,
+    lease: Duration,
+    /// Longest time without a piece landing.
+    patience: Duration,
+    link: Option<LinkId>,
+    outcome: Option<Result<FirstToken, ReceiveError>>,
+    landed: Grid,
+    /// The unit that is arriving.
+    arriving: Option<UnitHeader>,
+    first: Option<FirstToken>,
+    retries: u32,
+    frames: VecDeque<Frame>,
+    beat: Duration,
+    beat_at: Instant,
+    /// Gives up at this time without a sign of life.
+    silent_by: Instant,
+    /// Gives up at this time without progress.
+    progress_by: Instant,
+}
+
+impl Receiver {
+    /// Expects `manifest`, of whose blocks the first `held` are here. The blocks are kept for
+    /// `lease` after each sign of life, and for `patience` after each piece that lands.
+    pub fn new(
+        now: Instant,
+        manifest: Manifest,
+        held: u32,
+        lease: Duration,
+        patience: Duration,
+    ) -> Result<Self, ReceiveError> {
+        check(&manifest).map_err(ReceiveError::Invalid)?;
+        if held > manifest.blocks {
+            return Err(ReceiveError::Invalid("more blocks are held than there are"));
+        }
+        Ok(Self {
+            held,
+            lease,
+            patience,
+            link: None,
+            outcome: None,
+            landed: Grid::new(manifest.geometry.layers, manifest.blocks),
+            arriving: None,
+            first: None,
+            retries: 0,
+            frames: VecDeque::new(),
+            beat: lease,
+            beat_at: now,
+            silent_by: now + lease,
+            progress_by: now + patience,
+            manifest,
+        })
+    }
+
+    /// The owner gives the transfer up.
+    pub fn cancel(&mut self) {
+        self.fail(ReceiveError::Cancelled);
+    }
+
+    /// The expected sender's offer came over `link`.
+    pub fn handle_offer(&mut self, now: Instant, link: LinkId, offer: &Offer) {
+        if self.link.is_some_and(|current| current >= link) {
+            return;
+        }
+        self.unlink();
+        self.link = Some(link);
+        if let Some(farewell) = self.farewell() {
+            return self.frames.push_back(farewell);
+        }
+        if let Some(reason) = mismatch(&self.manifest, &offer.manifest) {
+            return self.fail(ReceiveError::Mismatch(reason));
+        }
+        self.alive(now);
+        self.progress(now);
+        self.beat = (offer.lease.min(self.lease) / 4).max(Duration::from_millis(1));
+        self.beat_at = now + self.beat;
+        let grant = self.grant();
+        self.frames.push_back(Frame::Grant(grant));
+    }
+
+    /// A control frame other than an offer came over `link`.
+    pub fn handle_frame(&mut self, now: Instant, link: LinkId, frame: Frame) {
+        if self.outcome.is_some() || self.link != Some(link) {
+            return;
+        }
+        self.alive(now);
+        match frame {
+            Frame::Finish(_, first) => {
+                if self.first.is_none() {
+                    self.first = Some(first);
+                    self.progress(now);
+                }
+                self.complete_if_all_landed();
+            }
+            Frame::Cancel(_, reason) => self.end(Err(ReceiveError::Ended(reason))),
+            Frame::Heartbeat(_) => {}
+            _ => self.fail(ReceiveError::Protocol("a frame that only a receiver sends")),
+        }
+    }
+
+    /// A unit begins to arrive over `link`. False: it is late and to be dropped. An error: it is
+    /// not what was granted, and the transfer has failed.
+    pub fn begin_unit(
+        &mut self,
+        now: Instant,
+        link: LinkId,
+        unit: &UnitHeader,
+    ) -> Result<bool, &'static str> {
+        if self.outcome.is_some() || self.link != Some(link) {
+            return Ok(false);
+        }
+        if let Err(what) = self.check_unit(unit) {
+            self.fail(ReceiveError::Protocol(what));
+            return Err(what);
+        }
+        self.alive(now);
+        self.arriving = Some(*unit);
+        Ok(true)
+    }
+
+    /// Whether bytes that came over `link` may be written to this piece of the arriving unit.
+    pub fn accepts(&mut self, now: Instant, link: LinkId, layer: u32, ordinal: u32) -> bool {
+        if !self.is_current(link) {
+            return false;
+        }
+        self.alive(now);
+        !self.landed.contains(layer, ordinal)
+    }
+
+    /// Whether bytes that come over `link` are part of the transfer.
+    #[must_use]
+    pub fn is_current(&self, link: LinkId) -> bool {
+        self.outcome.is_none() && self.link == Some(link)
+    }
+
+    /// The arriving unit is complete, and its bytes have this checksum.
+    pub fn end_unit(&mut self, now: Instant, link: LinkId, checksum: u32) {
+        if !self.is_current(link) {
+            return;
+        }
+        let Some(unit) = self.arriving.take() else {
+            return;
+        };
+        self.alive(now);
+        if checksum != unit.checksum {
+            return self.damaged(unit.pieces);
+        }
+        for ordinal in unit.pieces.run.range() {
+            if self.landed.insert(unit.pieces.layer, ordinal) {
+                self.progress(now);
+            }
+        }
+        self.complete_if_all_landed();
+    }
+
+    /// `link` is lost; the sender may come back over another.
+    pub fn handle_disconnected(&mut self, link: LinkId) {
+        if self.outcome.is_none() && self.link == Some(link) {
+            self.unlink();
+        }
+    }
+
+    /// The expected life of the sender's node is over.
+    pub fn handle_sender_gone(&mut self) {
+        self.fail(ReceiveError::Ended(Reason::Epoch));
+    }
+
+    /// Gives up what has waited for too long, and keeps the sender's lease alive.
+    pub fn handle_timeout(&mut self, now: Instant) {
+        if self.outcome.is_some() {
+            return;
+        }
+        if now >= self.silent_by {
+            return self.fail(ReceiveError::Timeout(match self.link {
+                None => "the sender to connect",
+                Some(_) => "a sign of life from the sender",
+            }));
+        }
+        if now >= self.progress_by {
+            return self.fail(ReceiveError::Timeout("the next piece"));
+        }
+        if self.link.is_some() && now >= self.beat_at {
+            self.beat_at = now + self.beat;
+            self.frames
+                .push_back(Frame::Heartbeat(self.manifest.transfer));
+        }
+    }
+
+    /// When [`Self::handle_timeout`] is due; `None` once ended.
+    #[must_use]
+    pub fn poll_timeout(&self) -> Option<Instant> {
+        let waits = self.silent_by.min(self.progress_by);
+        match (&self.outcome, self.link) {
+            (Some(_), _) => None,
+            (None, Some(_)) => Some(waits.min(self.beat_at)),
+            (None, None) => Some(waits),
+        }
+    }
+
+    /// The next control frame for [`Self::link`]; also after the end.
+    pub fn poll_frame(&mut self) -> Option<Frame> {
+        self.frames.pop_front()
+    }
+
+    /// The connection that frames are for.
+    #[must_use]
+    pub fn link(&self) -> Option<LinkId> {
+        self.link
+    }
+
+    /// What is transferred.
+    #[must_use]
+    pub fn manifest(&self) -> &Manifest {
+        &self.manifest
+    }
+
+    /// How it ended.
+    #[must_use]
+    pub fn outcome(&self) -> Option<&Result<FirstToken, ReceiveError>> {
+        self.outcome.as_ref()
+    }
+
+    /// Once ended: the answer to any later offer of this transfer.
+    #[must_use]
+    pub fn farewell(&self) -> Option<Frame> {
+        let id = self.manifest.transfer;
+        let reason = match self.outcome.as_ref()? {
+            Ok(_) => return Some(Frame::Complete(id)),
+            Err(ReceiveError::Mismatch(reason)) => *reason,
+            Err(ReceiveError::Timeout(_)) => Reason::Expired,
+            Err(ReceiveError::Corrupt) => Reason::Corrupt,
+            Err(ReceiveError::Protocol(_)) => Reason::Protocol,
+            Err(_) => Reason::Cancelled,
+        };
+        Some(Frame::Cancel(id, reason))
+    }
+
+    fn grant(&self) -> Grant {
+        let wanted = Run {
+            first: self.held,
+            count: self.manifest.blocks - self.held,
+        };
+        let layers = 0..self.manifest.geometry.layers;
+        Grant {
+            transfer: self.manifest.transfer,
+            lease: self.lease,
+            wanted: if wanted.count > 0 {
+                vec![wanted]
+            } else {
+                Vec::new()
+            },
+            landed: layers
+                .flat_map(|layer| self.landed.layer_runs(layer))
+                .take(MAX_LANDED_RUNS)
+                .collect(),
+        }
+    }
+
+    fn check_unit(&self, unit: &UnitHeader) -> Result<(), &'static str> {
+        let LayerRun { layer, run } = unit.pieces;
+        let geometry = &self.manifest.geometry;
+        if self.arriving.is_some() {
+            return Err("two units at a time");
+        }
+        if layer >= geometry.layers
+            || run.first < self.held
+            || run.range().end > self.manifest.blocks
+        {
+            return Err("payload that was not granted");
+        }
+        if u64::from(unit.length) != u64::from(run.count) * geometry.piece_bytes() as u64 {
+            return Err("payload of another length than its pieces");
+        }
+        Ok(())
+    }
+
+    fn damaged(&mut self, pieces: LayerRun) {
+        self.retries += 1;
+        if self.retries > MAX_RETRIES {
+            return self.fail(ReceiveError::Corrupt);
+        }
+        self.frames
+            .push_back(Frame::Retry(self.manifest.transfer, pieces));
+    }
+
+    fn complete_if_all_landed(&mut self) {
+        let wanted = u64::from(self.manifest.blocks - self.held);
+        let missing = self.landed.len() < wanted * u64::from(self.manifest.geometry.layers);
+        if missing {
+            return;
+        }
+        if let Some(first) = self.first.take() {
+            self.end(Ok(first));
+            self.say_farewell();
+        }
+    }
+
+    fn alive(&mut self, now: Instant) {
+        self.silent_by = now + self.lease;
+    }
+
+    fn progress(&mut self, now: Instant) {
+        self.progress_by = now + self.patience;
+    }
+
+    fn unlink(&mut self) {
+        self.link = None;
+        self.arriving = None;
+        self.frames.clear();
+    }
+
+    /// Ends, and tells the sender why.
+    fn fail(&mut self, error: ReceiveError) {
+        if self.outcome.is_none() {
+            self.end(Err(error));
+            self.say_farewell();
+        }
+    }
+
+    fn end(&mut self, outcome: Result<FirstToken, ReceiveError>) {
+        self.outcome = Some(outcome);
+        self.arriving = None;
+        self.frames.clear();
+    }
+
+    fn say_farewell(&mut self) {
+        if self.link.is_some() {
+            let farewell = self.farewell();
+            self.frames.extend(farewell);
+        }
+    }
+}
+
+fn mismatch(expected: &Manifest, offered: &Manifest) -> Option<Reason> {
+    if offered.root != expected.root {
+        return Some(Reason::Model);
+    }
+    if offered.geometry != expected.geometry {
+        return Some(Reason::Geometry);
+    }
+    if offered.blocks != expected.blocks {
+        return Some(Reason::Blocks);
+    }
+    (offered.hashes != expected.hashes).then_some(Reason::Hashes)
+}
