@@ -10,7 +10,9 @@ const FILE: &str = "epoch";
 /// The epoch of a start at `now_ms` (milliseconds since 1970): the time, or one more than the last
 /// epoch if the clock went back. Without a state folder only the clock orders the epochs.
 pub fn next_epoch(state: Option<&Path>, now_ms: u64) -> io::Result<Epoch> {
-    let Some(state) = state else { return Ok(Epoch(now_ms)) };
+    let Some(state) = state else {
+        return Ok(Epoch(now_ms));
+    };
     std::fs::create_dir_all(state)?;
     let last = match std::fs::read_to_string(state.join(FILE)) {
         Ok(text) => parse(&text)?,
@@ -27,7 +29,11 @@ pub fn next_epoch(state: Option<&Path>, now_ms: u64) -> io::Result<Epoch> {
 
 fn parse(text: &str) -> io::Result<u64> {
     let damaged = || io::Error::new(io::ErrorKind::InvalidData, "the epoch file holds no number");
-    text.trim().parse().ok().filter(|epoch| *epoch < u64::MAX).ok_or_else(damaged)
+    text.trim()
+        .parse()
+        .ok()
+        .filter(|epoch| *epoch < u64::MAX)
+        .ok_or_else(damaged)
 }
 
 #[cfg(test)]
@@ -50,7 +56,9 @@ mod tests {
         let state = tempfile::tempdir().expect("a folder");
         std::fs::write(state.path().join(FILE), "x").expect("writable");
         assert_eq!(
-            next_epoch(Some(state.path()), 1).expect_err("damaged").kind(),
+            next_epoch(Some(state.path()), 1)
+                .expect_err("damaged")
+                .kind(),
             io::ErrorKind::InvalidData
         );
     }

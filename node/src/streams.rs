@@ -54,6 +54,12 @@ impl Streams {
         self.open.insert(id, stream);
     }
 
+    /// Whether a stream is open. What comes from one that is not is void.
+    #[must_use]
+    pub fn is_open(&self, id: StreamId) -> bool {
+        self.open.contains_key(&id)
+    }
+
     /// A stream ended.
     pub fn close(&mut self, id: StreamId) {
         self.open.remove(&id);
@@ -68,9 +74,14 @@ impl Streams {
 
     /// Says `event` to one coordinator. A coordinator that does not listen loses its stream.
     pub fn send(&mut self, id: StreamId, event: NodeEvent) {
-        let Some(stream) = self.open.get(&id) else { return };
+        let Some(stream) = self.open.get(&id) else {
+            return;
+        };
         if stream.outbox.try_send(event).is_err() {
-            tracing::warn!(stream = id.0, "the coordinator does not read; closing its stream");
+            tracing::warn!(
+                stream = id.0,
+                "the coordinator does not read; closing its stream"
+            );
             self.open.remove(&id);
         }
     }
@@ -117,7 +128,10 @@ impl Streams {
         self.open.retain(|id, stream| {
             let sent = send(stream);
             if !sent {
-                tracing::warn!(stream = id.0, "the coordinator does not read; closing its stream");
+                tracing::warn!(
+                    stream = id.0,
+                    "the coordinator does not read; closing its stream"
+                );
             }
             sent
         });
@@ -147,14 +161,25 @@ mod tests {
         let (mut held, mut incoming, mut last) = (BTreeSet::new(), BTreeSet::new(), 0);
         while let Ok(event) = events.try_recv() {
             match event {
-                NodeEvent::Cache { sequence, stored, removed } => {
+                NodeEvent::Cache {
+                    sequence,
+                    stored,
+                    removed,
+                } => {
                     assert_eq!(sequence, last + 1, "no gap");
                     last = sequence;
                     held.extend(stored);
                     held.retain(|hash| !removed.contains(hash));
                 }
-                NodeEvent::Snapshot { sequence, hashes, last: ends } => {
-                    assert_eq!(sequence, last, "a snapshot stands between the events it is of");
+                NodeEvent::Snapshot {
+                    sequence,
+                    hashes,
+                    last: ends,
+                } => {
+                    assert_eq!(
+                        sequence, last,
+                        "a snapshot stands between the events it is of"
+                    );
                     incoming.extend(hashes);
                     if ends {
                         held = std::mem::take(&mut incoming);
@@ -209,6 +234,9 @@ mod tests {
             streams.send(StreamId(1), NodeEvent::Tokens(Vec::new()));
         }
         assert!(events.try_recv().is_ok());
-        assert_eq!(events.try_recv(), Err(mpsc::error::TryRecvError::Disconnected));
+        assert_eq!(
+            events.try_recv(),
+            Err(mpsc::error::TryRecvError::Disconnected)
+        );
     }
 }

@@ -1,0 +1,290 @@
+//! Starting a cluster, process by process.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::process::{Command, ExitStatus};
+use std::time::Duration;
+
+use baton_identity::{ClusterCa, Part};
+use baton_proto::wire::v1::cluster_client::ClusterClient;
+use baton_proto::wire::v1::{GetStatusRequest, GetStatusResponse};
+
+use super::COORDINATOR;
+use super::error::{StartError, state_error};
+use super::folders::{StateFile, StateProcess, bundled_model, daemon_folder, remove, state_folder};
+use super::options::ClusterOptions;
+use crate::process::{Life, Process};
+
+/// How long everything together may take to start.
+pub(super) const START_TIMEOUT: Duration = Duration::from_secs(1800);
+/// How often a starting cluster is asked whether it is ready.
+const STATUS_PAUSE: Duration = Duration::from_millis(20);
+
+/// A cluster on its way up.
+pub(super) struct Launch {
+    options: ClusterOptions,
+    model: PathBuf,
+    daemons: PathBuf,
+    ca: ClusterCa,
+    pub(super) state: PathBuf,
+    pub(super) temporary: Option<tempfile::TempDir>,
+    pub(super) processes: Vec<Process>,
+    pub(super) last_reason: String,
+}
+
+impl Launch {
+    pub(super) fn prepare(options: ClusterOptions) -> Result<Self, StartError> {
+        let model = match &options.model {
+            Some(model) if model.join("config.json").is_file() => model.clone(),
+            Some(model) => return Err(StartError::NoModel(model.clone())),
+            None => bundled_model()?,
+        };
+        let (state, temporary) = state_folder(options.state.as_deref())?;
+        let ca_folder = state.join("ca");
+        remove(&ca_folder)?;
+        let ca = ClusterCa::create(&ca_folder)?;
+        let daemons = options.daemons.clone().unwrap_or_else(daemon_folder);
+        Ok(Self {
+            options,
+            model,
+            daemons,
+            ca,
+            state,
+            temporary,
+            processes: Vec::new(),
+            last_reason: "the daemons are starting".to_owned(),
+        })
+    }
+
+    pub(super) async fn start(&mut self) -> Result<(SocketAddr, SocketAddr), StartError> {
+        let coordinator = self.coordinator_arguments();
+        self.spawn(
+            "baton-coordinator",
+            COORDINATOR,
+            Part::Coordinator,
+            coordinator,
+        )?;
+        let line = self.ready_line(0).await?;
+        let address = |key| {
+            let name = COORDINATOR.to_owned();
+            address(&line, key).ok_or_else(|| StartError::ReadyLine {
+                name,
+                line: line.clone(),
+            })
+        };
+        let (cluster, grpc, http) = (address("cluster")?, address("grpc")?, address("http")?);
+        for (role, daemon, count) in [
+            ("prefill", "baton-prefill", self.options.prefill),
+            ("decode", "baton-decode", self.options.decode),
+        ] {
+            for index in 0..count {
+                let name = format!("{role}-{index}");
+                let arguments = self.node_arguments(&name, cluster);
+                self.spawn(daemon, &name, Part::Node, arguments)?;
+            }
+        }
+        for index in 1..self.processes.len() {
+            self.ready_line(index).await?;
+        }
+        self.served(grpc).await?;
+        Ok((grpc, http))
+    }
+
+    fn coordinator_arguments(&self) -> Vec<String> {
+        let any = SocketAddr::from(([127, 0, 0, 1], 0));
+        let mut arguments = vec![
+            "--cluster-listen".to_owned(),
+            any.to_string(),
+            "--grpc-listen".to_owned(),
+            self.options.grpc.unwrap_or(any).to_string(),
+            "--http-listen".to_owned(),
+            self.options.http.unwrap_or(any).to_string(),
+            "--model".to_owned(),
+            self.model.display().to_string(),
+        ];
+        push(&mut arguments, "--model-name", &self.options.model_name);
+        push(
+            &mut arguments,
+            "--local-prefill",
+            &self.options.local_prefill,
+        );
+        arguments
+    }
+
+    fn node_arguments(&self, name: &str, cluster: SocketAddr) -> Vec<String> {
+        let options = &self.options;
+        let nodes = (options.prefill + options.decode) as usize;
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let threads = options.threads.unwrap_or((cores / nodes).max(1));
+        let mut arguments = vec![
+            "--model".to_owned(),
+            self.model.display().to_string(),
+            "--coordinator".to_owned(),
+            cluster.to_string(),
+            "--state".to_owned(),
+            self.state.join(name).display().to_string(),
+            "--threads".to_owned(),
+            threads.to_string(),
+        ];
+        push(&mut arguments, "--model-name", &options.model_name);
+        push(&mut arguments, "--load-format", &options.load_format);
+        push(&mut arguments, "--block-tokens", &options.block_tokens);
+        push(&mut arguments, "--kv-blocks", &options.kv_blocks);
+        push(
+            &mut arguments,
+            "--max-batch-tokens",
+            &options.max_batch_tokens,
+        );
+        push(&mut arguments, "--max-model-len", &options.max_model_len);
+        arguments
+    }
+
+    /// Issues an identity and starts a daemon with it.
+    fn spawn(
+        &mut self,
+        daemon: &str,
+        name: &str,
+        part: Part,
+        arguments: Vec<String>,
+    ) -> Result<(), StartError> {
+        let folder = self.state.join(name);
+        let identity = folder.join("identity");
+        std::fs::create_dir_all(&folder).map_err(state_error(&folder))?;
+        remove(&identity)?;
+        let node = name.parse().expect("role and number make a node name");
+        self.ca.issue(part, &node, &[], &identity)?;
+
+        let program = self.daemons.join(daemon);
+        let mut command = Command::new(&program);
+        // What is set for this program is not meant for the daemons.
+        for (key, _) in std::env::vars_os() {
+            if key
+                .to_str()
+                .is_some_and(|key| key.starts_with("BATON_") && key != "BATON_LOG")
+            {
+                command.env_remove(key);
+            }
+        }
+        command.arg("--identity").arg(&identity).args(arguments);
+        // Ctrl-C at a terminal goes to all processes of its group; here it is for this one.
+        std::os::unix::process::CommandExt::process_group(&mut command, 0);
+        let log = folder.join("log");
+        let started = Process::start(name, command, &log, !self.options.quiet);
+        self.processes
+            .push(started.map_err(|source| match source.kind() {
+                std::io::ErrorKind::NotFound => StartError::NoDaemon(program),
+                _ => StartError::State {
+                    path: program,
+                    source,
+                },
+            })?);
+        Ok(())
+    }
+
+    async fn ready_line(&mut self, index: usize) -> Result<String, StartError> {
+        let process = &mut self.processes[index];
+        match process.started().await {
+            Life::Ready(line) => Ok(line),
+            Life::Ended(status) => Err(failed(process, status)),
+            Life::Starting => unreachable!("waited for"),
+        }
+    }
+
+    /// Waits until the coordinator says that a request would be served and all nodes have joined.
+    async fn served(&mut self, grpc: SocketAddr) -> Result<(), StartError> {
+        let endpoint = tonic::transport::Endpoint::from_shared(format!("http://{grpc}"))
+            .expect("an address makes a URI");
+        let mut client = ClusterClient::new(endpoint.connect_lazy());
+        loop {
+            match client
+                .get_status(GetStatusRequest {})
+                .await
+                .map(tonic::Response::into_inner)
+            {
+                Ok(status) if self.all_joined(&status) => return Ok(()),
+                Ok(status) => self.last_reason = reason(&status),
+                Err(error) => self.last_reason = error.message().to_owned(),
+            }
+            let ended = self.processes.iter().find(|process| process.has_ended());
+            if let Some(process) = ended {
+                return Err(failed(process, process.ended().await));
+            }
+            tokio::time::sleep(STATUS_PAUSE).await;
+        }
+    }
+
+    fn all_joined(&self, status: &GetStatusResponse) -> bool {
+        status.ready
+            && status.prefill_nodes >= self.options.prefill
+            && status.decode_nodes >= self.options.decode
+    }
+
+    /// Leaves `cluster.json` in the state folder.
+    pub(super) fn write_state_file(
+        &self,
+        grpc: SocketAddr,
+        http: SocketAddr,
+    ) -> Result<(), StartError> {
+        let processes = self.processes.iter();
+        let processes = processes
+            .map(|process| StateProcess {
+                id: &process.name,
+                pid: process.pid,
+                log: &process.log,
+            })
+            .collect();
+        StateFile {
+            grpc,
+            http,
+            processes,
+        }
+        .write(&self.state)
+    }
+}
+
+fn push(arguments: &mut Vec<String>, flag: &str, value: &Option<impl ToString>) {
+    if let Some(value) = value {
+        arguments.extend([flag.to_owned(), value.to_string()]);
+    }
+}
+
+fn reason(status: &GetStatusResponse) -> String {
+    let joined = format!(
+        "{} prefill, {} decode",
+        status.prefill_nodes, status.decode_nodes
+    );
+    match status.reason.as_str() {
+        "" => format!("joined nodes: {joined}"),
+        reason => format!("{reason} (joined nodes: {joined})"),
+    }
+}
+
+fn failed(process: &Process, status: ExitStatus) -> StartError {
+    StartError::Ended {
+        name: process.name.clone(),
+        status,
+        log_tail: process.log_tail(),
+    }
+}
+
+/// The value of `key=ADDR` in a ready line.
+fn address(line: &str, key: &str) -> Option<SocketAddr> {
+    let value = line
+        .split_whitespace()
+        .find_map(|word| word.strip_prefix(key)?.strip_prefix('='));
+    value?.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ready_lines_name_addresses() {
+        let line = "ready cluster=127.0.0.1:1 grpc=127.0.0.1:2 http=[::1]:3";
+        assert_eq!(address(line, "cluster"), "127.0.0.1:1".parse().ok());
+        assert_eq!(address(line, "http"), "[::1]:3".parse().ok());
+        assert_eq!(address(line, "metrics"), None);
+        assert_eq!(address("ready grpc=x", "grpc"), None);
+    }
+}

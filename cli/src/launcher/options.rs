@@ -1,0 +1,80 @@
+//! What a cluster on this machine consists of.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+/// What to run. The default is one prefill and one decode node with the bundled demo model.
+#[derive(clap::Args, Clone, Debug)]
+pub struct ClusterOptions {
+    /// Folder of the model [default: the bundled demo model]
+    #[arg(long, value_name = "DIR")]
+    pub model: Option<PathBuf>,
+    /// Prefill nodes
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub prefill: u32,
+    /// Decode nodes
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+    pub decode: u32,
+    /// Where the OpenAI-compatible HTTP API listens [default: a free loopback port]
+    #[arg(long, value_name = "ADDR")]
+    pub http: Option<SocketAddr>,
+    /// Where the gRPC API listens [default: a free loopback port]
+    #[arg(long, value_name = "ADDR")]
+    pub grpc: Option<SocketAddr>,
+    /// Folder for certificates, logs and cluster.json [default: a temporary one]
+    #[arg(long, value_name = "DIR")]
+    pub state: Option<PathBuf>,
+    /// Name that clients use for the model [default: the folder's name]
+    #[arg(long, value_name = "NAME")]
+    pub model_name: Option<String>,
+    /// `safetensors`, or `dummy` for made-up weights
+    #[arg(long, value_name = "FORMAT")]
+    pub load_format: Option<String>,
+    /// Tokens of a KV block
+    #[arg(long, value_name = "N")]
+    pub block_tokens: Option<u32>,
+    /// KV blocks of each node
+    #[arg(long, value_name = "N")]
+    pub kv_blocks: Option<u64>,
+    /// Most tokens that a node computes in one step
+    #[arg(long, value_name = "N")]
+    pub max_batch_tokens: Option<u32>,
+    /// Most tokens of a sequence, prompt and output
+    #[arg(long, value_name = "N")]
+    pub max_model_len: Option<u32>,
+    /// Compute threads of each node [default: the machine's cores, divided among the nodes]
+    #[arg(long, value_name = "N")]
+    pub threads: Option<usize>,
+    /// When decode nodes compute prompts themselves: `auto`, `never`
+    #[arg(long, value_name = "WHEN")]
+    pub local_prefill: Option<String>,
+    /// Folder of the daemons [default: the folder of this program]
+    #[arg(long, value_name = "DIR")]
+    pub daemons: Option<PathBuf>,
+    /// Show no progress on standard error
+    #[arg(long)]
+    pub quiet: bool,
+}
+
+impl Default for ClusterOptions {
+    fn default() -> Self {
+        Self {
+            model: None,
+            prefill: 1,
+            decode: 1,
+            http: None,
+            grpc: None,
+            state: None,
+            model_name: None,
+            load_format: None,
+            block_tokens: None,
+            kv_blocks: None,
+            max_batch_tokens: None,
+            max_model_len: None,
+            threads: None,
+            local_prefill: None,
+            daemons: None,
+            quiet: false,
+        }
+    }
+}

@@ -1,0 +1,200 @@
+//! The process of a node: configuration, start, signals, end.
+
+use std::io::Write;
+use std::process::ExitCode;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use baton_engine::EngineConfig;
+use baton_engine::model::{LoadError, Model};
+use baton_identity::{Identity, Part};
+use baton_kvtransfer::{BindError, Endpoint, Timing};
+use baton_proto::ids::{NodeId, Role};
+use tokio::net::TcpListener;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+
+use crate::config::{Config, ConfigError};
+use crate::epoch::next_epoch;
+use crate::hub::Event;
+use crate::node::{Node, Setup};
+use crate::settings::Settings;
+use crate::telemetry;
+
+/// Threads for sockets and timers; computing has its own.
+const RUNTIME_THREADS: usize = 2;
+/// How long the end waits for peers to be told.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// Why a node did not start. Trying again does not help before what it names has changed.
+#[derive(Debug, thiserror::Error)]
+enum StartError {
+    #[error(transparent)]
+    Identity(#[from] baton_identity::LoadError),
+    #[error("the identity is coordinator {0}'s; a node needs its own, from `baton certs issue`")]
+    NotANode(NodeId),
+    #[error("state folder: {0}")]
+    State(std::io::Error),
+    #[error(transparent)]
+    Bind(#[from] BindError),
+    #[error("cannot serve metrics: {0}")]
+    Metrics(std::io::Error),
+    #[error("{0}")]
+    Load(#[from] LoadError),
+    #[error("cannot watch for signals: {0}")]
+    Signals(std::io::Error),
+}
+
+/// The `main` of a daemon: runs a node of `role` until it is told to stop, with `serve` doing the
+/// role's work. Exit status 2: the configuration is wrong; 1: the node could not start.
+pub fn main<J, T: Send + 'static>(
+    role: Role,
+    name: &'static str,
+    about: &'static str,
+    serve: impl AsyncFnOnce(&mut Node<J, T>),
+) -> ExitCode {
+    let config = match configure(name, about) {
+        Ok(config) => config,
+        Err(error) => {
+            eprintln!("{name}: {error}");
+            return ExitCode::from(2);
+        }
+    };
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(RUNTIME_THREADS)
+        .enable_all()
+        .build()
+        .expect("a runtime needs only threads");
+    let result = runtime.block_on(run(config, role, serve));
+    // A model that is still loading would hold the process up.
+    runtime.shutdown_background();
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("{name}: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn configure(name: &'static str, about: &'static str) -> Result<Config, String> {
+    let text = |error: ConfigError| error.to_string();
+    let settings = Settings::from_process(name, about).map_err(text)?;
+    let config = Config::try_from(settings).map_err(text)?;
+    telemetry::start_logging(&config.log, config.log_json)?;
+    Ok(config)
+}
+
+async fn run<J, T: Send + 'static>(
+    config: Config,
+    role: Role,
+    serve: impl AsyncFnOnce(&mut Node<J, T>),
+) -> Result<(), StartError> {
+    let mut stop = Stop::new().map_err(StartError::Signals)?;
+    let drain_timeout = config.drain_timeout;
+    let mut node = tokio::select! {
+        node = start(config, role) => node?,
+        () = stop.requested() => return Ok(()),
+    };
+    let (events, endpoint) = (node.events.clone(), node.endpoint.clone());
+    let stopped = async {
+        stop.requested().await;
+        tracing::info!("draining: taking nothing new, finishing what runs");
+        // A closed hub has drained.
+        let _ = events.send(Event::Drain).await;
+        tokio::select! {
+            () = tokio::time::sleep(drain_timeout) => tracing::warn!("not drained in time"),
+            () = stop.requested() => tracing::warn!("told again to stop"),
+        }
+    };
+    tokio::select! {
+        () = serve(&mut node) => tracing::info!("drained"),
+        () = stopped => {}
+    }
+    node.leave().await;
+    let _ = tokio::time::timeout(CLOSE_TIMEOUT, endpoint.close()).await;
+    Ok(())
+}
+
+async fn start<J, T: Send + 'static>(config: Config, role: Role) -> Result<Node<J, T>, StartError> {
+    // Everything that can be wrong is found before the long part, loading.
+    let identity = Identity::load(&config.identity)?;
+    if identity.part() != Part::Node {
+        return Err(StartError::NotANode(identity.node_id().clone()));
+    }
+    let name = identity.node_id().clone();
+    let now = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default();
+    let epoch =
+        next_epoch(config.state.as_deref(), now.as_millis() as u64).map_err(StartError::State)?;
+    let endpoint = Endpoint::bind(config.kv_listen, &identity, epoch, Timing::default())?;
+    let kv_address = config.kv_address(endpoint.local_addr());
+    let metrics = match config.metrics_listen {
+        Some(address) => Some(
+            TcpListener::bind(address)
+                .await
+                .map_err(StartError::Metrics)?,
+        ),
+        None => None,
+    };
+
+    let (model, config) = load(config).await?;
+    let setup = Setup {
+        role,
+        identity,
+        epoch,
+        endpoint,
+        kv_address: kv_address.clone(),
+        model_name: config.model_name.clone(),
+        revision: model.revision(),
+        engine: engine_config(&config, &model),
+        coordinators: config.coordinators,
+    };
+    let node = Node::start(setup, Box::new(model));
+    if let Some(listener) = metrics {
+        let engine = node.engine.clone();
+        tokio::spawn(telemetry::serve_metrics(listener, move || engine.report()));
+    }
+    // Whoever started the daemon may have closed its end.
+    let _ = writeln!(std::io::stdout(), "ready {role}={name} kv={kv_address}");
+    Ok(node)
+}
+
+async fn load(config: Config) -> Result<(Model, Config), StartError> {
+    let loading = tokio::task::spawn_blocking(move || (crate::load::load(&config), config));
+    let (model, config) = loading.await.expect("loading returns its errors");
+    Ok((model?, config))
+}
+
+fn engine_config(config: &Config, model: &Model) -> EngineConfig {
+    let geometry = baton_engine::Forward::geometry(model, config.block_tokens);
+    EngineConfig {
+        block_tokens: config.block_tokens as usize,
+        kv_blocks: config.kv_size.blocks(geometry.block_bytes()),
+        max_batch_tokens: config.max_batch_tokens,
+        max_sequences: config.max_sequences,
+        max_waiting: config.max_waiting,
+    }
+}
+
+/// SIGTERM and SIGINT.
+struct Stop {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Stop {
+    fn new() -> std::io::Result<Self> {
+        let (terminate, interrupt) = (SignalKind::terminate(), SignalKind::interrupt());
+        Ok(Self {
+            terminate: signal(terminate)?,
+            interrupt: signal(interrupt)?,
+        })
+    }
+
+    async fn requested(&mut self) {
+        tokio::select! {
+            _ = self.terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
+        }
+    }
+}

@@ -1,0 +1,60 @@
+//! Loading the model, with progress for people on standard error.
+
+use std::io::Write;
+use std::time::{Duration, Instant};
+
+use baton_engine::model::{LoadError, LoadFormat, LoadOptions, Model};
+
+use crate::config::{self, Config};
+
+/// The seed of made-up weights: equal on all nodes, which then can exchange KV.
+const DUMMY_SEED: u64 = 0;
+
+/// Loads the configured model. Blocks for as long as that takes.
+pub fn load(config: &Config) -> Result<Model, LoadError> {
+    let begun = Instant::now();
+    let mut shown = None;
+    Model::load(LoadOptions {
+        dir: &config.model,
+        format: match config.load_format {
+            config::LoadFormat::Safetensors => LoadFormat::Safetensors,
+            config::LoadFormat::Dummy => LoadFormat::Dummy { seed: DUMMY_SEED },
+        },
+        threads: config.threads,
+        max_model_len: config.max_model_len,
+        on_progress: &mut |progress| {
+            let percent = percent(progress.done_bytes, progress.total_bytes);
+            // At most a hundred lines, whatever the model's size.
+            if shown.replace(percent) != Some(percent) {
+                // Nobody may be reading.
+                let _ = writeln!(
+                    std::io::stderr(),
+                    "{}",
+                    line(percent, progress.done_bytes, begun.elapsed())
+                );
+            }
+        },
+    })
+}
+
+fn percent(done: u64, total: u64) -> u64 {
+    (u128::from(done) * 100 / u128::from(total.max(1))) as u64
+}
+
+/// For example `loading 42 %, 1.25 GB/s`.
+fn line(percent: u64, done_bytes: u64, elapsed: Duration) -> String {
+    let speed = done_bytes as f64 / elapsed.as_secs_f64().max(1e-9) / 1e9;
+    format!("loading {percent} %, {speed:.2} GB/s")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_say_share_and_speed() {
+        assert_eq!(percent(u64::MAX / 2, u64::MAX), 49);
+        assert_eq!(percent(0, 0), 0);
+        assert_eq!(line(50, 5 << 30, Duration::from_secs(2)), "loading 50 %, 2.68 GB/s");
+    }
+}

@@ -1,0 +1,124 @@
+//! The parts of a running node, put together: engine, KV endpoint, hub, and one task per
+//! coordinator. The daemons and the tests start nodes here.
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::time::Duration;
+
+use baton_engine::{Engine, EngineConfig, Forward};
+use baton_identity::Identity;
+use baton_kvtransfer::{Endpoint, TRANSPORTS};
+use baton_proto::hash::ModelRoot;
+use baton_proto::ids::{Epoch, Role};
+use baton_proto::message::Hello;
+use tokio::sync::{mpsc, watch};
+
+use crate::hub::{Event, Hub, MAX_EVENTS};
+use crate::join::Joiner;
+
+/// How long leaving may take, a second to carry what is queued included.
+const LEAVE_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// What a node is made of.
+pub struct Setup {
+    /// What it does.
+    pub role: Role,
+    /// Who it is.
+    pub identity: Identity,
+    /// Which life of it this is.
+    pub epoch: Epoch,
+    /// Moves its KV.
+    pub endpoint: Endpoint,
+    /// `host:port` under which other nodes reach `endpoint`.
+    pub kv_address: String,
+    /// Name of the model.
+    pub model_name: String,
+    /// Identity of the model's content.
+    pub revision: [u8; 32],
+    /// Sizes of the engine.
+    pub engine: EngineConfig,
+    /// Cluster addresses of all coordinators.
+    pub coordinators: Vec<String>,
+}
+
+/// A running node, as its role sees it. `J` is what the role keeps of a job, `T` how its
+/// transfers end. Dropping it leaves every coordinator.
+pub struct Node<J, T> {
+    /// Gives the role its inputs.
+    pub hub: Hub<J, T>,
+    /// Takes further events for the hub.
+    pub events: mpsc::Sender<Event<T>>,
+    /// Computes.
+    pub engine: Engine,
+    /// Moves KV.
+    pub endpoint: Endpoint,
+    /// What the coordinators know about the node.
+    pub hello: Hello,
+    sessions: tokio::task::JoinSet<()>,
+}
+
+impl<J, T: Send + 'static> Node<J, T> {
+    /// Starts a node that serves `model`. Must be called in a tokio runtime.
+    pub fn start(setup: Setup, model: Box<dyn Forward>) -> Self {
+        let hello = hello(&setup, &*model);
+        let (events, received) = mpsc::channel(MAX_EVENTS);
+        let sink = events.clone();
+        let engine = Engine::start(
+            setup.engine,
+            model,
+            // The engine's own thread waits here if the hub falls behind.
+            Box::new(move |event| drop(sink.blocking_send(Event::Engine(event)))),
+        );
+        let (draining, is_draining) = watch::channel(false);
+        let hub = Hub::new(received, engine.clone(), hello.clone(), draining);
+        let joiner = Arc::new(Joiner {
+            identity: setup.identity,
+            hello: hello.clone(),
+            engine: engine.clone(),
+            hub: events.clone(),
+            draining: is_draining,
+            streams: AtomicU64::new(0),
+        });
+        let mut sessions = tokio::task::JoinSet::new();
+        for coordinator in setup.coordinators {
+            sessions.spawn(joiner.clone().keep_joined(coordinator));
+        }
+        Self {
+            hub,
+            events,
+            engine,
+            endpoint: setup.endpoint,
+            hello,
+            sessions,
+        }
+    }
+}
+
+impl<J, T> Node<J, T> {
+    /// Leaves every coordinator, after what is still to be told has been, or a bounded wait.
+    pub async fn leave(self) {
+        let Self {
+            hub, mut sessions, ..
+        } = self;
+        // Ends the streams.
+        drop(hub);
+        let all = async { while sessions.join_next().await.is_some() {} };
+        let _ = tokio::time::timeout(LEAVE_TIMEOUT, all).await;
+    }
+}
+
+fn hello(setup: &Setup, model: &dyn Forward) -> Hello {
+    let geometry = model.geometry(setup.engine.block_tokens as u32);
+    Hello {
+        role: setup.role,
+        epoch: setup.epoch,
+        model: setup.model_name.clone(),
+        root: ModelRoot::new(&setup.revision, &geometry),
+        geometry,
+        max_model_len: model.max_model_len() as u32,
+        vocab_size: model.vocab_size() as u32,
+        total_blocks: setup.engine.kv_blocks as u64,
+        kv_address: setup.kv_address.clone(),
+        transports: TRANSPORTS.iter().map(ToString::to_string).collect(),
+    }
+}
