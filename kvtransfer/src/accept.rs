@@ -47,9 +47,8 @@ async fn greet(
     connecting: Connecting,
 ) -> Result<(Connection, Hello, Control), LinkError> {
     let patience = shared.timing.message;
-    let connection = timeout(patience, connecting)
-        .await
-        .map_err(|_| LinkError::Slow("the handshake"))??;
+    let connection =
+        timeout(patience, connecting).await.map_err(|_| LinkError::Slow("the handshake"))??;
     let hello = async {
         peer_of(&connection)?;
         let (mut send, mut receive) = timeout(patience, connection.accept_bi())

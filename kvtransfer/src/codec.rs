@@ -43,11 +43,7 @@ impl<'a> Reader<'a> {
         what: &'static str,
     ) -> Result<u32, FrameError> {
         let value = self.u32()?;
-        if range.contains(&value) {
-            Ok(value)
-        } else {
-            Err(FrameError::OutOfRange { what, value })
-        }
+        if range.contains(&value) { Ok(value) } else { Err(FrameError::OutOfRange { what, value }) }
     }
 
     /// A list whose length is in front. Grows as items are read, never ahead of them.
@@ -84,10 +80,7 @@ impl<'a> Reader<'a> {
 
     pub(crate) fn layer_run(&mut self) -> Result<LayerRun, FrameError> {
         let layer = self.within(0..=MAX_LAYERS - 1, "layer")?;
-        Ok(LayerRun {
-            layer,
-            run: self.run()?,
-        })
+        Ok(LayerRun { layer, run: self.run()? })
     }
 
     pub(crate) fn geometry(&mut self) -> Result<KvGeometry, FrameError> {
@@ -102,10 +95,7 @@ impl<'a> Reader<'a> {
         let value = geometry.piece_bytes();
         if value > MAX_PIECE_BYTES {
             let value = u32::try_from(value).unwrap_or(u32::MAX);
-            return Err(FrameError::OutOfRange {
-                what: "bytes of a piece",
-                value,
-            });
+            return Err(FrameError::OutOfRange { what: "bytes of a piece", value });
         }
         Ok(geometry)
     }
@@ -115,19 +105,12 @@ impl<'a> Reader<'a> {
             0 => Ok(KvDtype::F32),
             1 => Ok(KvDtype::Bf16),
             2 => Ok(KvDtype::F16),
-            code => Err(FrameError::UnknownCode {
-                what: "element type",
-                code,
-            }),
+            code => Err(FrameError::UnknownCode { what: "element type", code }),
         }
     }
 
     pub(crate) fn first_token(&mut self) -> Result<FirstToken, FrameError> {
-        Ok(FirstToken {
-            token: self.u32()?,
-            logprobs: self.logprobs()?,
-            finish: self.finish()?,
-        })
+        Ok(FirstToken { token: self.u32()?, logprobs: self.logprobs()?, finish: self.finish()? })
     }
 
     fn logprobs(&mut self) -> Result<Option<Logprobs>, FrameError> {
@@ -139,10 +122,7 @@ impl<'a> Reader<'a> {
                     Ok((r.u32()?, r.f32()?))
                 })?,
             })),
-            code => Err(FrameError::UnknownCode {
-                what: "log-probabilities",
-                code,
-            }),
+            code => Err(FrameError::UnknownCode { what: "log-probabilities", code }),
         }
     }
 
@@ -152,10 +132,7 @@ impl<'a> Reader<'a> {
             1 => Ok(Some(NodeFinish::EndOfSequence)),
             2 => Ok(Some(NodeFinish::StopToken(self.u32()?))),
             3 => Ok(Some(NodeFinish::Length)),
-            code => Err(FrameError::UnknownCode {
-                what: "finish",
-                code,
-            }),
+            code => Err(FrameError::UnknownCode { what: "finish", code }),
         }
     }
 }

@@ -104,9 +104,7 @@ async fn keep_link(shared: &Arc<Shared>, dialer: &Arc<Dialer>) -> Option<SendErr
         if let Some(error) = error.fatal() {
             return Some(error);
         }
-        dialer
-            .state
-            .send_replace(LinkState::Down(error.to_string()));
+        dialer.state.send_replace(LinkState::Down(error.to_string()));
         {
             let mut dialers = lock(&shared.dialers);
             if dialer.state.receiver_count() == 0 {
@@ -135,12 +133,7 @@ async fn connect(shared: &Shared, peer: &Peer) -> Result<Connected, LinkError> {
         Ok((send, receive)) => {
             let id = shared.next_link();
             let (link, queue) = Link::new(id, peer.node.clone(), peer.epoch, connection);
-            Ok(Connected {
-                link,
-                queue,
-                send,
-                receive,
-            })
+            Ok(Connected { link, queue, send, receive })
         }
         Err(error) => {
             close(&connection, error.close_code());
@@ -156,10 +149,8 @@ async fn handshake(shared: &Shared, peer: &Peer) -> Result<Connection, LinkError
     }
     let name = node_server_name(&peer.node);
     let dial = |error: quinn::ConnectError| LinkError::Dial(error.to_string());
-    let connecting = shared
-        .quic
-        .connect_with(shared.client.clone(), address, &name.to_str())
-        .map_err(dial)?;
+    let connecting =
+        shared.quic.connect_with(shared.client.clone(), address, &name.to_str()).map_err(dial)?;
     Ok(connecting.await?)
 }
 
@@ -187,22 +178,14 @@ async fn greet(
     write_frame(&mut send, &Frame::Hello(Hello::new(shared.epoch))).await?;
     let hello = read_hello(&mut receive, shared.timing.message).await?;
     if hello.epoch != peer.epoch {
-        return Err(LinkError::Epoch {
-            expected: peer.epoch.0,
-            theirs: hello.epoch.0,
-        });
+        return Err(LinkError::Epoch { expected: peer.epoch.0, theirs: hello.epoch.0 });
     }
     Ok((send, receive))
 }
 
 /// Runs a connection to its end.
 async fn serve(shared: &Shared, dialer: &Dialer, connected: Connected) -> LinkError {
-    let Connected {
-        link,
-        queue,
-        send,
-        receive,
-    } = connected;
+    let Connected { link, queue, send, receive } = connected;
     let link = Arc::new(link);
     dialer.state.send_replace(LinkState::Up(link.clone()));
     let error = tokio::select! {

@@ -65,10 +65,7 @@ impl Endpoint {
         epoch: Epoch,
         timing: Timing,
     ) -> Result<Self, BindError> {
-        let socket_error = |error| BindError::Socket {
-            address: listen,
-            error,
-        };
+        let socket_error = |error| BindError::Socket { address: listen, error };
         let (quic, client) = transport::bind(listen, identity, &timing).map_err(socket_error)?;
         let address = quic.local_addr().map_err(socket_error)?;
         let shared = Arc::new(Shared {
@@ -85,10 +82,7 @@ impl Endpoint {
             dialers: Mutex::default(),
         });
         shared.runtime.spawn(accept::accept_links(shared.clone()));
-        Ok(Self {
-            _closes: Arc::new(ClosesOnDrop(shared.clone())),
-            shared,
-        })
+        Ok(Self { _closes: Arc::new(ClosesOnDrop(shared.clone())), shared })
     }
 
     /// Where it listens.

@@ -93,11 +93,7 @@ impl Hello {
     /// What this build says.
     #[must_use]
     pub fn new(epoch: Epoch) -> Self {
-        Self {
-            oldest: *VERSIONS.start(),
-            newest: *VERSIONS.end(),
-            epoch,
-        }
+        Self { oldest: *VERSIONS.start(), newest: *VERSIONS.end(), epoch }
     }
 
     /// The version that both ends then speak: the newest that both know.
@@ -339,20 +335,15 @@ impl Frame {
     pub fn decode(bytes: &[u8]) -> Result<Self, FrameError> {
         let mut r = Reader(bytes);
         let frame = match r.u8()? {
-            1 => Self::Hello(Hello {
-                oldest: r.u32()?,
-                newest: r.u32()?,
-                epoch: Epoch(r.u64()?),
-            }),
+            1 => Self::Hello(Hello { oldest: r.u32()?, newest: r.u32()?, epoch: Epoch(r.u64()?) }),
             2 => Self::Offer(Offer {
                 manifest: Manifest {
                     transfer: r.transfer()?,
                     root: ModelRoot(r.bytes()?),
                     geometry: r.geometry()?,
                     blocks: r.blocks()?,
-                    hashes: r.list(MAX_BLOCKS as usize, "hash count", |r| {
-                        r.bytes().map(BlockHash)
-                    })?,
+                    hashes: r
+                        .list(MAX_BLOCKS as usize, "hash count", |r| r.bytes().map(BlockHash))?,
                 },
                 lease: r.duration()?,
             }),
@@ -379,10 +370,7 @@ impl Frame {
 fn reason(code: u8) -> Result<Reason, FrameError> {
     match REASONS.get(usize::from(code)) {
         Some(&(reason, _)) => Ok(reason),
-        None => Err(FrameError::UnknownCode {
-            what: "reason",
-            code,
-        }),
+        None => Err(FrameError::UnknownCode { what: "reason", code }),
     }
 }
 

@@ -51,11 +51,7 @@ pub(crate) struct Grid {
 impl Grid {
     pub(crate) fn new(layers: u32, blocks: u32) -> Self {
         let pieces = layers as usize * blocks as usize;
-        Self {
-            blocks,
-            words: vec![0; pieces.div_ceil(64)],
-            len: 0,
-        }
+        Self { blocks, words: vec![0; pieces.div_ceil(64)], len: 0 }
     }
 
     /// Adds a piece; false if it was there.

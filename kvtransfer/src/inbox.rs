@@ -77,11 +77,7 @@ impl<S: Clone, L: Origin> Inbox<S, L> {
             return None;
         }
         let waiting = self.pending.remove(&(from.clone(), id));
-        let expected = Expected {
-            from,
-            epoch,
-            receiver,
-        };
+        let expected = Expected { from, epoch, receiver };
         self.expected.insert(id, expected);
         Some(waiting.map(|pending| (pending.link, pending.offer)))
     }
@@ -103,11 +99,7 @@ impl<S: Clone, L: Origin> Inbox<S, L> {
         if !self.has_room(&key, offer.manifest.hashes.len()) {
             return cancel(id, Reason::Busy);
         }
-        let pending = Pending {
-            link: link.clone(),
-            offer,
-            until: now + self.patience,
-        };
+        let pending = Pending { link: link.clone(), offer, until: now + self.patience };
         self.pending.insert(key, pending);
         Routed::Wait
     }

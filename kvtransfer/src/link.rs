@@ -74,10 +74,9 @@ impl LinkError {
         match self {
             Self::Connection(error) => fatal(error),
             Self::Identity(what) => Some(SendError::WrongPeer(what.clone())),
-            Self::Epoch { expected, theirs } => Some(SendError::WrongEpoch {
-                expected: *expected,
-                theirs: *theirs,
-            }),
+            Self::Epoch { expected, theirs } => {
+                Some(SendError::WrongEpoch { expected: *expected, theirs: *theirs })
+            }
             Self::Frame(_) | Self::Unexpected(_) => {
                 Some(SendError::Protocol("what it sent is not in the protocol"))
             }
@@ -159,13 +158,7 @@ impl Link {
         connection: Connection,
     ) -> (Self, mpsc::Receiver<Frame>) {
         let (frames, queue) = mpsc::channel(MAX_QUEUED_FRAMES);
-        let link = Self {
-            id,
-            peer,
-            epoch,
-            connection,
-            frames,
-        };
+        let link = Self { id, peer, epoch, connection, frames };
         (link, queue)
     }
 

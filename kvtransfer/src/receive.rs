@@ -59,11 +59,7 @@ impl ReceiveHandle {
             Ok(transfer) => (Some(transfer.clone()), transfer.outcome()),
             Err(error) => (None, watch::channel(Some(Err(error))).1),
         };
-        Self {
-            shared: shared.clone(),
-            transfer,
-            outcome,
-        }
+        Self { shared: shared.clone(), transfer, outcome }
     }
 
     /// Stops the transfer and tells the sender. Does not block.
@@ -104,20 +100,14 @@ fn begin(shared: &Arc<Shared>, incoming: Incoming) -> Result<Arc<Inbound>, Recei
     let piece_bytes = incoming.geometry.piece_bytes();
     let transfer = Arc::new(Inbound {
         piece_bytes,
-        state: Mutex::new(State {
-            machine,
-            sink: Some(incoming.sink),
-            link: None,
-        }),
+        state: Mutex::new(State { machine, sink: Some(incoming.sink), link: None }),
         deadline: Notify::new(),
         outcome: watch::Sender::new(None),
     });
     let offer = lock(&shared.inbox)
         .expect(id, incoming.from, incoming.epoch, transfer.clone())
         .ok_or(ReceiveError::Busy)?;
-    shared
-        .runtime
-        .spawn(keep_deadlines(shared.clone(), transfer.clone()));
+    shared.runtime.spawn(keep_deadlines(shared.clone(), transfer.clone()));
     if let Some((link, offer)) = offer {
         take_offer(shared, &link, offer);
     }
@@ -205,10 +195,8 @@ impl Inbound {
             return false;
         };
         let now = Instant::now();
-        let (mut ordinal, mut within) = (
-            unit.run.first + (offset / self.piece_bytes) as u32,
-            offset % self.piece_bytes,
-        );
+        let (mut ordinal, mut within) =
+            (unit.run.first + (offset / self.piece_bytes) as u32, offset % self.piece_bytes);
         let mut rest = bytes;
         while !rest.is_empty() {
             let (part, next) = rest.split_at(rest.len().min(self.piece_bytes - within));
@@ -227,11 +215,7 @@ impl Inbound {
 
     fn follow(&self, link: &Arc<Link>) {
         let mut state = lock(&self.state);
-        if state
-            .link
-            .as_ref()
-            .is_none_or(|current| current.id < link.id)
-        {
+        if state.link.as_ref().is_none_or(|current| current.id < link.id) {
             state.link = Some(link.clone());
         }
     }

@@ -206,8 +206,7 @@ impl Receiver {
         }
         if self.link.is_some() && now >= self.beat_at {
             self.beat_at = now + self.beat;
-            self.frames
-                .push_back(Frame::Heartbeat(self.manifest.transfer));
+            self.frames.push_back(Frame::Heartbeat(self.manifest.transfer));
         }
     }
 
@@ -261,19 +260,12 @@ impl Receiver {
     }
 
     fn grant(&self) -> Grant {
-        let wanted = Run {
-            first: self.held,
-            count: self.manifest.blocks - self.held,
-        };
+        let wanted = Run { first: self.held, count: self.manifest.blocks - self.held };
         let layers = 0..self.manifest.geometry.layers;
         Grant {
             transfer: self.manifest.transfer,
             lease: self.lease,
-            wanted: if wanted.count > 0 {
-                vec![wanted]
-            } else {
-                Vec::new()
-            },
+            wanted: if wanted.count > 0 { vec![wanted] } else { Vec::new() },
             landed: layers
                 .flat_map(|layer| self.landed.layer_runs(layer))
                 .take(MAX_LANDED_RUNS)
@@ -304,8 +296,7 @@ impl Receiver {
         if self.retries > MAX_RETRIES {
             return self.fail(ReceiveError::Corrupt);
         }
-        self.frames
-            .push_back(Frame::Retry(self.manifest.transfer, pieces));
+        self.frames.push_back(Frame::Retry(self.manifest.transfer, pieces));
     }
 
     fn complete_if_all_landed(&mut self) {

@@ -63,16 +63,10 @@ impl SendHandle {
     pub(crate) fn start(shared: &Arc<Shared>, outgoing: Outgoing) -> Self {
         let (tell, outcome) = watch::channel(None);
         match begin(shared, outgoing, &tell) {
-            Ok(transfer) => Self {
-                transfer: Some(transfer),
-                outcome,
-            },
+            Ok(transfer) => Self { transfer: Some(transfer), outcome },
             Err(error) => {
                 tell.send_replace(Some(Err(error)));
-                Self {
-                    transfer: None,
-                    outcome,
-                }
+                Self { transfer: None, outcome }
             }
         }
     }
@@ -130,10 +124,7 @@ fn begin(
     };
     let machine = Sender::new(Instant::now(), manifest, shared.timing)?;
     let transfer = Arc::new(Outbound {
-        state: Mutex::new(State {
-            machine,
-            link: None,
-        }),
+        state: Mutex::new(State { machine, link: None }),
         deadline: Notify::new(),
         payload: Notify::new(),
     });
@@ -240,11 +231,7 @@ async fn run(
     // Also after success: the receiver has everything, and what QUIC still holds is let go.
     stream.abandon();
     let state = lock(&transfer.state);
-    state
-        .machine
-        .outcome()
-        .cloned()
-        .expect("the transfer has ended")
+    state.machine.outcome().cloned().expect("the transfer has ended")
 }
 
 /// Follows the connection and keeps the deadlines, until the machine has ended.

@@ -207,8 +207,7 @@ impl Sender {
         }
         if self.phase == Phase::Granted && now >= self.beat_at {
             self.beat_at = now + self.beat;
-            self.frames
-                .push_back(Frame::Heartbeat(self.manifest.transfer));
+            self.frames.push_back(Frame::Heartbeat(self.manifest.transfer));
         }
     }
 
@@ -233,13 +232,7 @@ impl Sender {
         let next = self.queue.front_mut()?;
         let most = (UNIT_BYTES / self.manifest.geometry.piece_bytes()).max(1) as u32;
         let count = next.run.count.min(most);
-        let unit = LayerRun {
-            layer: next.layer,
-            run: Run {
-                first: next.run.first,
-                count,
-            },
-        };
+        let unit = LayerRun { layer: next.layer, run: Run { first: next.run.first, count } };
         next.run.first += count;
         next.run.count -= count;
         if next.run.count == 0 {
@@ -302,13 +295,7 @@ impl Sender {
 
     /// Queues what is ready, wanted and not yet taken.
     fn enqueue(&mut self, layer: u32, ordinals: Range<u32>) {
-        let Self {
-            ready,
-            wanted,
-            taken,
-            queue,
-            ..
-        } = self;
+        let Self { ready, wanted, taken, queue, .. } = self;
         let next = ordinals
             .filter(|&o| wanted[o as usize] && ready.contains(layer, o) && taken.insert(layer, o));
         for run in runs(next) {
@@ -328,9 +315,7 @@ impl Sender {
                 .all(|o| self.wanted[o as usize] && self.taken.contains(at.layer, o));
         self.retries += 1;
         if !sent || self.retries > MAX_RETRIES {
-            return self.fail(SendError::Protocol(
-                "a retry of what was not sent, or too many",
-            ));
+            return self.fail(SendError::Protocol("a retry of what was not sent, or too many"));
         }
         self.queue.push_front(at);
         self.progress(now);
@@ -357,8 +342,7 @@ impl Sender {
 
     fn push_finish(&mut self) {
         let (first, _) = self.finish.clone().expect("called when finished");
-        self.frames
-            .push_back(Frame::Finish(self.manifest.transfer, first));
+        self.frames.push_back(Frame::Finish(self.manifest.transfer, first));
     }
 
     fn progress(&mut self, now: Instant) {
@@ -388,8 +372,7 @@ impl Sender {
         };
         self.end(Err(error));
         if self.link.is_some() {
-            self.frames
-                .push_back(Frame::Cancel(self.manifest.transfer, reason));
+            self.frames.push_back(Frame::Cancel(self.manifest.transfer, reason));
         }
     }
 

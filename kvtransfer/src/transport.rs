@@ -36,22 +36,13 @@ pub(crate) fn bind(
     identity: &Identity,
     timing: &Timing,
 ) -> io::Result<(quinn::Endpoint, ClientConfig)> {
-    let datagram = if listen.ip().is_loopback() {
-        LOOPBACK_DATAGRAM
-    } else {
-        NETWORK_DATAGRAM
-    };
+    let datagram = if listen.ip().is_loopback() { LOOPBACK_DATAGRAM } else { NETWORK_DATAGRAM };
     let mut config = EndpointConfig::default();
-    config
-        .max_udp_payload_size(datagram)
-        .expect("a datagram size in QUIC's range");
+    config.max_udp_payload_size(datagram).expect("a datagram size in QUIC's range");
 
     let runtime = Arc::new(TokioRuntime);
     let socket = runtime.wrap_udp_socket(UdpSocket::bind(listen)?)?;
-    let socket = Arc::new(BoundedSends {
-        segments: LARGEST_SEND / usize::from(datagram),
-        socket,
-    });
+    let socket = Arc::new(BoundedSends { segments: LARGEST_SEND / usize::from(datagram), socket });
     let server = server_config(identity, timing, datagram);
     let quic = quinn::Endpoint::new_with_abstract_socket(config, Some(server), socket, runtime)?;
     Ok((quic, client_config(identity, timing, datagram)))
@@ -96,9 +87,7 @@ fn transport_config(timing: &Timing, datagram: u16) -> TransportConfig {
         .stream_receive_window(VarInt::from_u32(STREAM_WINDOW))
         .receive_window(VarInt::from_u32(CONNECTION_WINDOW))
         .send_window(SEND_WINDOW)
-        .max_idle_timeout(Some(
-            timing.idle.try_into().expect("an idle timeout of seconds"),
-        ))
+        .max_idle_timeout(Some(timing.idle.try_into().expect("an idle timeout of seconds")))
         .keep_alive_interval(Some(timing.idle / 4))
         .datagram_receive_buffer_size(None);
     transport

@@ -1,0 +1,256 @@
+//! Two endpoints on loopback, blocks in memory, and a path between them that can be cut.
+#![allow(dead_code, unreachable_pub, reason = "each test binary uses a part")]
+
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use baton_identity::{ClusterCa, Identity, Part};
+use baton_kvtransfer::{BlockSink, BlockSource, Endpoint, FirstToken, Incoming, Outgoing, Timing};
+use baton_proto::geometry::{KvDtype, KvGeometry};
+use baton_proto::hash::{CacheSalt, ModelRoot};
+use baton_proto::ids::{Epoch, NodeId, RequestId, TransferId};
+use baton_proto::message::{Logprobs, NodeFinish, Peer};
+use bytes::Bytes;
+use tokio::net::UdpSocket;
+use tokio::sync::watch;
+
+pub const GEOMETRY: KvGeometry =
+    KvGeometry { layers: 3, kv_heads: 2, head_dim: 32, dtype: KvDtype::Bf16, block_tokens: 16 };
+pub const BLOCKS: u32 = 20;
+/// The epochs of the two nodes of a [`Pair`].
+pub const EPOCH: Epoch = Epoch(7);
+
+/// Short waits, so that a test of one ends soon; long enough for a busy machine.
+pub fn timing() -> Timing {
+    Timing { lease: Duration::from_secs(5), idle: Duration::from_millis(600), ..Timing::default() }
+}
+
+pub struct Ca(ClusterCa, tempfile::TempDir);
+
+impl Ca {
+    pub fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        Self(ClusterCa::create(&dir.path().join("ca")).unwrap(), dir)
+    }
+
+    pub fn node(&self, name: &str) -> Identity {
+        let dir = self.1.path().join(name);
+        let node: NodeId = name.parse().unwrap();
+        self.0.issue(Part::Node, &node, &[], &dir).unwrap();
+        Identity::load(&dir).unwrap()
+    }
+}
+
+pub fn bind(identity: &Identity, epoch: Epoch) -> Endpoint {
+    Endpoint::bind("127.0.0.1:0".parse().unwrap(), identity, epoch, timing()).unwrap()
+}
+
+/// A sending endpoint `p0` and a receiving endpoint `d0`.
+pub struct Pair {
+    pub ca: Ca,
+    pub prefill: Endpoint,
+    pub decode: Endpoint,
+}
+
+impl Pair {
+    pub fn new() -> Self {
+        let ca = Ca::new();
+        Self { prefill: bind(&ca.node("p0"), EPOCH), decode: bind(&ca.node("d0"), EPOCH), ca }
+    }
+
+    pub fn outgoing(&self, transfer: TransferId, source: &Arc<Pool>) -> Outgoing {
+        Outgoing {
+            transfer,
+            peer: Peer {
+                node: "d0".parse().unwrap(),
+                epoch: EPOCH,
+                kv_address: self.decode.local_addr().to_string(),
+            },
+            root: root(),
+            geometry: GEOMETRY,
+            hashes: root().chain(CacheSalt::default(), &tokens(), 16),
+            blocks: BLOCKS,
+            source: source.clone(),
+        }
+    }
+
+    pub fn incoming(&self, transfer: TransferId, held: u32, sink: &Arc<Pool>) -> Incoming {
+        Incoming {
+            transfer,
+            from: "p0".parse().unwrap(),
+            epoch: EPOCH,
+            root: root(),
+            geometry: GEOMETRY,
+            hashes: root().chain(CacheSalt::default(), &tokens(), 16),
+            blocks: BLOCKS,
+            held,
+            sink: sink.clone(),
+            lease: Duration::from_secs(5),
+        }
+    }
+}
+
+pub fn root() -> ModelRoot {
+    ModelRoot([3; 16])
+}
+
+/// The last block is partial.
+fn tokens() -> Vec<u32> {
+    (0..BLOCKS * 16 - 5).collect()
+}
+
+pub fn transfer(request: u128) -> TransferId {
+    TransferId { request: RequestId(request), attempt: 1 }
+}
+
+pub fn first_token() -> FirstToken {
+    FirstToken {
+        token: 42,
+        logprobs: Some(Logprobs { logprob: -0.5, top: vec![(42, -0.5), (7, -1.25)] }),
+        finish: Some(NodeFinish::StopToken(42)),
+    }
+}
+
+/// Blocks in memory; those of a source are filled with bytes that tell piece and offset.
+pub struct Pool {
+    geometry: KvGeometry,
+    pieces: Vec<Mutex<Vec<u8>>>,
+}
+
+impl Pool {
+    pub fn source() -> Arc<Self> {
+        Self::filled(GEOMETRY, BLOCKS, |layer, ordinal, at| {
+            (layer as usize * 89 + ordinal as usize * 31 + at * 7 + at / 256) as u8
+        })
+    }
+
+    pub fn sink() -> Arc<Self> {
+        Self::filled(GEOMETRY, BLOCKS, |_, _, _| 0xEE)
+    }
+
+    pub fn filled(
+        geometry: KvGeometry,
+        blocks: u32,
+        byte: impl Fn(u32, u32, usize) -> u8,
+    ) -> Arc<Self> {
+        let piece = |index: u32| {
+            let (layer, ordinal) = (index / blocks, index % blocks);
+            let bytes = (0..geometry.piece_bytes()).map(|at| byte(layer, ordinal, at));
+            Mutex::new(bytes.collect())
+        };
+        Arc::new(Self { geometry, pieces: (0..geometry.layers * blocks).map(piece).collect() })
+    }
+
+    pub fn bytes(&self, layer: u32, ordinal: u32) -> Vec<u8> {
+        self.at(layer, ordinal).lock().unwrap().clone()
+    }
+
+    /// Asserts that blocks `from..` equal those of `other`, and the earlier ones were not touched.
+    pub fn assert_holds(&self, other: &Self, from: u32) {
+        let blocks = self.pieces.len() as u32 / self.geometry.layers;
+        for (layer, ordinal) in
+            (0..self.geometry.layers).flat_map(|layer| (0..blocks).map(move |o| (layer, o)))
+        {
+            if ordinal >= from {
+                assert_eq!(self.bytes(layer, ordinal), other.bytes(layer, ordinal));
+            } else {
+                assert!(self.bytes(layer, ordinal).iter().all(|&byte| byte == 0xEE));
+            }
+        }
+    }
+
+    fn at(&self, layer: u32, ordinal: u32) -> &Mutex<Vec<u8>> {
+        let blocks = self.pieces.len() / self.geometry.layers as usize;
+        &self.pieces[layer as usize * blocks + ordinal as usize]
+    }
+}
+
+impl BlockSource for Pool {
+    fn piece(&self, layer: u32, ordinal: u32) -> Bytes {
+        self.bytes(layer, ordinal).into()
+    }
+}
+
+impl BlockSink for Pool {
+    fn write(&self, layer: u32, ordinal: u32, offset: usize, bytes: &[u8]) {
+        let mut piece = self.at(layer, ordinal).lock().unwrap();
+        piece[offset..offset + bytes.len()].copy_from_slice(bytes);
+    }
+}
+
+/// A source whose bytes keep it alive, like those of a real pool, and that can be watched.
+pub struct Counted {
+    pub pool: Arc<Pool>,
+    /// Pieces taken so far.
+    pub taken: watch::Sender<usize>,
+}
+
+impl Counted {
+    pub fn new() -> Arc<Self> {
+        Arc::new(Self { pool: Pool::source(), taken: watch::Sender::new(0) })
+    }
+}
+
+/// A [`Counted`] source as a transfer sees it.
+pub struct Leased(pub Arc<Counted>);
+
+struct Held {
+    bytes: Vec<u8>,
+    _lease: Arc<Counted>,
+}
+
+impl AsRef<[u8]> for Held {
+    fn as_ref(&self) -> &[u8] {
+        &self.bytes
+    }
+}
+
+impl BlockSource for Leased {
+    fn piece(&self, layer: u32, ordinal: u32) -> Bytes {
+        self.0.taken.send_modify(|taken| *taken += 1);
+        Bytes::from_owner(Held { bytes: self.0.pool.bytes(layer, ordinal), _lease: self.0.clone() })
+    }
+}
+
+/// Carries datagrams between one client and `target`, until it is cut.
+pub struct Path {
+    pub address: SocketAddr,
+    cut: Arc<AtomicBool>,
+}
+
+impl Path {
+    pub async fn new(target: SocketAddr) -> Self {
+        let front = Arc::new(UdpSocket::bind("127.0.0.1:0").await.unwrap());
+        let path = Self { address: front.local_addr().unwrap(), cut: Arc::default() };
+        let back = Arc::new(UdpSocket::bind("127.0.0.1:0").await.unwrap());
+        back.connect(target).await.unwrap();
+        let client = Arc::new(Mutex::new(None));
+        let (f, b, c, cut) = (front.clone(), back.clone(), client.clone(), path.cut.clone());
+        tokio::spawn(async move {
+            let mut buffer = vec![0; 1 << 16];
+            while let Ok((length, from)) = f.recv_from(&mut buffer).await {
+                *c.lock().unwrap() = Some(from);
+                if !cut.load(Ordering::Relaxed) {
+                    let _ = b.send(&buffer[..length]).await;
+                }
+            }
+        });
+        let cut = path.cut.clone();
+        tokio::spawn(async move {
+            let mut buffer = vec![0; 1 << 16];
+            while let Ok(length) = back.recv(&mut buffer).await {
+                let to = *client.lock().unwrap();
+                if let (Some(to), false) = (to, cut.load(Ordering::Relaxed)) {
+                    let _ = front.send_to(&buffer[..length], to).await;
+                }
+            }
+        });
+        path
+    }
+
+    pub fn set_cut(&self, cut: bool) {
+        self.cut.store(cut, Ordering::Relaxed);
+    }
+}
