@@ -10,11 +10,7 @@ pub(crate) struct Bits {
 
 impl Bits {
     fn word(&self, at: usize) -> u64 {
-        if at == 0 {
-            self.low
-        } else {
-            self.high.get(at - 1).copied().unwrap_or(0)
-        }
+        if at == 0 { self.low } else { self.high.get(at - 1).copied().unwrap_or(0) }
     }
 
     /// Adds a number; false if it was there.
@@ -38,11 +34,7 @@ impl Bits {
         let (at, bit) = (number / 64, 1 << (number % 64));
         let had = self.word(at) & bit != 0;
         if had {
-            let word = if at == 0 {
-                &mut self.low
-            } else {
-                &mut self.high[at - 1]
-            };
+            let word = if at == 0 { &mut self.low } else { &mut self.high[at - 1] };
             *word &= !bit;
         }
         had

@@ -49,11 +49,7 @@ impl Member {
     #[must_use]
     pub fn peer(&self, node: &NodeId) -> Peer {
         let (epoch, kv_address) = (self.hello.epoch, self.hello.kv_address.clone());
-        Peer {
-            node: node.clone(),
-            epoch,
-            kv_address,
-        }
+        Peer { node: node.clone(), epoch, kv_address }
     }
 }
 
@@ -111,8 +107,7 @@ impl Cluster {
     ) -> Result<(), Refusal> {
         self.admit(node, &hello)?;
         if self.epochs.len() >= MAX_REMEMBERED {
-            self.epochs
-                .retain(|node, _| self.members.contains_key(node));
+            self.epochs.retain(|node, _| self.members.contains_key(node));
         }
         self.epochs.insert(node.clone(), hello.epoch);
         let model = hello.model.clone();
@@ -124,12 +119,7 @@ impl Cluster {
             vocab_size: hello.vocab_size,
         };
         self.models.insert(model.clone(), info);
-        let member = Member {
-            hello,
-            link,
-            report: Report::default(),
-            heard: now,
-        };
+        let member = Member { hello, link, report: Report::default(), heard: now };
         self.members.insert(node.clone(), member);
         self.refresh(&model);
         Ok(())
@@ -140,11 +130,7 @@ impl Cluster {
         check_numbers(hello)?;
         let given = hello.epoch;
         if let Some(&known) = self.epochs.get(node).filter(|&&known| known > given) {
-            return Err(Refusal::OlderEpoch {
-                node: node.clone(),
-                known,
-                given,
-            });
+            return Err(Refusal::OlderEpoch { node: node.clone(), known, given });
         }
         // The node's own earlier life does not bind it.
         let same_name = |(id, m): &(&NodeId, &Member)| *id != node && m.hello.model == hello.model;
@@ -152,11 +138,7 @@ impl Cluster {
             && let Some(difference) = difference(&other.hello, hello)
         {
             let (model, by) = (hello.model.clone(), by.clone());
-            return Err(Refusal::DifferentModel {
-                model,
-                by,
-                difference,
-            });
+            return Err(Refusal::DifferentModel { model, by, difference });
         }
         if self.members.len() >= MAX_NODES && !self.members.contains_key(node) {
             return Err(Refusal::Full("node"));
@@ -169,9 +151,7 @@ impl Cluster {
 
     /// A stream ended. Returns the member that it was, or `None` if it was replaced before.
     pub fn leave(&mut self, node: &NodeId, link: LinkId) -> Option<Member> {
-        self.members
-            .get(node)
-            .filter(|member| member.link == link)?;
+        self.members.get(node).filter(|member| member.link == link)?;
         let member = self.members.remove(node)?;
         self.refresh(&member.hello.model);
         Some(member)
@@ -202,9 +182,7 @@ impl Cluster {
 
     /// Joined nodes that have this model and take new work.
     pub fn serving(&self, root: ModelRoot) -> impl Iterator<Item = (&NodeId, &Member)> {
-        self.members
-            .iter()
-            .filter(move |(_, m)| m.hello.root == root && !m.report.draining)
+        self.members.iter().filter(move |(_, m)| m.hello.root == root && !m.report.draining)
     }
 
     /// All models known.
@@ -222,8 +200,7 @@ impl Cluster {
     /// Whether a request for this model would find a decode node.
     #[must_use]
     pub fn is_ready(&self, model: &ModelInfo) -> bool {
-        self.serving(model.root)
-            .any(|(_, member)| member.hello.role == Role::Decode)
+        self.serving(model.root).any(|(_, member)| member.hello.role == Role::Decode)
     }
 
     /// Names of joined nodes, in order.
@@ -234,10 +211,7 @@ impl Cluster {
     /// Joined nodes with this role.
     #[must_use]
     pub fn count(&self, role: Role) -> usize {
-        self.members
-            .values()
-            .filter(|member| member.hello.role == role)
-            .count()
+        self.members.values().filter(|member| member.hello.role == role).count()
     }
 
     /// Joined nodes, by name.
@@ -267,21 +241,10 @@ fn difference(a: &Hello, b: &Hello) -> Option<&'static str> {
 
 fn check_numbers(hello: &Hello) -> Result<(), Refusal> {
     let g = &hello.geometry;
-    let factors = [
-        g.layers,
-        g.kv_heads,
-        g.head_dim,
-        g.block_tokens,
-        2 * g.dtype.bytes() as u32,
-    ];
-    let bytes = factors
-        .iter()
-        .try_fold(1_u64, |all, &f| all.checked_mul(f.into()));
+    let factors = [g.layers, g.kv_heads, g.head_dim, g.block_tokens, 2 * g.dtype.bytes() as u32];
+    let bytes = factors.iter().try_fold(1_u64, |all, &f| all.checked_mul(f.into()));
     let checks = [
-        (
-            "geometry",
-            bytes.is_some_and(|bytes| (1..=MAX_BLOCK_BYTES).contains(&bytes)),
-        ),
+        ("geometry", bytes.is_some_and(|bytes| (1..=MAX_BLOCK_BYTES).contains(&bytes))),
         ("max_model_len", hello.max_model_len > 1),
         ("vocab_size", hello.vocab_size > 0),
         ("total_blocks", hello.total_blocks > 0),
@@ -309,14 +272,7 @@ mod tests {
         joined(&mut cluster, "d", hello(Role::Decode, 5), 1).unwrap();
         assert!(cluster.leave(&node("d"), LinkId(1)).is_some());
         let error = joined(&mut cluster, "d", hello(Role::Decode, 4), 2).unwrap_err();
-        assert!(matches!(
-            error,
-            Refusal::OlderEpoch {
-                known: Epoch(5),
-                given: Epoch(4),
-                ..
-            }
-        ));
+        assert!(matches!(error, Refusal::OlderEpoch { known: Epoch(5), given: Epoch(4), .. }));
         joined(&mut cluster, "d", hello(Role::Decode, 5), 3).unwrap();
     }
 
@@ -354,10 +310,7 @@ mod tests {
         assert!(!ready(&cluster));
         joined(&mut cluster, "d", hello(Role::Decode, 1), 2).unwrap();
         assert!(ready(&cluster));
-        let report = Report {
-            draining: true,
-            ..Report::default()
-        };
+        let report = Report { draining: true, ..Report::default() };
         cluster.report(&node("d"), report, Instant::now());
         assert!(!ready(&cluster));
     }

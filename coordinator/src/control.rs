@@ -32,16 +32,8 @@ impl Control {
     #[must_use]
     pub fn new(limits: Limits, index_blocks: usize, now: Instant) -> Self {
         let (cluster, ledger) = (Cluster::default(), Ledger::default());
-        let nodes = Placing {
-            cluster,
-            index: Index::new(index_blocks),
-            ledger,
-        };
-        Self {
-            nodes,
-            requests: Requests::new(limits),
-            started: now,
-        }
+        let nodes = Placing { cluster, index: Index::new(index_blocks), ledger };
+        Self { nodes, requests: Requests::new(limits), started: now }
     }
 
     /// A node says hello on a new stream. An earlier stream of it is over with this.
@@ -57,22 +49,10 @@ impl Control {
         if let Some(earlier) = self.nodes.cluster.member(node).map(|member| member.link) {
             self.leave(node, earlier, now, out);
         }
-        let to = NodeRef {
-            node: node.clone(),
-            epoch: hello.epoch,
-        };
         self.nodes.cluster.join(node, hello, link, now)?;
         self.nodes.index.join(node);
         self.nodes.ledger.clear(node);
-        out.push(Action::Send {
-            to,
-            command: Command::SendSnapshot,
-        });
-        self.requests.node_joined(&mut Context {
-            now,
-            placer: &mut self.nodes,
-            out,
-        });
+        self.requests.node_joined(&mut Context { now, placer: &mut self.nodes, out });
         Ok(())
     }
 
@@ -89,18 +69,8 @@ impl Control {
         };
         self.nodes.index.leave(node);
         self.nodes.ledger.clear(node);
-        let lost = NodeRef {
-            node: node.clone(),
-            epoch: member.hello.epoch,
-        };
-        self.requests.node_lost(
-            &lost,
-            &mut Context {
-                now,
-                placer: &mut self.nodes,
-                out,
-            },
-        );
+        let lost = NodeRef { node: node.clone(), epoch: member.hello.epoch };
+        self.requests.node_lost(&lost, &mut Context { now, placer: &mut self.nodes, out });
         true
     }
 
@@ -116,42 +86,24 @@ impl Control {
         let Some(member) = self.nodes.cluster.member(node).filter(|m| m.link == link) else {
             return;
         };
-        let from = NodeRef {
-            node: node.clone(),
-            epoch: member.hello.epoch,
-        };
+        let from = NodeRef { node: node.clone(), epoch: member.hello.epoch };
         match event {
             NodeEvent::Report(report) => {
                 self.nodes.ledger.report(node, &report, now);
                 self.nodes.cluster.report(node, report, now);
                 self.nodes.index.sweep(SWEEP_PER_REPORT);
             }
-            NodeEvent::Cache {
-                sequence,
-                stored,
-                removed,
-            } => {
+            NodeEvent::Cache { sequence, stored, removed } => {
                 if self.nodes.index.event(node, sequence, &stored, &removed) == Heard::NeedSnapshot
                 {
-                    out.push(Action::Send {
-                        to: from,
-                        command: Command::SendSnapshot,
-                    });
+                    out.push(Action::Send { to: from, command: Command::SendSnapshot });
                 }
             }
-            NodeEvent::Snapshot {
-                sequence,
-                hashes,
-                last,
-            } => {
+            NodeEvent::Snapshot { sequence, hashes, last } => {
                 self.nodes.index.snapshot(node, sequence, &hashes, last);
             }
             other => {
-                let mut cx = Context {
-                    now,
-                    placer: &mut self.nodes,
-                    out,
-                };
+                let mut cx = Context { now, placer: &mut self.nodes, out };
                 self.requests.event(&from, other, &mut cx);
             }
         }
@@ -168,13 +120,8 @@ impl Control {
     ) -> Result<(), SubmitError> {
         let model = self.nodes.cluster.model(&request.model).cloned();
         let model = model.ok_or_else(|| SubmitError::UnknownModel(request.model.clone()))?;
-        let mut cx = Context {
-            now,
-            placer: &mut self.nodes,
-            out,
-        };
-        self.requests
-            .arrive(request, chain, model, arrived, &mut cx)
+        let mut cx = Context { now, placer: &mut self.nodes, out };
+        self.requests.arrive(request, chain, model, arrived, &mut cx)
     }
 
     /// How long it took to choose the nodes of a request that just arrived.
@@ -184,35 +131,17 @@ impl Control {
 
     /// The client is gone, or wants no more.
     pub fn cancel(&mut self, id: RequestId, now: Instant, out: &mut Vec<Action>) {
-        self.requests.cancel(
-            id,
-            &mut Context {
-                now,
-                placer: &mut self.nodes,
-                out,
-            },
-        );
+        self.requests.cancel(id, &mut Context { now, placer: &mut self.nodes, out });
     }
 
     /// The client has what it wanted.
     pub fn stop(&mut self, id: RequestId, now: Instant, out: &mut Vec<Action>) {
-        self.requests.stop(
-            id,
-            &mut Context {
-                now,
-                placer: &mut self.nodes,
-                out,
-            },
-        );
+        self.requests.stop(id, &mut Context { now, placer: &mut self.nodes, out });
     }
 
     /// Ends all requests.
     pub fn shut_down(&mut self, now: Instant, out: &mut Vec<Action>) {
-        self.requests.shut_down(&mut Context {
-            now,
-            placer: &mut self.nodes,
-            out,
-        });
+        self.requests.shut_down(&mut Context { now, placer: &mut self.nodes, out });
     }
 
     /// When [`Self::handle_timeout`] must be called next.
@@ -223,11 +152,7 @@ impl Control {
 
     /// Does what is due.
     pub fn handle_timeout(&mut self, now: Instant, out: &mut Vec<Action>) {
-        self.requests.handle_timeout(&mut Context {
-            now,
-            placer: &mut self.nodes,
-            out,
-        });
+        self.requests.handle_timeout(&mut Context { now, placer: &mut self.nodes, out });
     }
 
     /// All models known.
@@ -252,10 +177,7 @@ impl Control {
     #[must_use]
     pub fn status(&self, now: Instant) -> StatusView {
         let cluster = &self.nodes.cluster;
-        let ready = cluster
-            .models()
-            .into_iter()
-            .filter(|model| cluster.is_ready(model));
+        let ready = cluster.models().into_iter().filter(|model| cluster.is_ready(model));
         let models: Vec<String> = ready.map(|model| model.name).collect();
         let decode_nodes = cluster.count(Role::Decode);
         let reason = match (models.is_empty(), decode_nodes) {
@@ -263,11 +185,7 @@ impl Control {
             (true, 0) => "no decode node has joined",
             (true, _) => "every decode node is draining",
         };
-        let Totals {
-            finished,
-            failed,
-            retried,
-        } = self.requests.totals();
+        let Totals { finished, failed, retried } = self.requests.totals();
         StatusView {
             ready: !models.is_empty(),
             reason: reason.to_owned(),
@@ -291,17 +209,10 @@ impl Control {
     ) -> CacheView {
         let matched = self.nodes.index.longest(chain);
         let tokens = |id: &NodeId| {
-            let blocks = matched
-                .iter()
-                .find(|(node, _)| node == id)
-                .map_or(0, |&(_, n)| n);
+            let blocks = matched.iter().find(|(node, _)| node == id).map_or(0, |&(_, n)| n);
             (blocks * block_tokens) as u64
         };
-        let names = self
-            .nodes
-            .cluster
-            .names()
-            .filter(|id| node.is_none_or(|node| node == *id));
+        let names = self.nodes.cluster.names().filter(|id| node.is_none_or(|node| node == *id));
         let view = |id: &NodeId| NodeCacheView {
             node: id.clone(),
             blocks: self.nodes.index.blocks_of(id),
@@ -309,11 +220,7 @@ impl Control {
         };
         let nodes = names.map(view).collect();
         let index_blocks = self.index_blocks();
-        CacheView {
-            nodes,
-            index_blocks,
-            index_bytes: index_blocks * BYTES_PER_BLOCK,
-        }
+        CacheView { nodes, index_blocks, index_bytes: index_blocks * BYTES_PER_BLOCK }
     }
 
     /// Blocks in the index.

@@ -1,7 +1,7 @@
 //! The handle through which the front reaches the coordinator's core, and the words they share.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use baton_proto::geometry::KvGeometry;
 use baton_proto::hash::{BlockHash, CacheSalt, ModelRoot};
@@ -273,6 +273,7 @@ pub(crate) enum Ask {
     Submit {
         request: NewRequest,
         chain: Vec<BlockHash>,
+        arrived: Instant,
         updates: mpsc::Sender<Update>,
         reply: oneshot::Sender<Result<(), SubmitError>>,
     },
@@ -286,6 +287,7 @@ pub(crate) enum Ask {
         block_tokens: usize,
         reply: oneshot::Sender<CacheView>,
     },
+    ShutDown(oneshot::Sender<()>),
 }
 
 /// Models by name, as last published by the driver.
@@ -341,52 +343,31 @@ impl Core {
         dropped: mpsc::Sender<RequestId>,
         models: watch::Receiver<Models>,
     ) -> Self {
-        Self {
-            asks,
-            dropped,
-            models,
-        }
+        Self { asks, dropped, models }
     }
 
     /// Starts a request.
     pub async fn submit(&self, request: NewRequest) -> Result<Updates, SubmitError> {
+        let arrived = Instant::now();
         let model = self.model(&request.model);
         let model = model.ok_or_else(|| SubmitError::UnknownModel(request.model.clone()))?;
         check(&request, &model)?;
         // Hashed here, in the caller's task: the driver serves all requests.
         let block_tokens = model.geometry.block_tokens as usize;
-        let chain = model
-            .root
-            .chain(request.salt, &request.tokens, block_tokens);
-        let overloaded = SubmitError::Overloaded {
-            retry_after: RETRY_AFTER,
-        };
-        let guard = self
-            .dropped
-            .clone()
-            .try_reserve_owned()
-            .map_err(|_| overloaded.clone())?;
+        let chain = model.root.chain(request.salt, &request.tokens, block_tokens);
+        let overloaded = SubmitError::Overloaded { retry_after: RETRY_AFTER };
+        let guard = self.dropped.clone().try_reserve_owned().map_err(|_| overloaded.clone())?;
         let id = request.id;
-        // Every update but three carries a token, so this never fills.
-        let capacity = (request.sampling.max_tokens as usize).min(model.max_model_len as usize);
-        let (sender, updates) = mpsc::channel(capacity + 3);
+        // Every update but two carries a token, so this never fills.
+        let (sender, updates) = mpsc::channel(request.sampling.max_tokens as usize + 2);
         let (reply, answer) = oneshot::channel();
-        let ask = Ask::Submit {
-            request,
-            chain,
-            updates: sender,
-            reply,
-        };
+        let ask = Ask::Submit { request, chain, arrived, updates: sender, reply };
         self.asks.try_send(ask).map_err(|error| match error {
             mpsc::error::TrySendError::Full(_) => overloaded,
             mpsc::error::TrySendError::Closed(_) => SubmitError::ShuttingDown,
         })?;
         // From here on a caller that goes away drops `updates`, which cancels.
-        let mut updates = Updates {
-            id,
-            updates,
-            guard: Some(guard),
-        };
+        let mut updates = Updates { id, updates, guard: Some(guard) };
         let result = answer.await.unwrap_or(Err(SubmitError::ShuttingDown));
         if result.is_err() {
             updates.guard = None;
@@ -409,11 +390,7 @@ impl Core {
     /// A model that a joined node serves or served.
     #[must_use]
     pub fn model(&self, name: &str) -> Option<ModelInfo> {
-        self.models
-            .borrow()
-            .iter()
-            .find(|model| model.name == name)
-            .cloned()
+        self.models.borrow().iter().find(|model| model.name == name).cloned()
     }
 
     /// All models that joined nodes serve or served.
@@ -424,10 +401,7 @@ impl Core {
 
     /// The coordinator as a whole.
     pub async fn status(&self) -> StatusView {
-        let gone = StatusView {
-            reason: "shutting down".to_owned(),
-            ..StatusView::default()
-        };
+        let gone = StatusView { reason: "shutting down".to_owned(), ..StatusView::default() };
         self.ask(Ask::Status).await.unwrap_or(gone)
     }
 
@@ -446,13 +420,13 @@ impl Core {
             chain = model.root.chain(salt, &tokens, block_tokens);
         }
         let node = query.node;
-        let ask = |reply| Ask::Cache {
-            node,
-            chain,
-            block_tokens,
-            reply,
-        };
+        let ask = |reply| Ask::Cache { node, chain, block_tokens, reply };
         self.ask(ask).await.unwrap_or_default()
+    }
+
+    /// Ends all requests and takes no more.
+    pub async fn shut_down(&self) {
+        self.ask(Ask::ShutDown).await;
     }
 
     async fn ask<T>(&self, ask: impl FnOnce(oneshot::Sender<T>) -> Ask) -> Option<T> {

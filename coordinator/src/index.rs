@@ -77,7 +77,7 @@ enum Slot {
 /// How far a node's events are known.
 #[derive(Clone, Copy, Debug)]
 enum Sync {
-    /// A snapshot was asked for; events before it are part of it.
+    /// A snapshot is on its way; events before it are part of it.
     Asked,
     /// Some parts of the snapshot taken after this event arrived.
     Loading(u64),
@@ -123,15 +123,11 @@ impl Index {
         }
     }
 
-    /// A node joined: nothing is known of it until its snapshot, which must be asked for.
+    /// A node joined: nothing is known of it until its snapshot, which it sends unasked.
     pub fn join(&mut self, node: &NodeId) {
         self.leave(node);
         let slot = self.unused_slot();
-        self.slots[slot] = Slot::Live {
-            node: node.clone(),
-            sync: Sync::Asked,
-            blocks: 0,
-        };
+        self.slots[slot] = Slot::Live { node: node.clone(), sync: Sync::Asked, blocks: 0 };
         self.live.insert(slot);
         self.by_node.insert(node.clone(), slot);
     }
@@ -179,11 +175,7 @@ impl Index {
             Some(Sync::Loading(loading)) if loading == sequence => {}
             Some(_) => self.join(node),
         }
-        let next = if last {
-            Sync::Following(sequence)
-        } else {
-            Sync::Loading(sequence)
-        };
+        let next = if last { Sync::Following(sequence) } else { Sync::Loading(sequence) };
         self.set_sync(node, next);
         if let Some(&slot) = self.by_node.get(node) {
             hashes.iter().for_each(|&hash| self.store(slot, hash));
@@ -213,12 +205,10 @@ impl Index {
         if length > 0 {
             holding.each(|slot| found.push((slot, length)));
         }
-        let named = found
-            .into_iter()
-            .filter_map(|(slot, length)| match &self.slots[slot] {
-                Slot::Live { node, .. } => Some((node.clone(), length)),
-                _ => None,
-            });
+        let named = found.into_iter().filter_map(|(slot, length)| match &self.slots[slot] {
+            Slot::Live { node, .. } => Some((node.clone(), length)),
+            _ => None,
+        });
         named.collect()
     }
 
@@ -292,11 +282,7 @@ impl Index {
         if self.by_hash.len() >= self.max_blocks {
             self.evict();
         }
-        let entry = Entry {
-            hash,
-            holders: Bits::default(),
-            matched: false,
-        };
+        let entry = Entry { hash, holders: Bits::default(), matched: false };
         let at = match self.unused.pop() {
             Some(at) => {
                 self.entries[at as usize] = entry;

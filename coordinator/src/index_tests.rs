@@ -19,16 +19,8 @@ fn hashes(numbers: &[u8]) -> Vec<BlockHash> {
 enum Op {
     Join(u8),
     Leave(u8),
-    Event {
-        node: u8,
-        stored: Vec<u8>,
-        removed: Vec<u8>,
-        lost: bool,
-    },
-    Snapshot {
-        node: u8,
-        parts: usize,
-    },
+    Event { node: u8, stored: Vec<u8>, removed: Vec<u8>, lost: bool },
+    Snapshot { node: u8, parts: usize },
     Match(Vec<u8>),
     Sweep(usize),
 }
@@ -68,31 +60,20 @@ fn naive(real: &BTreeMap<u8, Real>, chain: &[u8]) -> BTreeMap<NodeId, usize> {
     let known = |real: &Real| real.known.clone().filter(|_| real.joined);
     let known = real.iter().filter_map(|(&n, r)| Some((name(n), known(r)?)));
     let length = |held: &BTreeSet<u8>| chain.iter().take_while(|&b| held.contains(b)).count();
-    known
-        .map(|(n, held)| (n, length(&held)))
-        .filter(|&(_, length)| length > 0)
-        .collect()
+    known.map(|(n, held)| (n, length(&held))).filter(|&(_, length)| length > 0).collect()
 }
 
 fn apply(index: &mut Index, real: &mut BTreeMap<u8, Real>, op: &Op) {
     match op {
         Op::Join(n) => {
             index.join(&name(*n));
-            *real.entry(*n).or_default() = Real {
-                joined: true,
-                ..Real::default()
-            };
+            *real.entry(*n).or_default() = Real { joined: true, ..Real::default() };
         }
         Op::Leave(n) => {
             index.leave(&name(*n));
             real.insert(*n, Real::default());
         }
-        Op::Event {
-            node,
-            stored,
-            removed,
-            lost,
-        } => {
+        Op::Event { node, stored, removed, lost } => {
             let r = real.entry(*node).or_default();
             r.sequence += 1;
             let change = |held: &mut BTreeSet<u8>| {
@@ -107,11 +88,7 @@ fn apply(index: &mut Index, real: &mut BTreeMap<u8, Real>, op: &Op) {
             let (stored, removed) = (hashes(stored), hashes(removed));
             let heard = index.event(&name(*node), r.sequence, &stored, &removed);
             let gap = r.joined && r.known.is_some() && r.missed;
-            assert_eq!(
-                heard == Heard::NeedSnapshot,
-                gap,
-                "a gap asks for a snapshot, once"
-            );
+            assert_eq!(heard == Heard::NeedSnapshot, gap, "a gap asks for a snapshot, once");
             r.known = r.known.take().filter(|_| !r.missed);
             r.known.iter_mut().for_each(change);
         }
@@ -121,12 +98,7 @@ fn apply(index: &mut Index, real: &mut BTreeMap<u8, Real>, op: &Op) {
             let size = all.len().div_ceil(*parts).max(1);
             let chunks: Vec<&[u8]> = all.chunks(size).collect();
             for (i, part) in chunks.iter().enumerate() {
-                index.snapshot(
-                    &name(*node),
-                    r.sequence,
-                    &hashes(part),
-                    i + 1 == chunks.len(),
-                );
+                index.snapshot(&name(*node), r.sequence, &hashes(part), i + 1 == chunks.len());
             }
             if chunks.is_empty() {
                 index.snapshot(&name(*node), r.sequence, &[], true);
@@ -183,10 +155,7 @@ fn what_is_matched_outlives_what_is_not() {
     index.snapshot(&name(0), 0, &hashes(&[1, 2]), true);
     for other in 10..60 {
         assert_eq!(index.longest(&hashes(&[1, 2])), [(name(0), 2)]);
-        assert_eq!(
-            index.event(&name(0), u64::from(other) - 9, &[hash(other)], &[]),
-            Heard::Fine
-        );
+        assert_eq!(index.event(&name(0), u64::from(other) - 9, &[hash(other)], &[]), Heard::Fine);
     }
 }
 

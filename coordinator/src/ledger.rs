@@ -58,17 +58,8 @@ impl Ledger {
         blocks: u64,
         now: Instant,
     ) {
-        let work = Work {
-            tokens,
-            blocks,
-            sent: now,
-            reported: false,
-        };
-        self.nodes
-            .entry(node.clone())
-            .or_default()
-            .work
-            .insert(id, work);
+        let work = Work { tokens, blocks, sent: now, reported: false };
+        self.nodes.entry(node.clone()).or_default().work.insert(id, work);
     }
 
     /// The node has computed the prompt.
@@ -107,19 +98,12 @@ impl Ledger {
         let Some(account) = self.nodes.get(node) else {
             return Load::default();
         };
-        let start = Load {
-            queued_tokens: account.queued_tokens,
-            ..Load::default()
-        };
-        account
-            .work
-            .values()
-            .filter(|work| !work.reported)
-            .fold(start, |all, work| Load {
-                queued_tokens: all.queued_tokens.saturating_add(work.tokens),
-                blocks: all.blocks.saturating_add(work.blocks),
-                sequences: all.sequences + 1,
-            })
+        let start = Load { queued_tokens: account.queued_tokens, ..Load::default() };
+        account.work.values().filter(|work| !work.reported).fold(start, |all, work| Load {
+            queued_tokens: all.queued_tokens.saturating_add(work.tokens),
+            blocks: all.blocks.saturating_add(work.blocks),
+            sequences: all.sequences + 1,
+        })
     }
 
     /// Attempts that some node still works on.
@@ -137,44 +121,24 @@ mod tests {
     use crate::testing::node;
 
     fn id(request: u128) -> TransferId {
-        TransferId {
-            request: RequestId(request),
-            attempt: 1,
-        }
+        TransferId { request: RequestId(request), attempt: 1 }
     }
 
     fn report(queued_tokens: u64) -> Report {
-        Report {
-            queued_tokens,
-            ..Report::default()
-        }
+        Report { queued_tokens, ..Report::default() }
     }
 
     #[test]
     fn work_counts_once_before_and_after_the_report_that_shows_it() {
         let (mut ledger, p, start) = (Ledger::default(), node("p"), Instant::now());
         ledger.promise(&p, id(1), 100, 7, start);
-        assert_eq!(
-            ledger.load(&p),
-            Load {
-                queued_tokens: 100,
-                blocks: 7,
-                sequences: 1
-            }
-        );
+        assert_eq!(ledger.load(&p), Load { queued_tokens: 100, blocks: 7, sequences: 1 });
         // This report left the node before the work arrived there.
         ledger.report(&p, &report(0), start + Duration::from_millis(1));
         assert_eq!(ledger.load(&p).queued_tokens, 100);
         // This one shows it, half done.
         ledger.report(&p, &report(50), start + REPORT_LAG);
-        assert_eq!(
-            ledger.load(&p),
-            Load {
-                queued_tokens: 50,
-                blocks: 0,
-                sequences: 0
-            }
-        );
+        assert_eq!(ledger.load(&p), Load { queued_tokens: 50, blocks: 0, sequences: 0 });
         ledger.prefilled(&p, id(1));
         ledger.prefilled(&p, id(1));
         assert_eq!(ledger.load(&p).queued_tokens, 0);
@@ -188,13 +152,6 @@ mod tests {
         ledger.report(&p, &report(30), start);
         ledger.promise(&p, id(1), 100, 7, start);
         ledger.ended(&p, id(1));
-        assert_eq!(
-            ledger.load(&p),
-            Load {
-                queued_tokens: 30,
-                blocks: 0,
-                sequences: 0
-            }
-        );
+        assert_eq!(ledger.load(&p), Load { queued_tokens: 30, blocks: 0, sequences: 0 });
     }
 }

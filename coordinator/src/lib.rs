@@ -2,16 +2,21 @@
 //! the front that clients talk to.
 
 pub mod cluster;
+pub mod config;
 pub mod control;
 pub mod core;
+pub mod driver;
 pub mod front;
 pub mod index;
 pub mod ledger;
 pub mod placement;
 pub mod placing;
 pub mod requests;
+pub mod server;
 
 mod bits;
+mod join;
+mod metrics;
 mod request;
 #[cfg(test)]
 mod testing;

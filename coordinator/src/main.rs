@@ -1,2 +1,83 @@
-//! placeholder
-fn main() {}
+//! `baton-coordinator`: the daemon that clients and nodes connect to.
+
+use std::io::Write;
+use std::process::ExitCode;
+
+use baton_coordinator::config::Config;
+use baton_coordinator::server::{Coordinator, install_metrics};
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tracing_subscriber::EnvFilter;
+
+fn main() -> ExitCode {
+    let config = match Config::from_process() {
+        Ok(config) => config,
+        Err(error) => return fail(2, &error),
+    };
+    if let Err(error) = start_logging(&config.log, config.log_json) {
+        return fail(2, &error);
+    }
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
+    let runtime = runtime.expect("a runtime needs only threads");
+    match runtime.block_on(run(&config)) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => fail(1, &error),
+    }
+}
+
+fn fail(status: u8, error: &dyn std::fmt::Display) -> ExitCode {
+    eprintln!("baton-coordinator: {error}");
+    ExitCode::from(status)
+}
+
+fn start_logging(filter: &str, json: bool) -> Result<(), String> {
+    let filter = EnvFilter::try_new(filter).map_err(|e| format!("log is {filter:?}: {e}"))?;
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_ansi(false);
+    let log = log.with_writer(std::io::stderr);
+    if json {
+        log.json().init();
+    } else {
+        log.init();
+    }
+    Ok(())
+}
+
+async fn run(config: &Config) -> Result<(), Box<dyn std::error::Error>> {
+    let mut stop = Stop::new()?;
+    let mut coordinator = Coordinator::start(config, install_metrics()?).await?;
+    let Coordinator { grpc, http, cluster, .. } = &coordinator;
+    // Whoever started this process with free ports reads them here.
+    writeln!(std::io::stdout(), "ready grpc={grpc} http={http} cluster={cluster}")?;
+    tokio::select! {
+        why = coordinator.broken() => return Err(why.into()),
+        () = stop.requested() => {}
+    }
+    tracing::info!("draining: taking nothing new, finishing what runs");
+    tokio::select! {
+        () = coordinator.drain() => {}
+        () = tokio::time::sleep(config.drain_timeout) => tracing::warn!("not drained in time"),
+        () = stop.requested() => tracing::warn!("told again to stop"),
+    }
+    coordinator.stop().await;
+    Ok(())
+}
+
+/// SIGTERM and SIGINT.
+struct Stop {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Stop {
+    fn new() -> std::io::Result<Self> {
+        let (terminate, interrupt) =
+            (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+        Ok(Self { terminate, interrupt })
+    }
+
+    async fn requested(&mut self) {
+        tokio::select! {
+            _ = self.terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
+        }
+    }
+}

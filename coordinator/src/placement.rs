@@ -130,13 +130,7 @@ pub fn choose(
                 view.percent(&prefill[p]),
                 prefill[p].node,
             );
-            Choice {
-                prefill: Some(p),
-                decode: receiver.0,
-                cost,
-                runners_up,
-                reason,
-            }
+            Choice { prefill: Some(p), decode: receiver.0, cost, runners_up, reason }
         }
         other => {
             let d = &decode[alone.0];
@@ -145,17 +139,9 @@ pub fn choose(
                 None => "no prefill node is free".to_owned(),
             };
             let percent = view.percent(d);
-            let reason = format!(
-                "local: {local_ms:.1} ms, {percent}% cached on {}; {against}",
-                d.node
-            );
-            Choice {
-                prefill: None,
-                decode: alone.0,
-                cost: alone.1,
-                runners_up,
-                reason,
-            }
+            let reason =
+                format!("local: {local_ms:.1} ms, {percent}% cached on {}; {against}", d.node);
+            Choice { prefill: None, decode: alone.0, cost: alone.1, runners_up, reason }
         }
     })
 }
@@ -198,19 +184,11 @@ impl View {
     fn new(demand: Demand, prefill: &[Candidate<'_>], decode: &[Candidate<'_>]) -> Self {
         let measured = prefill.iter().chain(decode).map(|c| c.tokens_per_second);
         let fastest = measured.fold(0.0, f64::max);
-        let default_speed = if fastest > 0.0 {
-            fastest
-        } else {
-            DEFAULT_TOKENS_PER_SECOND
-        };
+        let default_speed = if fastest > 0.0 { fastest } else { DEFAULT_TOKENS_PER_SECOND };
         let busy = prefill.iter().filter(|p| p.queued_tokens > 0).count();
         let rho = (busy as f64 / prefill.len().max(1) as f64).min(MOST_BUSY);
-        let mut view = Self {
-            demand,
-            default_speed,
-            best_prefill: 0.0,
-            scarcity: rho / (1.0 - rho),
-        };
+        let mut view =
+            Self { demand, default_speed, best_prefill: 0.0, scarcity: rho / (1.0 - rho) };
         let all = prefill.iter().map(|p| view.prefill(p));
         view.best_prefill = all.fold(f64::INFINITY, f64::min);
         view
@@ -231,12 +209,7 @@ impl View {
 
     fn compute(&self, node: &Candidate<'_>, tokens: f64) -> f64 {
         let speed = node.tokens_per_second;
-        tokens * 1000.0
-            / if speed > 0.0 {
-                speed
-            } else {
-                self.default_speed
-            }
+        tokens * 1000.0 / if speed > 0.0 { speed } else { self.default_speed }
     }
 
     /// `S`.
@@ -252,43 +225,24 @@ impl View {
     fn remote_prefill(&self, p: &Candidate<'_>) -> Cost {
         let prefill = self.prefill(p);
         let harm = self.scarcity * (prefill - self.best_prefill);
-        Cost {
-            queue: self.queue(p),
-            prefill,
-            harm,
-            ..Cost::default()
-        }
+        Cost { queue: self.queue(p), prefill, harm, ..Cost::default() }
     }
 
     fn receiving(&self, d: &Candidate<'_>) -> Cost {
         let bytes = (self.demand.tokens - self.cached(d)) as f64 * self.demand.token_bytes as f64;
         let exposed = bytes / TRANSFER_BYTES_PER_MS * (1.0 - HIDDEN_SHARE);
         let transfer = TRANSFER_START_MS + exposed;
-        Cost {
-            transfer,
-            decode: self.decode(d),
-            ..Cost::default()
-        }
+        Cost { transfer, decode: self.decode(d), ..Cost::default() }
     }
 
     fn local(&self, d: &Candidate<'_>) -> Cost {
         let prefill = self.prefill(d);
         let harm = HARM * (1.0 + f64::from(d.sequences)) * prefill;
-        Cost {
-            queue: self.queue(d),
-            prefill,
-            decode: self.decode(d),
-            harm,
-            ..Cost::default()
-        }
+        Cost { queue: self.queue(d), prefill, decode: self.decode(d), harm, ..Cost::default() }
     }
 
     fn decode(&self, d: &Candidate<'_>) -> f64 {
-        let step = if d.step_ms > 0.0 {
-            d.step_ms
-        } else {
-            DEFAULT_STEP_MS
-        };
+        let step = if d.step_ms > 0.0 { d.step_ms } else { DEFAULT_STEP_MS };
         let used = d.total_blocks.saturating_sub(d.room) + self.demand.blocks;
         let k = (used as f64 / d.total_blocks.max(1) as f64).min(MOST_BUSY);
         step + CROWDING_MS * f64::from(d.sequences) + PRESSURE_MS * k / (1.0 - k)

@@ -5,11 +5,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::testing::node;
 
-const DEMAND: Demand = Demand {
-    tokens: 1000,
-    token_bytes: 1000,
-    blocks: 63,
-};
+const DEMAND: Demand = Demand { tokens: 1000, token_bytes: 1000, blocks: 63 };
 
 fn idle(node: &NodeId) -> Candidate<'_> {
     Candidate {
@@ -33,25 +29,14 @@ fn a_long_prompt_goes_to_a_prefill_node_and_a_cached_one_does_not() {
     let names = names();
     let (p, mut d) = ([idle(&names[0])], [idle(&names[1])]);
     let choice = choose(DEMAND, &p, &d).unwrap();
-    assert_eq!(
-        (choice.prefill, choice.decode, choice.runners_up),
-        (Some(0), 0, 1)
-    );
+    assert_eq!((choice.prefill, choice.decode, choice.runners_up), (Some(0), 0, 1));
     assert!(choice.reason.starts_with("remote: "), "{}", choice.reason);
-    assert!(
-        choice.reason.contains("0% cached on n0; local would be "),
-        "{}",
-        choice.reason
-    );
+    assert!(choice.reason.contains("0% cached on n0; local would be "), "{}", choice.reason);
 
     d[0].cached_tokens = 992;
     let choice = choose(DEMAND, &p, &d).unwrap();
     assert_eq!(choice.prefill, None);
-    assert!(
-        choice.reason.contains("99% cached on n1; remote would be "),
-        "{}",
-        choice.reason
-    );
+    assert!(choice.reason.contains("99% cached on n1; remote would be "), "{}", choice.reason);
 }
 
 #[test]
@@ -59,18 +44,15 @@ fn without_prefill_nodes_the_decode_node_does_all() {
     let names = names();
     let choice = choose(DEMAND, &[], &[idle(&names[1])]).unwrap();
     assert_eq!(choice.prefill, None);
-    assert!(
-        choice.reason.ends_with("no prefill node is free"),
-        "{}",
-        choice.reason
-    );
+    assert!(choice.reason.ends_with("no prefill node is free"), "{}", choice.reason);
     assert_eq!(choose(DEMAND, &[idle(&names[0])], &[]), None);
 }
 
 #[test]
 fn the_cached_prefix_draws_until_its_node_is_too_busy() {
     let names = names();
-    let (mut p, d) = ([idle(&names[0]), idle(&names[1])], [idle(&names[2])]);
+    let (mut p, mut d) = ([idle(&names[0]), idle(&names[1])], [idle(&names[2])]);
+    d[0].sequences = 10;
     p[1].cached_tokens = 800;
     assert_eq!(choose(DEMAND, &p, &d).unwrap().prefill, Some(1));
     p[1].queued_tokens = 5000;
@@ -97,14 +79,7 @@ fn a_decode_node_without_room_is_taken_only_if_none_has_any() {
 }
 
 fn candidate() -> impl Strategy<Value = (usize, u64, u32, f64, f64, u64)> {
-    (
-        0..1200_usize,
-        0..5000_u64,
-        0..40_u32,
-        0.0..9000.0,
-        0.0..50.0,
-        0..1000_u64,
-    )
+    (0..1200_usize, 0..5000_u64, 0..40_u32, 0.0..9000.0, 0.0..50.0, 0..1000_u64)
 }
 
 proptest! {

@@ -86,27 +86,16 @@ fn candidate<'a>(
     cached_tokens: usize,
     ledger: &Ledger,
 ) -> Candidate<'a> {
-    let Report {
-        running,
-        waiting,
-        blocks,
-        ..
-    } = &member.report;
+    let Report { running, waiting, blocks, .. } = &member.report;
     let load = ledger.load(node);
     let reported = blocks.free.saturating_add(blocks.cached);
     let none_yet = member.report == Report::default();
-    let room = if none_yet {
-        member.hello.total_blocks
-    } else {
-        reported
-    };
+    let room = if none_yet { member.hello.total_blocks } else { reported };
     Candidate {
         node,
         cached_tokens,
         queued_tokens: load.queued_tokens,
-        sequences: running
-            .saturating_add(*waiting)
-            .saturating_add(load.sequences),
+        sequences: running.saturating_add(*waiting).saturating_add(load.sequences),
         tokens_per_second: member.report.prefill_tokens_per_second,
         step_ms: member.report.decode_step_ms,
         room: room.saturating_sub(load.blocks),

@@ -49,11 +49,7 @@ pub(crate) enum Phase {
     /// On nodes.
     Running(Attempt),
     /// All tokens are emitted; the report of the transfer is awaited until this time.
-    Finishing {
-        attempt: Attempt,
-        finish: NodeFinish,
-        until: Instant,
-    },
+    Finishing { attempt: Attempt, finish: NodeFinish, until: Instant },
 }
 
 /// A node's part in an attempt.
@@ -90,10 +86,7 @@ impl Attempt {
         let remote = prefill.is_some();
         Self {
             prefill: prefill.map(|node| Leg { node, open: true }),
-            decode: Leg {
-                node: decode,
-                open: true,
-            },
+            decode: Leg { node: decode, open: true },
             first,
             first_seen: false,
             decode_next: if remote { first + 1 } else { first },
@@ -197,10 +190,7 @@ impl Request {
 
     /// Names the last attempt started.
     pub(crate) fn transfer(&self) -> TransferId {
-        TransferId {
-            request: self.new.id,
-            attempt: self.attempt,
-        }
+        TransferId { request: self.new.id, attempt: self.attempt }
     }
 
     /// The attempt on nodes now, if it is this one.
@@ -282,19 +272,9 @@ impl Request {
         }
         (self.fruitless, self.pauses, self.stalled) = (0, 0, None);
         self.avoid.clear();
-        self.new
-            .tokens
-            .extend(ready.iter().map(|event| event.token));
-        let output = |TokenEvent {
-                          token,
-                          logprobs,
-                          finish,
-                          ..
-                      }| OutputToken {
-            token,
-            logprobs,
-            finish,
-        };
+        self.new.tokens.extend(ready.iter().map(|event| event.token));
+        let output =
+            |TokenEvent { token, logprobs, finish, .. }| OutputToken { token, logprobs, finish };
         Ok(ready.into_iter().map(output).collect())
     }
 
@@ -335,14 +315,6 @@ impl Request {
         let total = now.saturating_duration_since(self.arrived);
         let placement = self.placement.clone();
         let placement = placement.expect("a request is taken in only with its first attempt");
-        Summary {
-            finish,
-            usage,
-            timings: Timings {
-                total,
-                ..self.timings
-            },
-            placement,
-        }
+        Summary { finish, usage, timings: Timings { total, ..self.timings }, placement }
     }
 }

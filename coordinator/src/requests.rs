@@ -134,13 +134,7 @@ impl Requests {
     #[must_use]
     pub fn new(limits: Limits) -> Self {
         let (live, timers) = (BTreeMap::new(), BTreeSet::new());
-        Self {
-            limits,
-            live,
-            timers,
-            tokens: 0,
-            totals: Totals::default(),
-        }
+        Self { limits, live, timers, tokens: 0, totals: Totals::default() }
     }
 
     /// Requests that have not ended.
@@ -176,9 +170,7 @@ impl Requests {
         }
         let tokens = self.tokens.saturating_add(new.tokens.len());
         if self.live.len() >= self.limits.requests || tokens > self.limits.tokens {
-            return Err(SubmitError::Overloaded {
-                retry_after: RETRY_AFTER,
-            });
+            return Err(SubmitError::Overloaded { retry_after: RETRY_AFTER });
         }
         let name = model.name.clone();
         let mut request = Request::new(new, chain, model, arrived);
@@ -208,11 +200,7 @@ impl Requests {
                     self.attempt(id, from, cx, |r, cx| take(r, from, token, cx));
                 }
             }
-            NodeEvent::Started {
-                id,
-                cached_tokens,
-                queued,
-            } => {
+            NodeEvent::Started { id, cached_tokens, queued } => {
                 self.attempt(id, from, cx, |r, _| {
                     if r.on_nodes().is_some_and(|attempt| attempt.computes(from)) {
                         r.started(cached_tokens, queued);
@@ -223,21 +211,13 @@ impl Requests {
             NodeEvent::PromptLogprobs { id, tokens } => {
                 self.attempt(id, from, cx, |r, cx| prompt_logprobs(r, from, tokens, cx));
             }
-            NodeEvent::Transferred {
-                id,
-                hidden,
-                exposed,
-                bytes,
-                ..
-            } => {
+            NodeEvent::Transferred { id, hidden, exposed, bytes, .. } => {
                 self.attempt(id, from, cx, |r, cx| {
                     transferred(r, from, (hidden, exposed, bytes), cx)
                 });
             }
             NodeEvent::Failed { id, reason, retry } => {
-                self.attempt(id, from, cx, |r, cx| {
-                    node_failed(r, from, reason, retry, cx)
-                });
+                self.attempt(id, from, cx, |r, cx| node_failed(r, from, reason, retry, cx));
             }
             NodeEvent::Report(_) | NodeEvent::Cache { .. } | NodeEvent::Snapshot { .. } => {}
         }
@@ -246,11 +226,8 @@ impl Requests {
     /// A life of a node is over, or its stream is.
     pub fn node_lost(&mut self, node: &NodeRef, cx: &mut Context<'_>) {
         let on = |r: &mut Request| r.on_nodes().is_some_and(|a| a.leg(node).is_some());
-        let hit: Vec<RequestId> = self
-            .live
-            .iter_mut()
-            .filter_map(|(&id, r)| on(r).then_some(id))
-            .collect();
+        let hit: Vec<RequestId> =
+            self.live.iter_mut().filter_map(|(&id, r)| on(r).then_some(id)).collect();
         for id in hit {
             self.with(id, cx, |r, cx| node_gone(r, node, cx));
         }
@@ -259,11 +236,8 @@ impl Requests {
     /// A node joined: requests that wait for one are placed.
     pub fn node_joined(&mut self, cx: &mut Context<'_>) {
         let waits = |r: &Request| matches!(r.phase, Phase::Waiting { .. });
-        let waiting: Vec<RequestId> = self
-            .live
-            .iter()
-            .filter_map(|(&id, r)| waits(r).then_some(id))
-            .collect();
+        let waiting: Vec<RequestId> =
+            self.live.iter().filter_map(|(&id, r)| waits(r).then_some(id)).collect();
         for id in waiting {
             self.with(id, cx, |r, cx| {
                 start_anywhere(r, cx);
@@ -274,9 +248,7 @@ impl Requests {
 
     /// The client is gone, or wants no more.
     pub fn cancel(&mut self, id: RequestId, cx: &mut Context<'_>) {
-        self.with(id, cx, |_, _| {
-            Flow::End(Update::Failed(RequestError::Cancelled))
-        });
+        self.with(id, cx, |_, _| Flow::End(Update::Failed(RequestError::Cancelled)));
     }
 
     /// The client has what it wanted.
@@ -287,9 +259,7 @@ impl Requests {
     /// Ends all requests.
     pub fn shut_down(&mut self, cx: &mut Context<'_>) {
         while let Some((&id, _)) = self.live.first_key_value() {
-            self.with(id, cx, |_, _| {
-                Flow::End(Update::Failed(RequestError::ShuttingDown))
-            });
+            self.with(id, cx, |_, _| Flow::End(Update::Failed(RequestError::ShuttingDown)));
         }
     }
 
@@ -317,9 +287,7 @@ impl Requests {
         act: impl FnOnce(&mut Request, &mut Context<'_>) -> Flow,
     ) {
         self.with(id.request, cx, |r, cx| {
-            if r.current(id)
-                .is_some_and(|attempt| attempt.leg(from).is_some())
-            {
+            if r.current(id).is_some_and(|attempt| attempt.leg(from).is_some()) {
                 return act(r, cx);
             }
             Flow::Go
@@ -340,11 +308,7 @@ impl Requests {
         let flow = act(request, cx);
         self.totals.retried += u64::from(request.attempt - attempt);
         self.tokens += request.new.tokens.len() - tokens;
-        let due = if matches!(flow, Flow::Go) {
-            request.due()
-        } else {
-            None
-        };
+        let due = if matches!(flow, Flow::Go) { request.due() } else { None };
         if due != request.armed {
             let old = std::mem::replace(&mut request.armed, due);
             old.map(|at| self.timers.remove(&(at, id)));
@@ -358,41 +322,20 @@ impl Requests {
                 Update::Done(_) => self.totals.finished += 1,
                 _ => self.totals.failed += 1,
             }
-            cx.out.push(Action::Update {
-                request: id,
-                update,
-            });
+            cx.out.push(Action::Update { request: id, update });
         }
     }
 }
 
 /// Sends the request's next attempt to nodes, if there are any.
 fn start(request: &mut Request, avoid: &[NodeRef], cx: &mut Context<'_>) -> bool {
-    let id = TransferId {
-        request: request.new.id,
-        attempt: request.attempt + 1,
-    };
+    let id = TransferId { request: request.new.id, attempt: request.attempt + 1 };
     let tokens = request.new.tokens.len();
     request.extend_chain();
     // Log-probabilities of the prompt have to be computed: the prefix cache is not read.
-    let chain = if request.wants_prompt_logprobs() {
-        &[][..]
-    } else {
-        &request.chain
-    };
-    let wanted = Wanted {
-        id,
-        model: &request.model,
-        tokens,
-        chain,
-        avoid,
-    };
-    let Some(Placed {
-        prefill,
-        decode,
-        reason,
-    }) = cx.placer.place(&wanted, cx.now)
-    else {
+    let chain = if request.wants_prompt_logprobs() { &[][..] } else { &request.chain };
+    let wanted = Wanted { id, model: &request.model, tokens, chain, avoid };
+    let Some(Placed { prefill, decode, reason }) = cx.placer.place(&wanted, cx.now) else {
         return false;
     };
     request.attempt = id.attempt;
@@ -402,26 +345,17 @@ fn start(request: &mut Request, avoid: &[NodeRef], cx: &mut Context<'_>) -> bool
         reason,
         attempts: id.attempt,
     });
-    let life = |peer: &Peer| NodeRef {
-        node: peer.node.clone(),
-        epoch: peer.epoch,
-    };
+    let life = |peer: &Peer| NodeRef { node: peer.node.clone(), epoch: peer.epoch };
     let (source, target) = (prefill.as_ref().map(life), life(&decode));
     let attempt = Attempt::new(source.clone(), target.clone(), request.emitted());
     request.phase = Phase::Running(attempt);
     // The reservation and the prefill start together: neither waits for the other.
     let job = request.job(cx.now);
     if let Some(to) = source {
-        let command = Command::Prefill {
-            job: job.clone(),
-            decode,
-        };
+        let command = Command::Prefill { job: job.clone(), decode };
         cx.out.push(Action::Send { to, command });
     }
-    cx.out.push(Action::Send {
-        to: target,
-        command: Command::Decode { job, prefill },
-    });
+    cx.out.push(Action::Send { to: target, command: Command::Decode { job, prefill } });
     true
 }
 
@@ -440,10 +374,7 @@ fn close(leg: &mut Leg, id: TransferId, cancel: bool, cx: &mut Context<'_>) {
     }
     cx.placer.ended(&leg.node.node, id);
     if cancel {
-        cx.out.push(Action::Send {
-            to: leg.node.clone(),
-            command: Command::Cancel(id),
-        });
+        cx.out.push(Action::Send { to: leg.node.clone(), command: Command::Cancel(id) });
     }
 }
 
@@ -493,9 +424,7 @@ fn again(
 fn pause(request: &mut Request, now: Instant) {
     let pause = FIRST_PAUSE * 2_u32.saturating_pow(request.pauses.min(16));
     request.pauses += 1;
-    request.phase = Phase::Waiting {
-        again: now + pause.min(LONGEST_PAUSE),
-    };
+    request.phase = Phase::Waiting { again: now + pause.min(LONGEST_PAUSE) };
 }
 
 fn take(request: &mut Request, from: &NodeRef, event: TokenEvent, cx: &mut Context<'_>) -> Flow {
@@ -510,10 +439,7 @@ fn take(request: &mut Request, from: &NodeRef, event: TokenEvent, cx: &mut Conte
     let finish = tokens.last().and_then(|token| token.finish);
     if !tokens.is_empty() {
         let update = Update::Tokens(tokens);
-        cx.out.push(Action::Update {
-            request: id.request,
-            update,
-        });
+        cx.out.push(Action::Update { request: id.request, update });
     }
     match finish {
         Some(finish) => finished(request, finish, cx),
@@ -536,10 +462,7 @@ fn prompt_logprobs(
     }
     request.prompt_logprobs_sent = true;
     let update = Update::PromptLogprobs(tokens);
-    cx.out.push(Action::Update {
-        request: request.new.id,
-        update,
-    });
+    cx.out.push(Action::Update { request: request.new.id, update });
     Flow::Go
 }
 
@@ -559,16 +482,8 @@ fn finished(request: &mut Request, finish: NodeFinish, cx: &mut Context<'_>) -> 
     }
     let awaited = by_decode && attempt.prefill.as_ref().is_some_and(|leg| leg.open);
     let until = now + TRANSFER_REPORT_WAIT;
-    request.phase = Phase::Finishing {
-        attempt,
-        finish,
-        until,
-    };
-    if awaited {
-        Flow::Go
-    } else {
-        Flow::End(Update::Done(request.summary(now)))
-    }
+    request.phase = Phase::Finishing { attempt, finish, until };
+    if awaited { Flow::Go } else { Flow::End(Update::Done(request.summary(now))) }
 }
 
 fn transferred(
@@ -577,10 +492,7 @@ fn transferred(
     (hidden, exposed, bytes): (Duration, Duration, u64),
     cx: &mut Context<'_>,
 ) -> Flow {
-    let Some(attempt) = request
-        .on_nodes()
-        .filter(|attempt| attempt.is_prefill(from))
-    else {
+    let Some(attempt) = request.on_nodes().filter(|attempt| attempt.is_prefill(from)) else {
         return Flow::Go;
     };
     attempt.handed_over = true;

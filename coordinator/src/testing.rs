@@ -11,13 +11,8 @@ pub(crate) fn node(name: &str) -> NodeId {
 }
 
 /// The KV layout of all nodes in tests.
-pub(crate) const GEOMETRY: KvGeometry = KvGeometry {
-    layers: 2,
-    kv_heads: 2,
-    head_dim: 8,
-    dtype: KvDtype::F32,
-    block_tokens: 4,
-};
+pub(crate) const GEOMETRY: KvGeometry =
+    KvGeometry { layers: 2, kv_heads: 2, head_dim: 8, dtype: KvDtype::F32, block_tokens: 4 };
 
 /// A node of the model `demo`.
 pub(crate) fn hello(role: Role, epoch: u64) -> Hello {

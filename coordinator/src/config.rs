@@ -1,0 +1,267 @@
+//! What a coordinator's operator can set: flags win over `BATON_*` variables, which win over the
+//! file.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use baton_proto::config::load_toml;
+use clap::{Args, Parser};
+use serde::Deserialize;
+
+use crate::driver::Bounds;
+use crate::front::{PlaintextRefused, check_plaintext};
+use crate::requests::Limits;
+
+/// Every key as it was given. In the file a key has `_` where its flag has `-`.
+#[derive(Args, Deserialize, Clone, Debug, Default, PartialEq)]
+#[serde(default, deny_unknown_fields)]
+pub struct Settings {
+    /// Where nodes join, over mutual TLS; port 0 takes a free one. Default: 127.0.0.1:7400.
+    #[arg(long, env = "BATON_CLUSTER_LISTEN", value_name = "ADDR")]
+    pub cluster_listen: Option<SocketAddr>,
+    /// Where gRPC clients connect. Default: 127.0.0.1:7401.
+    #[arg(long, env = "BATON_GRPC", value_name = "ADDR")]
+    pub grpc: Option<SocketAddr>,
+    /// Where HTTP clients connect, for health and metrics as well. Default: 127.0.0.1:7402.
+    #[arg(long, env = "BATON_HTTP", value_name = "ADDR")]
+    pub http: Option<SocketAddr>,
+    /// Lets `grpc` and `http` listen on addresses that other machines reach. They are plaintext:
+    /// put a TLS proxy before them.
+    #[arg(long, env = "BATON_ALLOW_PLAINTEXT", num_args = 0..=1, default_missing_value = "true")]
+    pub allow_plaintext: Option<bool>,
+    /// Folder of this coordinator's certificate and key, from `baton certs issue`. Required.
+    #[arg(long, env = "BATON_IDENTITY", value_name = "DIR")]
+    pub identity: Option<PathBuf>,
+    /// Folder of a served model: tokenizer, chat template, generation_config.json; no weights are
+    /// read. Can be given several times. At least one is required.
+    #[arg(long, env = "BATON_MODEL", value_name = "DIR", value_delimiter = ',')]
+    pub model: Option<Vec<PathBuf>>,
+    /// Names of the models, in the same order; the same as on their nodes. Default: the folders'
+    /// names.
+    #[arg(long, env = "BATON_MODEL_NAME", value_name = "NAME", value_delimiter = ',')]
+    pub model_name: Option<Vec<String>>,
+    /// Most requests at a time; further ones are refused. Default: 4096.
+    #[arg(long, env = "BATON_MAX_REQUESTS", value_name = "N")]
+    pub max_requests: Option<usize>,
+    /// Most tokens of all requests, prompts and outputs; further requests are refused.
+    /// Default: 67108864 (256 MiB).
+    #[arg(long, env = "BATON_MAX_HELD_TOKENS", value_name = "N")]
+    pub max_held_tokens: Option<usize>,
+    /// Most KV blocks in the index of the nodes' caches, about 100 bytes each; more than all nodes
+    /// hold is best. Default: 4194304.
+    #[arg(long, env = "BATON_INDEX_BLOCKS", value_name = "N")]
+    pub index_blocks: Option<usize>,
+    /// Seconds that running requests get to finish after SIGTERM. Default: 60.
+    #[arg(long, env = "BATON_DRAIN_TIMEOUT_S", value_name = "SECONDS")]
+    pub drain_timeout_s: Option<u64>,
+    /// What is logged to standard error, e.g. `info` or `info,baton_coordinator=debug`.
+    /// Default: info.
+    #[arg(long, env = "BATON_LOG", value_name = "FILTER")]
+    pub log: Option<String>,
+    /// `text` or `json`. Default: text.
+    #[arg(long, env = "BATON_LOG_FORMAT", value_name = "FORMAT")]
+    pub log_format: Option<String>,
+}
+
+/// The coordinator of a Baton cluster.
+#[derive(Parser)]
+#[command(name = "baton-coordinator", version)]
+struct CommandLine {
+    /// TOML file with any of the keys below.
+    #[arg(long, env = "BATON_CONFIG", value_name = "FILE")]
+    config: Option<PathBuf>,
+    #[command(flatten)]
+    settings: Settings,
+}
+
+/// A configuration that cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file cannot.
+    #[error(transparent)]
+    File(#[from] baton_proto::config::ConfigError),
+    /// Nothing was given and there is no default.
+    #[error("{0} is not set")]
+    Missing(&'static str),
+    /// A value that cannot be used.
+    #[error("{key} {problem}")]
+    Value {
+        /// The key.
+        key: &'static str,
+        /// What is wrong.
+        problem: String,
+    },
+    /// An address that would carry prompts in the clear.
+    #[error(transparent)]
+    Plaintext(#[from] PlaintextRefused),
+}
+
+/// A complete configuration.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Where nodes join.
+    pub cluster_listen: SocketAddr,
+    /// Where gRPC clients connect.
+    pub grpc: SocketAddr,
+    /// Where HTTP clients connect.
+    pub http: SocketAddr,
+    /// Folder of the identity.
+    pub identity: PathBuf,
+    /// Names and folders of the models.
+    pub models: Vec<(String, PathBuf)>,
+    /// Bounds on what is held.
+    pub bounds: Bounds,
+    /// What running requests get after SIGTERM.
+    pub drain_timeout: Duration,
+    /// Log filter.
+    pub log: String,
+    /// Whether the log is JSON.
+    pub log_json: bool,
+}
+
+impl Config {
+    /// Reads the process's flags and environment and the file that they name. Bad flags end the
+    /// process with status 2, as clap does.
+    pub fn from_process() -> Result<Self, ConfigError> {
+        let line = CommandLine::parse();
+        match line.config {
+            Some(file) => line.settings.over(Settings::from_file(&file)?).try_into(),
+            None => line.settings.try_into(),
+        }
+    }
+}
+
+impl Settings {
+    /// Reads a configuration file.
+    pub fn from_file(path: &Path) -> Result<Self, ConfigError> {
+        Ok(load_toml(path)?)
+    }
+
+    /// These settings, completed by `other` where they say nothing.
+    #[must_use]
+    pub fn over(self, other: Self) -> Self {
+        Self {
+            cluster_listen: self.cluster_listen.or(other.cluster_listen),
+            grpc: self.grpc.or(other.grpc),
+            http: self.http.or(other.http),
+            allow_plaintext: self.allow_plaintext.or(other.allow_plaintext),
+            identity: self.identity.or(other.identity),
+            model: self.model.or(other.model),
+            model_name: self.model_name.or(other.model_name),
+            max_requests: self.max_requests.or(other.max_requests),
+            max_held_tokens: self.max_held_tokens.or(other.max_held_tokens),
+            index_blocks: self.index_blocks.or(other.index_blocks),
+            drain_timeout_s: self.drain_timeout_s.or(other.drain_timeout_s),
+            log: self.log.or(other.log),
+            log_format: self.log_format.or(other.log_format),
+        }
+    }
+
+    fn models(&self) -> Result<Vec<(String, PathBuf)>, ConfigError> {
+        let folders = self.model.as_deref().filter(|folders| !folders.is_empty());
+        let folders = folders.ok_or(ConfigError::Missing("model"))?;
+        let own_name = |folder: &PathBuf| {
+            let name = folder.file_name().and_then(|name| name.to_str()).map(str::to_owned);
+            let problem = format!("{} has no name; set model_name", folder.display());
+            name.ok_or(ConfigError::Value { key: "model", problem })
+        };
+        let names = match &self.model_name {
+            Some(names) => names.clone(),
+            None => folders.iter().map(own_name).collect::<Result<_, _>>()?,
+        };
+        let value = |problem| Err(ConfigError::Value { key: "model_name", problem });
+        if names.len() != folders.len() {
+            return value(format!("has {} names for {} models", names.len(), folders.len()));
+        }
+        let twice = names.iter().enumerate().find(|(at, name)| names[..*at].contains(name));
+        if let Some((_, name)) = twice {
+            return value(format!("names {name:?} twice"));
+        }
+        Ok(names.into_iter().zip(folders.iter().cloned()).collect())
+    }
+}
+
+impl TryFrom<Settings> for Config {
+    type Error = ConfigError;
+
+    fn try_from(settings: Settings) -> Result<Self, ConfigError> {
+        let models = settings.models()?;
+        let loopback = |port| SocketAddr::from(([127, 0, 0, 1], port));
+        let (grpc, http) =
+            (settings.grpc.unwrap_or(loopback(7401)), settings.http.unwrap_or(loopback(7402)));
+        let allow = settings.allow_plaintext.unwrap_or(false);
+        check_plaintext(grpc, allow)?;
+        check_plaintext(http, allow)?;
+        let above_0 = |key, value: usize| match value {
+            0 => Err(ConfigError::Value { key, problem: "must be above 0".to_owned() }),
+            more => Ok(more),
+        };
+        let limits = Limits {
+            requests: above_0("max_requests", settings.max_requests.unwrap_or(4096))?,
+            tokens: above_0("max_held_tokens", settings.max_held_tokens.unwrap_or(64 << 20))?,
+        };
+        let index_blocks = above_0("index_blocks", settings.index_blocks.unwrap_or(4 << 20))?;
+        let log_json = match settings.log_format.as_deref() {
+            None | Some("text") => false,
+            Some("json") => true,
+            Some(other) => {
+                let problem = format!("is {other:?}; it must be text or json");
+                return Err(ConfigError::Value { key: "log_format", problem });
+            }
+        };
+        Ok(Self {
+            cluster_listen: settings.cluster_listen.unwrap_or(loopback(7400)),
+            grpc,
+            http,
+            identity: settings.identity.ok_or(ConfigError::Missing("identity"))?,
+            models,
+            bounds: Bounds { limits, index_blocks },
+            drain_timeout: Duration::from_secs(settings.drain_timeout_s.unwrap_or(60)),
+            log: settings.log.unwrap_or_else(|| "info".to_owned()),
+            log_json,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use baton_proto::config::parse_toml;
+
+    use super::*;
+
+    fn parse(text: &str) -> Result<Config, ConfigError> {
+        let settings: Settings = parse_toml(text, Path::new("c.toml"))?;
+        settings.try_into()
+    }
+
+    #[test]
+    fn every_key_is_a_flag_and_a_file_key() {
+        let line = CommandLine::parse_from(["x", "--grpc", "127.0.0.1:0", "--model", "/m/a"]);
+        let file: Settings =
+            parse_toml("grpc = '127.0.0.1:9'\nidentity = '/i'", Path::new("c.toml")).unwrap();
+        let config: Config = line.settings.over(file).try_into().unwrap();
+        assert_eq!(config.grpc.port(), 0, "flags win");
+        assert_eq!(config.models, [("a".to_owned(), PathBuf::from("/m/a"))]);
+    }
+
+    #[test]
+    fn mistakes_are_named() {
+        let cases = [
+            ("modle = ['/m']", "c.toml:1: unknown key `modle`; did you mean `model`?"),
+            ("identity = '/i'", "model is not set"),
+            ("model = ['/m']", "identity is not set"),
+            ("model = ['/m/a', '/n/a']", "model_name names \"a\" twice"),
+            ("model = ['/m']\nmodel_name = []", "model_name has 0 names for 1 models"),
+            ("model = ['/m']\nmax_requests = 0", "max_requests must be above 0"),
+            (
+                "model = ['/m']\nidentity = '/i'\ngrpc = '0.0.0.0:1'",
+                "0.0.0.0:1 is open to other machines without encryption; listen on a loopback \
+                 address or set allow_plaintext = true",
+            ),
+        ];
+        for (text, message) in cases {
+            assert_eq!(parse(text).unwrap_err().to_string(), message);
+        }
+    }
+}

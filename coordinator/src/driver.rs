@@ -1,0 +1,249 @@
+//! Gives [`Control`] a clock and channels: one task that takes what happens, one thing at a time,
+//! and carries out what is decided. It never waits for a node or a client.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use baton_proto::ids::{Epoch, NodeId, RequestId};
+use baton_proto::message::{Command, Hello, NodeEvent};
+use baton_proto::wire::node::ToNode;
+use tokio::sync::{mpsc, oneshot, watch};
+use tonic::Status;
+
+use crate::cluster::{LinkId, Refusal};
+use crate::control::Control;
+use crate::core::{Ask, Core, Models, SubmitError, Update};
+use crate::metrics;
+use crate::requests::{Action, Limits};
+
+/// Messages of nodes that wait for the driver; a node's stream stops being read beyond.
+const MAX_NODE_MESSAGES: usize = 4096;
+/// Calls of the front that wait for the driver; further ones are refused as overload.
+const MAX_ASKS: usize = 4096;
+/// Pause between updates of the gauges.
+const GAUGE_INTERVAL: Duration = Duration::from_secs(1);
+
+/// What a node's stream tells the driver.
+#[derive(Debug)]
+pub(crate) enum FromLink {
+    /// The node's introduction, on a new stream.
+    Hello {
+        node: NodeId,
+        hello: Hello,
+        link: Link,
+        reply: oneshot::Sender<Result<LinkId, Refusal>>,
+    },
+    /// The node says something.
+    Event { node: NodeId, link: LinkId, event: NodeEvent },
+    /// The stream ended.
+    Closed { node: NodeId, link: LinkId },
+}
+
+/// The driver's end of a node's stream. Dropping it ends the stream.
+#[derive(Debug)]
+pub(crate) struct Link {
+    /// Bounded: a node that lets it fill up is disconnected.
+    pub(crate) outbox: mpsc::Sender<Result<ToNode, Status>>,
+    /// The reading side stops when this is dropped.
+    pub(crate) _open: oneshot::Sender<()>,
+}
+
+/// Bounds of a coordinator.
+#[derive(Clone, Copy, Debug)]
+pub struct Bounds {
+    /// Of requests.
+    pub limits: Limits,
+    /// Blocks in the index.
+    pub index_blocks: usize,
+}
+
+/// The task that owns the coordinator's state.
+#[derive(Debug)]
+pub(crate) struct Driver {
+    control: Control,
+    links: HashMap<NodeId, (LinkId, Epoch, Link)>,
+    next_link: u64,
+    clients: HashMap<RequestId, mpsc::Sender<Update>>,
+    from_links: mpsc::Receiver<FromLink>,
+    asks: mpsc::Receiver<Ask>,
+    dropped: mpsc::Receiver<RequestId>,
+    models: watch::Sender<Models>,
+    shutting_down: bool,
+}
+
+impl Driver {
+    /// A driver, the handle for the front, and where nodes' streams report to.
+    pub(crate) fn new(bounds: Bounds) -> (Self, Core, mpsc::Sender<FromLink>) {
+        let (links_sender, from_links) = mpsc::channel(MAX_NODE_MESSAGES);
+        let (asks_sender, asks) = mpsc::channel(MAX_ASKS);
+        // Clients that have not read their last update still hold a slot.
+        let (dropped_sender, dropped) = mpsc::channel(2 * bounds.limits.requests);
+        let (models, models_receiver) = watch::channel(Models::default());
+        let control = Control::new(bounds.limits, bounds.index_blocks, Instant::now());
+        let driver = Self {
+            control,
+            links: HashMap::new(),
+            next_link: 1,
+            clients: HashMap::new(),
+            from_links,
+            asks,
+            dropped,
+            models,
+            shutting_down: false,
+        };
+        (driver, Core::new(asks_sender, dropped_sender, models_receiver), links_sender)
+    }
+
+    /// Runs until every [`Core`] is dropped.
+    pub(crate) async fn run(mut self) {
+        let mut gauges = tokio::time::interval(GAUGE_INTERVAL);
+        let mut actions = Vec::new();
+        loop {
+            let due = self.control.poll_timeout();
+            let timeout = async {
+                match due {
+                    Some(due) => tokio::time::sleep_until(due.into()).await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                Some(id) = self.dropped.recv() => {
+                    self.clients.remove(&id);
+                    self.control.cancel(id, Instant::now(), &mut actions);
+                }
+                Some(message) = self.from_links.recv() => self.hear(message, &mut actions),
+                ask = self.asks.recv() => match ask {
+                    Some(ask) => self.answer(ask, &mut actions),
+                    None => return,
+                },
+                () = timeout => self.control.handle_timeout(Instant::now(), &mut actions),
+                _ = gauges.tick() => {
+                    let status = self.control.status(Instant::now());
+                    metrics::gauges(&status, self.control.index_blocks());
+                }
+            }
+            self.carry_out(&mut actions);
+        }
+    }
+
+    fn hear(&mut self, message: FromLink, actions: &mut Vec<Action>) {
+        let now = Instant::now();
+        match message {
+            FromLink::Hello { node, hello, link, reply } => {
+                let id = LinkId(self.next_link);
+                self.next_link += 1;
+                let (role, epoch) = (hello.role.as_str(), hello.epoch);
+                let result = self.control.join(&node, hello, id, now, actions);
+                if result.is_ok() {
+                    tracing::info!(%node, role, epoch = epoch.0, "joined");
+                    self.links.insert(node, (id, epoch, link));
+                    self.publish_models();
+                }
+                // If nobody waits any more, the stream's end is reported like any other's.
+                let _ = reply.send(result.map(|()| id));
+            }
+            FromLink::Event { node, link, event } => {
+                self.control.event(&node, link, event, now, actions);
+            }
+            FromLink::Closed { node, link } => {
+                if self.control.leave(&node, link, now, actions) {
+                    tracing::info!(%node, "left");
+                    self.links.remove(&node);
+                    self.publish_models();
+                }
+            }
+        }
+    }
+
+    /// Answers whose asker is gone are dropped.
+    fn answer(&mut self, ask: Ask, actions: &mut Vec<Action>) {
+        let now = Instant::now();
+        match ask {
+            Ask::Submit { request, chain, arrived, updates, reply } => {
+                if updates.is_closed() {
+                    return;
+                }
+                let id = request.id;
+                let result = if self.shutting_down {
+                    Err(SubmitError::ShuttingDown)
+                } else {
+                    self.control.submit(request, chain, arrived, now, actions)
+                };
+                match &result {
+                    Ok(()) => {
+                        self.clients.insert(id, updates);
+                        self.control.placed_in(id, arrived.elapsed());
+                    }
+                    Err(error) => metrics::refused(error),
+                }
+                let _ = reply.send(result);
+            }
+            Ask::Stop(id) => self.control.stop(id, now, actions),
+            Ask::Cancel(id) => self.control.cancel(id, now, actions),
+            Ask::Status(reply) => drop(reply.send(self.control.status(now))),
+            Ask::Nodes(reply) => drop(reply.send(self.control.nodes(now))),
+            Ask::Cache { node, chain, block_tokens, reply } => {
+                let view = self.control.cache(node.as_ref(), &chain, block_tokens);
+                drop(reply.send(view));
+            }
+            Ask::ShutDown(reply) => {
+                self.shutting_down = true;
+                self.control.shut_down(now, actions);
+                self.carry_out(actions);
+                let _ = reply.send(());
+            }
+        }
+    }
+
+    /// Carries out all actions, and those that follow from a node's disconnection.
+    fn carry_out(&mut self, actions: &mut Vec<Action>) {
+        while !actions.is_empty() {
+            let mut overrun = Vec::new();
+            for action in actions.drain(..) {
+                match action {
+                    Action::Update { request, update } => self.tell_client(request, update),
+                    Action::Send { to, command } => {
+                        if let Some(link) = self.send(&to.node, to.epoch, command) {
+                            overrun.push((to.node, link));
+                        }
+                    }
+                }
+            }
+            for (node, link) in overrun {
+                tracing::warn!(%node, "disconnected: it does not take commands in time");
+                self.links.remove(&node);
+                self.control.leave(&node, link, Instant::now(), actions);
+                self.publish_models();
+            }
+        }
+    }
+
+    /// Returns the stream if it has to be given up.
+    fn send(&mut self, node: &NodeId, epoch: Epoch, command: Command) -> Option<LinkId> {
+        let (id, _, link) = self.links.get(node).filter(|(_, life, _)| *life == epoch)?;
+        match link.outbox.try_send(Ok(command.into())) {
+            Ok(()) => None,
+            // A closed one is reported by its own task.
+            Err(mpsc::error::TrySendError::Closed(_)) => None,
+            Err(mpsc::error::TrySendError::Full(_)) => Some(*id),
+        }
+    }
+
+    fn tell_client(&mut self, id: RequestId, update: Update) {
+        metrics::update(&update);
+        let ended = matches!(update, Update::Done(_) | Update::Failed(_));
+        if let Update::Failed(error) = &update {
+            tracing::info!(request = %id, %error, "failed");
+        }
+        let client = if ended { self.clients.remove(&id) } else { self.clients.get(&id).cloned() };
+        if let Some(client) = client {
+            // Closed: its cancellation is under way. Never full, see `Core::submit`.
+            let _ = client.try_send(update);
+        }
+    }
+
+    fn publish_models(&self) {
+        self.models.send_replace(Arc::new(self.control.models()));
+    }
+}

@@ -1,0 +1,144 @@
+//! The service that nodes dial: one stream each, over mutual TLS. A node's name is what its
+//! certificate says, whatever it says itself.
+
+use std::future::Future;
+use std::time::Duration;
+
+use baton_identity::{Identity, peer_node_id};
+use baton_proto::ids::NodeId;
+use baton_proto::message::{Hello, NodeEvent};
+use baton_proto::wire::node::join_server::{Join, JoinServer};
+use baton_proto::wire::node::{FromNode, ToNode, Welcome, to_node};
+use tokio::net::TcpListener;
+use tokio::sync::{mpsc, oneshot};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::transport::server::TcpIncoming;
+use tonic::transport::{Certificate, Server, ServerTlsConfig};
+use tonic::{Request, Response, Status, Streaming};
+
+use crate::cluster::LinkId;
+use crate::driver::{FromLink, Link};
+
+/// Commands on their way to one node; one that lets them pile up is disconnected.
+const MAX_OUTBOX: usize = 1024;
+/// Largest message of a node: a snapshot part of a million blocks.
+const MAX_MESSAGE_BYTES: usize = 16 << 20;
+/// A hung node is noticed after both; a killed one when its connection ends.
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(1);
+const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(2);
+/// For the TLS handshake, and again for the hello.
+const GREETING_TIMEOUT: Duration = Duration::from_secs(5);
+/// A node needs one.
+const MAX_STREAMS_PER_CONNECTION: u32 = 4;
+/// How often nodes report their load.
+const REPORT_INTERVAL: Duration = Duration::from_millis(100);
+
+/// Serves nodes until `shutdown`.
+pub(crate) async fn serve(
+    listener: TcpListener,
+    identity: &Identity,
+    driver: mpsc::Sender<FromLink>,
+    shutdown: impl Future<Output = ()>,
+) -> Result<(), tonic::transport::Error> {
+    let own = tonic::transport::Identity::from_pem(identity.cert_pem(), identity.key_pem());
+    let tls = ServerTlsConfig::new()
+        .identity(own)
+        .client_ca_root(Certificate::from_pem(identity.ca_pem()))
+        .timeout(GREETING_TIMEOUT);
+    let service = Service { name: identity.node_id().clone(), driver };
+    let service = JoinServer::new(service).max_decoding_message_size(MAX_MESSAGE_BYTES);
+    Server::builder()
+        .tls_config(tls)?
+        .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
+        .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
+        .max_concurrent_streams(MAX_STREAMS_PER_CONNECTION)
+        .add_service(service)
+        .serve_with_incoming_shutdown(
+            TcpIncoming::from(listener).with_nodelay(Some(true)),
+            shutdown,
+        )
+        .await
+}
+
+struct Service {
+    name: NodeId,
+    driver: mpsc::Sender<FromLink>,
+}
+
+#[tonic::async_trait]
+impl Join for Service {
+    type JoinStream = ReceiverStream<Result<ToNode, Status>>;
+
+    async fn join(
+        &self,
+        request: Request<Streaming<FromNode>>,
+    ) -> Result<Response<Self::JoinStream>, Status> {
+        let node = name_of(&request)?;
+        let mut stream = request.into_inner();
+        let hello = tokio::time::timeout(GREETING_TIMEOUT, stream.message());
+        let hello = hello.await.map_err(|_| Status::deadline_exceeded("no hello"))??;
+        let hello = hello.ok_or_else(|| Status::invalid_argument("the stream ended at once"))?;
+        let hello = Hello::try_from(hello).map_err(|e| Status::invalid_argument(e.to_string()))?;
+
+        let (outbox, commands) = mpsc::channel(MAX_OUTBOX);
+        let report_interval_ms = REPORT_INTERVAL.as_millis() as u32;
+        let welcome = Welcome { coordinator: self.name.to_string(), report_interval_ms };
+        let welcome = ToNode { message: Some(to_node::Message::Welcome(welcome)) };
+        // Before the driver can put a command into the empty outbox.
+        outbox.try_send(Ok(welcome)).map_err(|e| Status::internal(e.to_string()))?;
+
+        let (open, closed) = oneshot::channel();
+        let (reply, answer) = oneshot::channel();
+        let link = Link { outbox, _open: open };
+        let going = |_| Status::unavailable("the coordinator is shutting down");
+        let message = FromLink::Hello { node: node.clone(), hello, link, reply };
+        self.driver.send(message).await.map_err(|_| going(()))?;
+        let answer = answer.await.map_err(|_| going(()))?;
+        let link = answer.map_err(|refusal| {
+            tracing::warn!(%node, %refusal, "refused");
+            Status::failed_precondition(refusal.to_string())
+        })?;
+        tokio::spawn(read(node, link, stream, self.driver.clone(), closed));
+        Ok(Response::new(ReceiverStream::new(commands)))
+    }
+}
+
+fn name_of(request: &Request<Streaming<FromNode>>) -> Result<NodeId, Status> {
+    let certificates = request.peer_certs();
+    let certificate = certificates.as_ref().and_then(|chain| chain.first());
+    let certificate = certificate.ok_or_else(|| Status::unauthenticated("no certificate"))?;
+    peer_node_id(certificate).map_err(|error| Status::permission_denied(error.to_string()))
+}
+
+/// Carries a node's messages to the driver until the stream ends or the driver has closed it.
+async fn read(
+    node: NodeId,
+    link: LinkId,
+    mut stream: Streaming<FromNode>,
+    driver: mpsc::Sender<FromLink>,
+    mut closed: oneshot::Receiver<()>,
+) {
+    loop {
+        let message = tokio::select! {
+            message = stream.message() => message,
+            _ = &mut closed => break,
+        };
+        let event = match message {
+            Ok(Some(message)) => NodeEvent::try_from(message),
+            Ok(None) => break,
+            Err(status) => {
+                tracing::debug!(%node, %status, "stream broke");
+                break;
+            }
+        };
+        let Ok(event) = event.inspect_err(|error| tracing::warn!(%node, %error, "bad message"))
+        else {
+            break;
+        };
+        if driver.send(FromLink::Event { node: node.clone(), link, event }).await.is_err() {
+            return;
+        }
+    }
+    // If the driver is gone, so is what it knew of the node.
+    let _ = driver.send(FromLink::Closed { node, link }).await;
+}

@@ -1,0 +1,160 @@
+//! A running coordinator: its listeners, its driver and its front, from start to drained.
+
+use std::io;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use baton_identity::Identity;
+use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder, PrometheusHandle};
+use tokio::net::TcpListener;
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+
+use crate::config::Config;
+use crate::core::Core;
+use crate::driver::Driver;
+use crate::front::models::{ModelFileError, Models};
+use crate::front::{Front, serve_grpc, serve_http};
+use crate::join;
+
+/// How long the front may take to end streams whose requests have ended.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
+/// Upper bounds of the histograms' buckets, in seconds.
+const BUCKETS: [f64; 14] =
+    [0.0001, 0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 60.0];
+
+/// Why a coordinator cannot start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// Its identity.
+    #[error(transparent)]
+    Identity(#[from] baton_identity::LoadError),
+    /// It must act as a coordinator.
+    #[error("the identity of {0} is that of a node; issue one for a coordinator")]
+    NotACoordinator(baton_proto::ids::NodeId),
+    /// A model's folder.
+    #[error(transparent)]
+    Model(#[from] ModelFileError),
+    /// An address.
+    #[error("{key} {address}: {source}")]
+    Listen {
+        /// The configuration key.
+        key: &'static str,
+        /// The address.
+        address: SocketAddr,
+        /// Why not.
+        source: io::Error,
+    },
+    /// Metrics.
+    #[error("metrics: {0}")]
+    Metrics(#[from] BuildError),
+}
+
+/// A coordinator whose ports are bound and served.
+#[derive(Debug)]
+pub struct Coordinator {
+    /// Where gRPC clients connect.
+    pub grpc: SocketAddr,
+    /// Where HTTP clients connect.
+    pub http: SocketAddr,
+    /// Where nodes join.
+    pub cluster: SocketAddr,
+    core: Core,
+    /// True once clients are taken no more.
+    closing: watch::Sender<bool>,
+    servers: JoinSet<Result<(), String>>,
+    nodes: JoinSet<Result<(), String>>,
+}
+
+impl Coordinator {
+    /// Binds and serves all ports. `metrics` is what the HTTP port shows.
+    pub async fn start(config: &Config, metrics: PrometheusHandle) -> Result<Self, StartError> {
+        let identity = Identity::load(&config.identity)?;
+        if identity.part() != baton_identity::Part::Coordinator {
+            return Err(StartError::NotACoordinator(identity.node_id().clone()));
+        }
+        let folders = config.models.iter();
+        let models = Models::load(folders.map(|(name, dir)| (name.as_str(), dir.as_path())))?;
+        let (grpc_listener, grpc) = bind("grpc", config.grpc).await?;
+        let (http_listener, http) = bind("http", config.http).await?;
+        let (cluster_listener, cluster) = bind("cluster_listen", config.cluster_listen).await?;
+
+        let (driver, core, links) = Driver::new(config.bounds);
+        let front = Front::new(core.clone(), models);
+        let (closing, closed) = watch::channel(false);
+        let (mut servers, mut nodes) = (JoinSet::new(), JoinSet::new());
+        tokio::spawn(driver.run());
+        let (grpc_front, stop) = (front.clone(), until(closed.clone()));
+        servers.spawn(async move {
+            serve_grpc(grpc_front, grpc_listener, None, stop).await.map_err(|e| e.to_string())
+        });
+        let stop = until(closed);
+        servers.spawn(async move {
+            serve_http(front, metrics, http_listener, stop).await.map_err(|e| e.to_string())
+        });
+        nodes.spawn(async move {
+            let never = std::future::pending();
+            join::serve(cluster_listener, &identity, links, never).await.map_err(|e| e.to_string())
+        });
+        Ok(Self { grpc, http, cluster, core, closing, servers, nodes })
+    }
+
+    /// The handle to its core.
+    #[must_use]
+    pub fn core(&self) -> &Core {
+        &self.core
+    }
+
+    /// Waits until a server ends by itself, which it should not; says why.
+    pub async fn broken(&mut self) -> String {
+        let ended = tokio::select! {
+            Some(ended) = self.servers.join_next() => ended,
+            Some(ended) = self.nodes.join_next() => ended,
+            else => return "no server is running".to_owned(),
+        };
+        match ended {
+            Ok(Err(error)) => error,
+            Ok(Ok(())) => "a server ended".to_owned(),
+            Err(error) => error.to_string(),
+        }
+    }
+
+    /// Takes no more clients and waits until those there are have been served.
+    pub async fn drain(&mut self) {
+        self.closing.send_replace(true);
+        while self.servers.join_next().await.is_some() {}
+    }
+
+    /// Ends all requests, frees what nodes hold for them, and closes all ports.
+    pub async fn stop(mut self) {
+        self.closing.send_replace(true);
+        self.core.shut_down().await;
+        // Clients get their errors and nodes their cancellations before the connections close.
+        let closed = async { while self.servers.join_next().await.is_some() {} };
+        if tokio::time::timeout(CLOSE_TIMEOUT, closed).await.is_err() {
+            tracing::warn!("clients kept their connections open");
+        }
+    }
+}
+
+/// Lets the process count, and gives what shows the counts.
+pub fn install_metrics() -> Result<PrometheusHandle, StartError> {
+    let builder = PrometheusBuilder::new();
+    let builder = builder.set_buckets_for_metric(Matcher::Suffix("_seconds".into()), &BUCKETS)?;
+    Ok(builder.install_recorder()?)
+}
+
+async fn bind(
+    key: &'static str,
+    address: SocketAddr,
+) -> Result<(TcpListener, SocketAddr), StartError> {
+    let failed = |source| StartError::Listen { key, address, source };
+    let listener = TcpListener::bind(address).await.map_err(failed)?;
+    let bound = listener.local_addr().map_err(failed)?;
+    Ok((listener, bound))
+}
+
+async fn until(mut closed: watch::Receiver<bool>) {
+    // A dropped sender means the same.
+    let _ = closed.wait_for(|&closed| closed).await;
+}
