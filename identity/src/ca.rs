@@ -44,9 +44,7 @@ impl ClusterCa {
     pub fn create(dir: &Path) -> Result<Self, IssueError> {
         files::create_private_dir(dir)?;
         let mut params = params_valid_for(CA_VALIDITY);
-        params
-            .distinguished_name
-            .push(DnType::CommonName, "Baton cluster CA");
+        params.distinguished_name.push(DnType::CommonName, "Baton cluster CA");
         params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
         params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
         let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
@@ -79,9 +77,7 @@ impl ClusterCa {
     ) -> Result<(), IssueError> {
         let mut params = params_valid_for(MEMBER_VALIDITY);
         let dns_name = part.dns_name(name);
-        params
-            .distinguished_name
-            .push(DnType::CommonName, dns_name.as_str());
+        params.distinguished_name.push(DnType::CommonName, dns_name.as_str());
         params.subject_alt_names = vec![SanType::DnsName(dns_name.try_into()?)];
         if part == Part::Coordinator {
             let shared = SanType::DnsName(COORDINATOR_SERVER_NAME.try_into()?);
@@ -93,10 +89,8 @@ impl ClusterCa {
         params.is_ca = IsCa::ExplicitNoCa;
         params.use_authority_key_identifier_extension = true;
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
-        params.extended_key_usages = vec![
-            ExtendedKeyUsagePurpose::ServerAuth,
-            ExtendedKeyUsagePurpose::ClientAuth,
-        ];
+        params.extended_key_usages =
+            vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
         let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
         let cert = params.signed_by(&key, &self.issuer)?;
         files::create_private_dir(dir)?;

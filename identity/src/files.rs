@@ -25,20 +25,13 @@ pub struct FileError {
 
 impl FileError {
     pub(crate) fn new(path: &Path, what: impl ToString) -> Self {
-        Self {
-            path: path.to_owned(),
-            what: what.to_string(),
-        }
+        Self { path: path.to_owned(), what: what.to_string() }
     }
 }
 
 /// Creates a folder, and those above it, that only its owner can enter.
 pub(crate) fn create_private_dir(dir: &Path) -> Result<(), FileError> {
-    DirBuilder::new()
-        .recursive(true)
-        .mode(0o700)
-        .create(dir)
-        .map_err(|e| FileError::new(dir, e))
+    DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(|e| FileError::new(dir, e))
 }
 
 /// Creates a file that must not exist yet.
@@ -56,9 +49,7 @@ pub(crate) fn read(path: &Path) -> Result<String, FileError> {
     let fail = |e| FileError::new(path, e);
     let file = File::open(path).map_err(fail)?;
     let mut text = String::new();
-    file.take(MAX_BYTES)
-        .read_to_string(&mut text)
-        .map_err(fail)?;
+    file.take(MAX_BYTES).read_to_string(&mut text).map_err(fail)?;
     Ok(text)
 }
 

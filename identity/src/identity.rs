@@ -55,15 +55,7 @@ impl Identity {
         let unfit = |e| FileError::new(&key, format!("does not fit {NODE_CERT}: {e}"));
         let server = server_config(&roots, chain.clone(), private.clone_key()).map_err(unfit)?;
         let client = client_config(&roots, chain, private).map_err(unfit)?;
-        Ok(Self(Arc::new(Inner {
-            name,
-            part,
-            ca_pem,
-            cert_pem,
-            key_pem,
-            server,
-            client,
-        })))
+        Ok(Self(Arc::new(Inner { name, part, ca_pem, cert_pem, key_pem, server, client })))
     }
 
     /// This member's name.
@@ -166,9 +158,7 @@ fn certificates(path: &Path, pem: &str) -> Result<Vec<CertificateDer<'static>>, 
 fn roots(path: &Path, pem: &str) -> Result<RootCertStore, FileError> {
     let mut roots = RootCertStore::empty();
     for certificate in certificates(path, pem)? {
-        roots
-            .add(certificate)
-            .map_err(|e| FileError::new(path, e))?;
+        roots.add(certificate).map_err(|e| FileError::new(path, e))?;
     }
     Ok(roots)
 }
@@ -183,7 +173,5 @@ fn check_issued_by(
         .build()
         .expect("the store holds the cluster's CA");
     let name = ServerName::try_from(dns_name).expect("a member's name is a DNS name");
-    verifier
-        .verify_server_cert(&chain[0], &chain[1..], &name, &[], UnixTime::now())
-        .map(|_| ())
+    verifier.verify_server_cert(&chain[0], &chain[1..], &name, &[], UnixTime::now()).map(|_| ())
 }

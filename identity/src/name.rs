@@ -81,8 +81,6 @@ fn member(name: &GeneralName<'_>) -> Option<(NodeId, Part)> {
         return None;
     };
     let (label, domain) = dns.split_once('.')?;
-    let part = [Part::Node, Part::Coordinator]
-        .into_iter()
-        .find(|part| part.domain() == domain)?;
+    let part = [Part::Node, Part::Coordinator].into_iter().find(|part| part.domain() == domain)?;
     Some((label.parse().ok()?, part))
 }

@@ -20,8 +20,7 @@ fn name(text: &str) -> NodeId {
 
 fn issue(ca: &ClusterCa, dir: &Path, part: Part, id: &str) -> Identity {
     let out = dir.join(id);
-    ca.issue(part, &name(id), &["localhost", "127.0.0.1"], &out)
-        .unwrap();
+    ca.issue(part, &name(id), &["localhost", "127.0.0.1"], &out).unwrap();
     Identity::load(&out).unwrap()
 }
 
@@ -64,10 +63,7 @@ fn members_accept_each_other_over_tls13() {
     let suite = client.negotiated_cipher_suite().unwrap().suite();
     assert_eq!(suite, CipherSuite::TLS13_AES_128_GCM_SHA256);
     assert_eq!(client.alpn_protocol(), Some(&b"baton-test"[..]));
-    assert_eq!(
-        peer_node_id(&server.peer_certificates().unwrap()[0]),
-        Ok(name("prefill-0"))
-    );
+    assert_eq!(peer_node_id(&server.peer_certificates().unwrap()[0]), Ok(name("prefill-0")));
 
     handshake(&node, &coordinator, coordinator_name()).unwrap();
     handshake(&node, &other, ServerName::try_from("127.0.0.1").unwrap()).unwrap();
@@ -99,10 +95,7 @@ fn another_cluster_is_refused_in_both_directions() {
     // A client that would trust the server: its own CA file is the server's, its certificate not.
     std::fs::copy(dir.path().join("a/ca.pem"), out.join("ca.pem")).unwrap();
     let error = Identity::load(&out).unwrap_err().to_string();
-    assert!(
-        error.contains("node.pem: not valid under ca.pem"),
-        "{error}"
-    );
+    assert!(error.contains("node.pem: not valid under ca.pem"), "{error}");
     assert!(handshake(&impostor, &node, dialled).is_err());
 }
 
@@ -120,28 +113,17 @@ fn a_member_cannot_pass_for_another() {
     let (_, server) = handshake(&coordinator, &node, node_server_name(&name("n"))).unwrap();
     let certificate = &server.peer_certificates().unwrap()[0];
     assert_eq!(peer(certificate), Ok((name("c"), Part::Coordinator)));
-    assert_eq!(
-        peer_node_id(certificate),
-        Err(PeerError::NotANode(name("c")))
-    );
+    assert_eq!(peer_node_id(certificate), Err(PeerError::NotANode(name("c"))));
 }
 
 #[test]
 fn cluster_names_cannot_be_had_as_extra_names() {
     let dir = TempDir::new().unwrap();
     let ca = ClusterCa::create(&dir.path().join("ca")).unwrap();
-    let bad = [
-        "coordinator.baton",
-        "x.Coordinator.BATON.",
-        "baton",
-        "a b",
-        "",
-    ];
+    let bad = ["coordinator.baton", "x.Coordinator.BATON.", "baton", "a b", ""];
     for extra in bad {
         let out = dir.path().join("n");
-        let error = ca
-            .issue(Part::Node, &name("n"), &[extra], &out)
-            .unwrap_err();
+        let error = ca.issue(Part::Node, &name("n"), &[extra], &out).unwrap_err();
         assert!(error.to_string().contains("no DNS name"), "{error}");
         assert!(!out.exists(), "nothing is written for a refused request");
     }

@@ -87,10 +87,7 @@ impl ChatTemplate {
         match source {
             Json::Array(named) => {
                 for entry in named {
-                    add(
-                        entry["name"].as_str().unwrap_or_default(),
-                        &entry["template"],
-                    )?;
+                    add(entry["name"].as_str().unwrap_or_default(), &entry["template"])?;
                 }
             }
             text => add(NAMES[0], text)?,
@@ -98,10 +95,7 @@ impl ChatTemplate {
         if environment.get_template(NAMES[0]).is_err() {
             return Err(ChatError("there is no template named default".to_owned()));
         }
-        Ok(Self {
-            environment,
-            special_tokens,
-        })
+        Ok(Self { environment, special_tokens })
     }
 
     /// The prompt of a conversation.
@@ -121,13 +115,11 @@ impl ChatTemplate {
             strftime_now => Value::from_function(move |format: &str| strftime::utc(format, now)),
         };
         let tokens = Value::from_serialize(&self.special_tokens);
-        template
-            .render(context! { ..own, ..tokens })
-            .map_err(|error| {
-                // The innermost cause says what is wrong: what the template raised, most often.
-                let detail = error.detail().map(str::to_owned);
-                ChatError(detail.unwrap_or_else(|| error.to_string()))
-            })
+        template.render(context! { ..own, ..tokens }).map_err(|error| {
+            // The innermost cause says what is wrong: what the template raised, most often.
+            let detail = error.detail().map(str::to_owned);
+            ChatError(detail.unwrap_or_else(|| error.to_string()))
+        })
     }
 }
 
@@ -138,12 +130,9 @@ fn environment() -> Environment<'static> {
     environment.set_lstrip_blocks(true);
     environment.set_auto_escape_callback(|_| AutoEscape::None);
     environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
-    environment.add_function(
-        "raise_exception",
-        |message: String| -> Result<Value, Error> {
-            Err(Error::new(ErrorKind::InvalidOperation, message))
-        },
-    );
+    environment.add_function("raise_exception", |message: String| -> Result<Value, Error> {
+        Err(Error::new(ErrorKind::InvalidOperation, message))
+    });
     environment.add_filter("tojson", tojson);
     environment
 }
@@ -157,9 +146,7 @@ fn tojson(value: &Value, indent: Option<Value>, options: Kwargs) -> Result<Strin
     };
     let separators: Option<Vec<String>> = options.get("separators")?;
     let style = python_json::Style {
-        ascii: options
-            .get::<Option<bool>>("ensure_ascii")?
-            .unwrap_or(false),
+        ascii: options.get::<Option<bool>>("ensure_ascii")?.unwrap_or(false),
         sort_keys: options.get::<Option<bool>>("sort_keys")?.unwrap_or(false),
         indent: match indent {
             Some(indent) if !indent.is_none() => Some(usize::try_from(indent)?),
@@ -293,10 +280,7 @@ mod tests {
         let config = json!({"chat_template": "{{ bos_token }}1", "bos_token": {"content": "<s>"}});
         write("tokenizer_config.json", &config.to_string());
         assert_eq!(render().unwrap(), "<s>1");
-        write(
-            "chat_template.json",
-            r#"{"chat_template": "{{ bos_token }}2"}"#,
-        );
+        write("chat_template.json", r#"{"chat_template": "{{ bos_token }}2"}"#);
         assert_eq!(render().unwrap(), "<s>2");
         write("chat_template.jinja", "{{ bos_token }}3");
         assert_eq!(render().unwrap(), "<s>3");

@@ -45,9 +45,7 @@ impl Defaults {
             temperature: defaults.temperature.unwrap_or(unset.temperature),
             top_p: defaults.top_p.unwrap_or(unset.top_p),
             min_p: defaults.min_p.unwrap_or(unset.min_p),
-            repetition_penalty: defaults
-                .repetition_penalty
-                .unwrap_or(unset.repetition_penalty),
+            repetition_penalty: defaults.repetition_penalty.unwrap_or(unset.repetition_penalty),
             ..unset
         };
         // So that a request is never refused for what it did not say.
@@ -65,11 +63,7 @@ impl Defaults {
         };
         let greedy = generation["do_sample"] == Value::Bool(false);
         Ok(Self {
-            temperature: if greedy {
-                Some(0.0)
-            } else {
-                number("temperature")?
-            },
+            temperature: if greedy { Some(0.0) } else { number("temperature")? },
             top_k: token_count(generation, "top_k")?,
             top_p: number("top_p")?,
             min_p: number("min_p")?,
@@ -159,10 +153,7 @@ mod tests {
             (json!({"top_k": 2.5}), "top_k is 2.5"),
         ] {
             let error = load(Some(generation), json!({})).unwrap_err().to_string();
-            assert!(
-                error.contains(GENERATION_CONFIG) && error.contains(said),
-                "{error}"
-            );
+            assert!(error.contains(GENERATION_CONFIG) && error.contains(said), "{error}");
         }
     }
 }

@@ -1,8 +1,29 @@
-//! What the front's tests share.
+//! What the front's tests share: files, and a core that the test plays.
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
+use baton_proto::ids::{RequestId, Role};
+use baton_proto::message::{BlockCounts, NodeFinish, Report};
+use metrics_exporter_prometheus::PrometheusBuilder;
 use serde_json::Value;
+use tokio::net::TcpListener;
+use tokio::sync::{mpsc, watch};
+use tonic::transport::{Channel, Endpoint};
+
+use super::models::Models;
+use super::text::Tokenizer;
+use super::{Front, serve_grpc, serve_http};
+use crate::core::{
+    Ask, CacheView, Core, ModelInfo, NewRequest, NodeCacheView, NodeView, OutputToken,
+    PlacementInfo, StatusView, SubmitError, Summary, Timings, Update, Usage,
+};
+use crate::testing::{hello, node};
+
+/// Context of the played model.
+pub(crate) const MAX_MODEL_LEN: u32 = 64;
 
 fn root() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("..")
@@ -17,4 +38,176 @@ pub(crate) fn demo_model() -> PathBuf {
 pub(crate) fn golden_text(file: &str) -> Value {
     let path = root().join("tests/golden/text").join(file);
     serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap()
+}
+
+/// The demo model's tokenizer.
+pub(crate) fn tokenizer() -> Tokenizer {
+    Tokenizer::load(&demo_model().join("tokenizer.json")).unwrap()
+}
+
+/// What the played core does with a request.
+pub(crate) enum Play {
+    /// Sends these updates, and a last one if they lack it.
+    Accept(Vec<Update>),
+    /// Sends these, and the last one when it is told to stop.
+    UntilStopped(Vec<Update>),
+    /// Sends these and nothing more.
+    Silence(Vec<Update>),
+    /// Refuses it.
+    Refuse(SubmitError),
+}
+
+/// A front that listens, and its played core.
+pub(crate) struct Played {
+    grpc: SocketAddr,
+    /// Address of the HTTP port.
+    pub(crate) http: SocketAddr,
+    asked: Arc<Mutex<Vec<NewRequest>>>,
+    dropped: tokio::sync::Mutex<mpsc::Receiver<RequestId>>,
+    ready: watch::Sender<bool>,
+}
+
+impl Played {
+    /// A connection to the gRPC port.
+    pub(crate) fn channel(&self) -> Channel {
+        Endpoint::from_shared(format!("http://{}", self.grpc)).unwrap().connect_lazy()
+    }
+
+    /// Requests that reached the core.
+    pub(crate) fn asked(&self) -> Vec<NewRequest> {
+        self.asked.lock().unwrap().clone()
+    }
+
+    /// The next request that was given up.
+    pub(crate) async fn dropped(&self) -> RequestId {
+        self.dropped.lock().await.recv().await.unwrap()
+    }
+
+    /// Whether the core says that it would serve a request.
+    pub(crate) fn set_ready(&self, ready: bool) {
+        self.ready.send_replace(ready);
+    }
+}
+
+/// Starts a front for the demo model whose core answers requests as `play` says.
+pub(crate) async fn start(play: impl Fn(&NewRequest) -> Play + Send + 'static) -> Played {
+    let hello = hello(Role::Decode, 1);
+    let model = ModelInfo {
+        name: hello.model,
+        root: hello.root,
+        geometry: hello.geometry,
+        max_model_len: MAX_MODEL_LEN,
+        vocab_size: 2048,
+    };
+    let (asks, asked_of_core) = mpsc::channel(16);
+    let (drops, dropped) = mpsc::channel(64);
+    let (models, models_seen) = watch::channel(Arc::new(vec![model]));
+    let (ready, ready_seen) = watch::channel(true);
+    let asked = Arc::default();
+    tokio::spawn(serve_core(asked_of_core, play, Arc::clone(&asked), ready_seen, models));
+
+    let folder = demo_model();
+    let front = Front::new(
+        Core::new(asks, drops, models_seen),
+        Models::load([("demo", folder.as_path())]).unwrap(),
+    );
+    let (grpc, http) = (listener().await, listener().await);
+    let addresses = (grpc.local_addr().unwrap(), http.local_addr().unwrap());
+    let metrics = PrometheusBuilder::new().build_recorder().handle();
+    tokio::spawn(serve_grpc(front.clone(), grpc, None, std::future::pending()));
+    tokio::spawn(serve_http(front, metrics, http, std::future::pending()));
+    let (grpc, http) = addresses;
+    Played { grpc, http, asked, dropped: dropped.into(), ready }
+}
+
+async fn listener() -> TcpListener {
+    TcpListener::bind("127.0.0.1:0").await.unwrap()
+}
+
+async fn serve_core(
+    mut asks: mpsc::Receiver<Ask>,
+    play: impl Fn(&NewRequest) -> Play,
+    asked: Arc<Mutex<Vec<NewRequest>>>,
+    ready: watch::Receiver<bool>,
+    // Kept for as long as the core lives.
+    _models: watch::Sender<Arc<Vec<ModelInfo>>>,
+) {
+    let mut running: Vec<(RequestId, mpsc::Sender<Update>)> = Vec::new();
+    while let Some(ask) = asks.recv().await {
+        match ask {
+            Ask::Submit { request, updates, reply, .. } => {
+                asked.lock().unwrap().push(request.clone());
+                let (script, ends) = match play(&request) {
+                    Play::Refuse(refusal) => {
+                        reply.send(Err(refusal)).unwrap();
+                        continue;
+                    }
+                    Play::Accept(script) => (script, true),
+                    Play::UntilStopped(script) | Play::Silence(script) => (script, false),
+                };
+                reply.send(Ok(())).unwrap();
+                let is_end =
+                    |update: &Update| matches!(update, Update::Done(_) | Update::Failed(_));
+                let ended = script.last().is_some_and(is_end);
+                let last = (ends && !ended).then(|| done(Some(NodeFinish::EndOfSequence)));
+                for update in script.into_iter().chain(last) {
+                    updates.send(update).await.unwrap();
+                }
+                running.push((request.id, updates));
+            }
+            Ask::Stop(id) => {
+                let (_, updates) = running.iter().find(|(running, _)| *running == id).unwrap();
+                updates.send(done(None)).await.unwrap();
+            }
+            Ask::Cancel(_) => {}
+            Ask::Status(reply) => drop(reply.send(status(*ready.borrow()))),
+            Ask::Nodes(reply) => drop(reply.send(vec![decode_node()])),
+            Ask::Cache { node: wanted, reply, .. } => {
+                let held = NodeCacheView { node: node("d0"), blocks: 5, matched_tokens: 4 };
+                let nodes = [held].into_iter();
+                let nodes = nodes.filter(|held| wanted.as_ref().is_none_or(|w| *w == held.node));
+                let view = CacheView { nodes: nodes.collect(), ..CacheView::default() };
+                drop(reply.send(view));
+            }
+        }
+    }
+}
+
+fn status(ready: bool) -> StatusView {
+    StatusView {
+        ready,
+        reason: if ready { String::new() } else { "no decode node".to_owned() },
+        models: if ready { vec!["demo".to_owned()] } else { Vec::new() },
+        ..StatusView::default()
+    }
+}
+
+fn decode_node() -> NodeView {
+    let blocks = BlockCounts { free: 4, active: 3, cached: 2, leased: 1 };
+    NodeView {
+        node: node("d0"),
+        hello: hello(Role::Decode, 1),
+        report: Report { blocks, ..Report::default() },
+        report_age: Duration::from_millis(5),
+    }
+}
+
+/// A generated token.
+pub(crate) fn output(token: u32, finish: Option<NodeFinish>) -> OutputToken {
+    OutputToken { token, logprobs: None, finish }
+}
+
+/// The last update of a request that went well.
+pub(crate) fn done(finish: Option<NodeFinish>) -> Update {
+    Update::Done(Summary {
+        finish,
+        usage: Usage { prompt_tokens: 2, cached_tokens: 1, completion_tokens: 99 },
+        timings: Timings { first_token: Duration::from_millis(3), ..Timings::default() },
+        placement: PlacementInfo {
+            prefill: Some(node("p0")),
+            decode: node("d0"),
+            reason: "cheapest".to_owned(),
+            attempts: 1,
+        },
+    })
 }

@@ -1,14 +1,48 @@
 //! What clients and operators talk to: text, chat templates, stop strings, gRPC and HTTP.
 //! Behind it, the core knows tokens only.
 
+use std::sync::Arc;
+
+use crate::core::Core;
+use models::Models;
+
 pub mod chat;
 pub mod defaults;
 pub mod models;
 pub mod stop;
 pub mod text;
 
+mod choice;
+mod cluster;
+mod http;
+mod inference;
+mod prepare;
 mod python_json;
+mod refusal;
+mod serve;
 mod strftime;
 
 #[cfg(test)]
 pub(crate) mod fixtures;
+#[cfg(test)]
+mod tests;
+
+pub use http::serve_http;
+pub use serve::{PlaintextRefused, check_plaintext, serve_grpc};
+
+const VERSION: &str = env!("CARGO_PKG_VERSION");
+
+/// Serves clients. Cheap to clone.
+#[derive(Clone)]
+pub struct Front {
+    core: Core,
+    models: Arc<Models>,
+}
+
+impl Front {
+    /// A front of `core` for `models`.
+    #[must_use]
+    pub fn new(core: Core, models: Models) -> Self {
+        Self { core, models: Arc::new(models) }
+    }
+}

@@ -32,10 +32,7 @@ pub struct ModelFileError {
 
 impl ModelFileError {
     pub(super) fn new(path: &Path, what: impl ToString) -> Self {
-        Self {
-            path: path.to_owned(),
-            what: what.to_string(),
-        }
+        Self { path: path.to_owned(), what: what.to_string() }
     }
 }
 
@@ -68,22 +65,12 @@ impl Models {
         folders: impl IntoIterator<Item = (&'a str, &'a Path)>,
     ) -> Result<Self, ModelFileError> {
         let load = |(name, dir)| Ok((String::from(name), Arc::new(ServedModel::load(name, dir)?)));
-        folders
-            .into_iter()
-            .map(load)
-            .collect::<Result<_, _>>()
-            .map(Self)
+        folders.into_iter().map(load).collect::<Result<_, _>>().map(Self)
     }
 
     /// The model of that name; an empty name means the only one.
     pub fn get(&self, name: &str) -> Result<&Arc<ServedModel>, UnknownModel> {
-        let served = || {
-            self.0
-                .keys()
-                .map(String::as_str)
-                .collect::<Vec<_>>()
-                .join(", ")
-        };
+        let served = || self.0.keys().map(String::as_str).collect::<Vec<_>>().join(", ");
         match self.0.first_key_value() {
             Some((_, model)) if name.is_empty() && self.0.len() == 1 => Ok(model),
             Some(_) if name.is_empty() => Err(UnknownModel::Ambiguous { served: served() }),

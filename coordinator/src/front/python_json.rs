@@ -56,11 +56,7 @@ fn write_items(
     depth: usize,
     out: &mut String,
 ) {
-    let default = if style.indent.is_some() {
-        [",", ": "]
-    } else {
-        [", ", ": "]
-    };
+    let default = if style.indent.is_some() { [",", ": "] } else { [", ", ": "] };
     let [between, after_key] = match &style.separators {
         Some([between, after_key]) => [between.as_str(), after_key.as_str()],
         None => default,
@@ -136,19 +132,12 @@ mod tests {
         let value = json!({"b": [1, -2, 1.0, 0.1, 1e16, 1e-5, 123456789.125, 1.5e300], "a": {}});
         let plain = r#"{"b": [1, -2, 1.0, 0.1, 1e+16, 1e-05, 123456789.125, 1.5e+300], "a": {}}"#;
         assert_eq!(dumps(&value, &Style::default()), plain);
-        let indented = Style {
-            indent: Some(2),
-            sort_keys: true,
-            ..Style::default()
-        };
+        let indented = Style { indent: Some(2), sort_keys: true, ..Style::default() };
         let value = json!({"b": [1, {"x": null}], "a": []});
         let expected =
             "{\n  \"a\": [],\n  \"b\": [\n    1,\n    {\n      \"x\": null\n    }\n  ]\n}";
         assert_eq!(dumps(&value, &indented), expected);
-        let tight = Style {
-            separators: Some([",".into(), ":".into()]),
-            ..Style::default()
-        };
+        let tight = Style { separators: Some([",".into(), ":".into()]), ..Style::default() };
         assert_eq!(dumps(&value, &tight), r#"{"b":[1,{"x":null}],"a":[]}"#);
     }
 
@@ -157,10 +146,7 @@ mod tests {
         let text = json!("\"\\/\n\u{8}\u{1}\u{7f}é🚚<&'");
         let loose = "\"\\\"\\\\/\\n\\b\\u0001\u{7f}é🚚<&'\"";
         assert_eq!(dumps(&text, &Style::default()), loose);
-        let ascii = Style {
-            ascii: true,
-            ..Style::default()
-        };
+        let ascii = Style { ascii: true, ..Style::default() };
         let strict = r#""\"\\/\n\b\u0001\u007f\u00e9\ud83d\ude9a<&'""#;
         assert_eq!(dumps(&text, &ascii), strict);
     }

@@ -24,10 +24,7 @@ impl StopMatcher {
     #[must_use]
     pub fn new(stops: Vec<String>) -> Self {
         debug_assert!(stops.iter().all(|stop| !stop.is_empty()));
-        Self {
-            stops,
-            held: String::new(),
-        }
+        Self { stops, held: String::new() }
     }
 
     /// The stop strings.
@@ -171,10 +168,7 @@ mod tests {
         assert_eq!(out, "Oslo.");
         assert_eq!(matcher.push("eful", true, &mut out), None);
         assert_eq!(out, "Oslo.\n\nUseful");
-        assert_eq!(
-            matcher.push("\n\nUser: hi", true, &mut out),
-            Some(Stopped { stop: 0 })
-        );
+        assert_eq!(matcher.push("\n\nUser: hi", true, &mut out), Some(Stopped { stop: 0 }));
         assert_eq!(out, "Oslo.\n\nUseful");
     }
 }

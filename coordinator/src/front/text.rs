@@ -73,24 +73,15 @@ impl Detokenizer {
     /// Begins after `prompt`.
     #[must_use]
     pub fn new(tokenizer: Arc<Tokenizer>, prompt: &[u32]) -> Self {
-        let text = prompt
-            .iter()
-            .rev()
-            .filter(|id| !tokenizer.special.contains(id));
-        let mut window: Vec<u32> = text
-            .take(PROMPT_TOKENS + MAX_EXTRA_PROMPT_TOKENS)
-            .copied()
-            .collect();
+        let text = prompt.iter().rev().filter(|id| !tokenizer.special.contains(id));
+        let mut window: Vec<u32> =
+            text.take(PROMPT_TOKENS + MAX_EXTRA_PROMPT_TOKENS).copied().collect();
         window.reverse();
         let most = window.len().saturating_sub(PROMPT_TOKENS);
         let whole = |&skip: &usize| !tokenizer.decode(&window[skip..]).starts_with('\u{fffd}');
         let skip = (0..=most).rev().find(whole).unwrap_or(most);
         window.drain(..skip);
-        Self {
-            settled: window.len(),
-            tokenizer,
-            window,
-        }
+        Self { settled: window.len(), tokenizer, window }
     }
 
     /// Takes the next token and appends the text that it completes.
@@ -128,10 +119,10 @@ mod tests {
     use serde_json::Value;
 
     use super::*;
-    use crate::front::fixtures::{demo_model, golden_text};
+    use crate::front::fixtures::{self, golden_text};
 
     fn tokenizer() -> Arc<Tokenizer> {
-        Arc::new(Tokenizer::load(&demo_model().join("tokenizer.json")).unwrap())
+        Arc::new(fixtures::tokenizer())
     }
 
     fn piecewise(tokenizer: &Arc<Tokenizer>, prompt: &[u32], ids: &[u32]) -> String {
@@ -165,16 +156,10 @@ mod tests {
         for &id in &ids {
             let mut out = String::new();
             detokenizer.push(id, &mut out);
-            assert!(
-                !out.contains('\u{fffd}'),
-                "half a character was emitted: {out:?}"
-            );
+            assert!(!out.contains('\u{fffd}'), "half a character was emitted: {out:?}");
         }
         let bytes_of_truck = &ids[1..ids.len() - 1];
-        assert!(
-            bytes_of_truck.len() > 1,
-            "the demo tokenizer knows this character"
-        );
+        assert!(bytes_of_truck.len() > 1, "the demo tokenizer knows this character");
         // A prompt may end within a character, too, and its text begin within one.
         assert_eq!(piecewise(&tokenizer, &ids, &ids), "a🚚b");
         assert_eq!(piecewise(&tokenizer, bytes_of_truck, &ids), "a🚚b");

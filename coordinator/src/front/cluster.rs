@@ -1,0 +1,116 @@
+//! `baton.v1.Cluster`: what operators look at.
+
+use baton_proto::hash::CacheSalt;
+use baton_proto::ids::NodeId;
+use baton_proto::wire::v1::cluster_server::Cluster;
+use baton_proto::wire::v1::{
+    GetCacheRequest, GetCacheResponse, GetStatusRequest, GetStatusResponse, KvBlocks,
+    ListNodesRequest, ListNodesResponse, Node, NodeCache,
+};
+use tonic::{Request, Response, Status};
+
+use super::Front;
+use super::refusal::Refusal;
+use crate::core::{CacheQuery, NodeView, SubmitError};
+
+#[tonic::async_trait]
+impl Cluster for Front {
+    async fn get_status(
+        &self,
+        _: Request<GetStatusRequest>,
+    ) -> Result<Response<GetStatusResponse>, Status> {
+        let status = self.core.status().await;
+        Ok(Response::new(GetStatusResponse {
+            version: super::VERSION.to_owned(),
+            ready: status.ready,
+            reason: status.reason,
+            models: status.models,
+            requests_active: status.requests_active as u32,
+            prefill_nodes: status.prefill_nodes as u32,
+            decode_nodes: status.decode_nodes as u32,
+            uptime_ms: status.uptime.as_millis() as u64,
+            requests_finished: status.requests_finished,
+            requests_failed: status.requests_failed,
+            requests_retried: status.requests_retried,
+        }))
+    }
+
+    async fn list_nodes(
+        &self,
+        _: Request<ListNodesRequest>,
+    ) -> Result<Response<ListNodesResponse>, Status> {
+        let nodes = self.core.nodes().await.into_iter().map(node).collect();
+        Ok(Response::new(ListNodesResponse { nodes }))
+    }
+
+    async fn get_cache(
+        &self,
+        request: Request<GetCacheRequest>,
+    ) -> Result<Response<GetCacheResponse>, Status> {
+        let request = request.into_inner();
+        let node = request.node.map(parse_node).transpose()?;
+        let prompt = match request.prefix {
+            Some(prefix) => Some(self.tokens_of_only_model(prefix).await?),
+            None => None,
+        };
+        let prefix_tokens = prompt.as_ref().map_or(0, |(_, tokens)| tokens.len() as u32);
+        let prompt = prompt.map(|(model, tokens)| (model, CacheSalt::default(), tokens));
+        let cache = self.core.cache(CacheQuery { node: node.clone(), prompt }).await;
+        if let Some(node) = node.filter(|_| cache.nodes.is_empty()) {
+            return Err(Status::not_found(format!("node {node} has not joined")));
+        }
+        let nodes = cache.nodes.into_iter().map(|held| NodeCache {
+            id: held.node.to_string(),
+            blocks: held.blocks,
+            matched_tokens: held.matched_tokens,
+        });
+        Ok(Response::new(GetCacheResponse {
+            nodes: nodes.collect(),
+            prefix_tokens,
+            index_blocks: cache.index_blocks,
+            index_bytes: cache.index_bytes,
+        }))
+    }
+}
+
+impl Front {
+    /// The request names no model.
+    async fn tokens_of_only_model(&self, text: String) -> Result<(String, Vec<u32>), Refusal> {
+        let model = self.models.get("")?.clone();
+        let name = model.name.clone();
+        let tokens = tokio::task::spawn_blocking(move || model.tokenizer.encode(&text, true));
+        let tokens = tokens.await.map_err(|_| SubmitError::ShuttingDown)??;
+        Ok((name, tokens))
+    }
+}
+
+fn parse_node(name: String) -> Result<NodeId, Refusal> {
+    name.parse().map_err(|e| Refusal::Invalid(format!("node: {e}")))
+}
+
+fn node(view: NodeView) -> Node {
+    let NodeView { node, hello, report, report_age } = view;
+    Node {
+        id: node.to_string(),
+        role: hello.role.to_string(),
+        epoch: hello.epoch.0,
+        model: hello.model,
+        kv_address: hello.kv_address,
+        transports: hello.transports,
+        draining: report.draining,
+        report_age_ms: report_age.as_millis() as u64,
+        kv_blocks: Some(KvBlocks {
+            total: hello.total_blocks,
+            free: report.blocks.free,
+            active: report.blocks.active,
+            cached: report.blocks.cached,
+            leased: report.blocks.leased,
+            block_tokens: hello.geometry.block_tokens,
+            bytes_per_block: hello.geometry.block_bytes() as u64,
+        }),
+        waiting: report.waiting,
+        running: report.running,
+        prefill_tokens_per_second: report.prefill_tokens_per_second,
+        decode_step_ms: report.decode_step_ms,
+    }
+}

@@ -1,0 +1,190 @@
+//! From what a client asks to what the core takes: checks, defaults, template, tokens.
+
+use std::time::{Duration, SystemTime};
+
+use baton_proto::hash::CacheSalt;
+use baton_proto::sampling::SamplingParams;
+use baton_proto::wire::v1::generate_request::Input;
+use baton_proto::wire::v1::{Chat, GenerateRequest, Sampling};
+use serde_json::json;
+
+use super::chat::Conversation;
+use super::defaults::Defaults;
+use super::models::ServedModel;
+use super::refusal::Refusal;
+use crate::core::{ModelInfo, SubmitError};
+
+/// Most completions of one request.
+pub(crate) const MAX_CHOICES: u32 = 16;
+const MAX_STOPS: usize = 16;
+const MAX_STOP_BYTES: usize = 256;
+const MAX_SALT_BYTES: usize = 256;
+
+/// A request that can be placed.
+#[derive(Debug)]
+pub(crate) struct Prepared {
+    /// The prompt.
+    pub tokens: Vec<u32>,
+    /// Of the first choice; each further one has the next seed.
+    pub sampling: SamplingParams,
+    /// Stop strings.
+    pub stops: Vec<String>,
+    /// Completions wanted.
+    pub choices: u32,
+    /// Whose cached blocks may be used.
+    pub salt: CacheSalt,
+    /// From the request's arrival.
+    pub deadline: Option<Duration>,
+}
+
+/// Checks and completes a request. `drawn_seed` is for a request without a seed; `now` is for
+/// templates that tell the date.
+pub(crate) fn prepare(
+    request: GenerateRequest,
+    model: &ServedModel,
+    info: &ModelInfo,
+    drawn_seed: u64,
+    now: SystemTime,
+) -> Result<Prepared, Refusal> {
+    let given = request.sampling.unwrap_or_default();
+    let choices = request.n.unwrap_or(1);
+    if !(1..=MAX_CHOICES).contains(&choices) {
+        return Err(Refusal::field("n", choices, &format!("from 1 to {MAX_CHOICES}")));
+    }
+    if request.deadline_ms == Some(0) {
+        return Err(Refusal::field("deadline_ms", 0, "at least 1"));
+    }
+    let salt = request.cache_salt.as_deref().map(checked_salt).transpose()?;
+    check_stops(&given.stop)?;
+    // Once with all the room there could be, so that nothing long is tokenized for nothing.
+    sampling(&given, &model.defaults, info, info.max_model_len, drawn_seed)?;
+    let tokens = prompt(request.input, model, info, now)?;
+    let room = room_after(tokens.len(), info)?;
+    Ok(Prepared {
+        sampling: sampling(&given, &model.defaults, info, room, drawn_seed)?,
+        tokens,
+        stops: given.stop,
+        choices,
+        salt: salt.unwrap_or_default(),
+        deadline: request.deadline_ms.map(|ms| Duration::from_millis(ms.into())),
+    })
+}
+
+fn prompt(
+    input: Option<Input>,
+    model: &ServedModel,
+    info: &ModelInfo,
+    now: SystemTime,
+) -> Result<Vec<u32>, Refusal> {
+    match input {
+        None => Err(Refusal::Invalid("one of prompt, token_ids and chat is required".into())),
+        Some(Input::Prompt(text)) if text.is_empty() => {
+            Err(Refusal::Invalid("prompt is empty".into()))
+        }
+        Some(Input::Prompt(text)) => Ok(model.tokenizer.encode(&text, true)?),
+        Some(Input::TokenIds(tokens)) if tokens.ids.is_empty() => {
+            Err(Refusal::Invalid("token_ids is empty".into()))
+        }
+        Some(Input::TokenIds(tokens)) => match tokens.ids.iter().find(|&&t| t >= info.vocab_size) {
+            Some(id) => {
+                let limit = format!("ids below the vocabulary size ({})", info.vocab_size);
+                Err(Refusal::field("an id in token_ids", id, &limit))
+            }
+            None => Ok(tokens.ids),
+        },
+        Some(Input::Chat(chat)) => chat_prompt(&chat, model, now),
+    }
+}
+
+fn chat_prompt(chat: &Chat, model: &ServedModel, now: SystemTime) -> Result<Vec<u32>, Refusal> {
+    let Some(template) = &model.chat else {
+        let what = format!("model {:?} has no chat template; send prompt instead", model.name);
+        return Err(Refusal::Invalid(what));
+    };
+    if chat.messages.is_empty() {
+        return Err(Refusal::Invalid("chat.messages is empty".into()));
+    }
+    let messages = chat.messages.iter();
+    let messages = messages.map(|m| json!({"role": m.role, "content": m.content})).collect();
+    let text = template.render(&Conversation {
+        messages: &messages,
+        tools: None,
+        add_generation_prompt: chat.add_generation_prompt.unwrap_or(true),
+        now,
+    })?;
+    Ok(model.tokenizer.encode(&text, false)?)
+}
+
+/// Tokens that fit behind a prompt; at least one must.
+fn room_after(prompt_tokens: usize, info: &ModelInfo) -> Result<u32, SubmitError> {
+    let limit = (info.max_model_len as usize).saturating_sub(1);
+    match prompt_tokens {
+        0 => Err(SubmitError::EmptyPrompt),
+        tokens if tokens > limit => Err(SubmitError::PromptTooLong { tokens, limit }),
+        tokens => Ok(info.max_model_len - tokens as u32),
+    }
+}
+
+fn sampling(
+    given: &Sampling,
+    defaults: &Defaults,
+    info: &ModelInfo,
+    room: u32,
+    drawn_seed: u64,
+) -> Result<SamplingParams, Refusal> {
+    let unset = SamplingParams::default();
+    let float = |given: Option<f32>, checkpoint: Option<f32>, unset: f32| {
+        given.or(checkpoint).unwrap_or(unset)
+    };
+    let mut logit_bias: Vec<_> = given.logit_bias.iter().map(|(&id, &bias)| (id, bias)).collect();
+    logit_bias.sort_by_key(|&(id, _)| id);
+    let mut params = SamplingParams {
+        temperature: float(given.temperature, defaults.temperature, unset.temperature),
+        top_k: given.top_k.or(defaults.top_k).unwrap_or(unset.top_k),
+        top_p: float(given.top_p, defaults.top_p, unset.top_p),
+        min_p: float(given.min_p, defaults.min_p, unset.min_p),
+        repetition_penalty: float(
+            given.repetition_penalty,
+            defaults.repetition_penalty,
+            unset.repetition_penalty,
+        ),
+        presence_penalty: given.presence_penalty.unwrap_or(unset.presence_penalty),
+        frequency_penalty: given.frequency_penalty.unwrap_or(unset.frequency_penalty),
+        logit_bias,
+        seed: given.seed.unwrap_or(drawn_seed),
+        max_tokens: given.max_tokens.unwrap_or(room),
+        min_tokens: given.min_tokens.unwrap_or(unset.min_tokens),
+        eos_token_ids: match given.ignore_eos {
+            Some(true) => Vec::new(),
+            _ => defaults.eos_token_ids.clone(),
+        },
+        stop_token_ids: given.stop_token_ids.clone(),
+        logprobs: given.logprobs,
+        prompt_logprobs: given.prompt_logprobs,
+    };
+    params.check(info.vocab_size).map_err(|e| Refusal::Invalid(e.to_string()))?;
+    // More than fits is no mistake: the output ends with the context.
+    params.max_tokens = params.max_tokens.min(room);
+    params.min_tokens = params.min_tokens.min(params.max_tokens);
+    Ok(params)
+}
+
+fn check_stops(stops: &[String]) -> Result<(), Refusal> {
+    if stops.len() > MAX_STOPS {
+        let limit = format!("at most {MAX_STOPS}");
+        return Err(Refusal::field("the number of stop strings", stops.len(), &limit));
+    }
+    let wrong = stops.iter().find(|stop| !(1..=MAX_STOP_BYTES).contains(&stop.len()));
+    wrong.map_or(Ok(()), |stop| {
+        let limit = format!("from 1 to {MAX_STOP_BYTES} bytes long");
+        Err(Refusal::field("a stop string", format_args!("{} bytes", stop.len()), &limit))
+    })
+}
+
+fn checked_salt(salt: &str) -> Result<CacheSalt, Refusal> {
+    if salt.len() > MAX_SALT_BYTES {
+        let limit = format!("at most {MAX_SALT_BYTES}");
+        return Err(Refusal::field("cache_salt's length", salt.len(), &limit));
+    }
+    Ok(CacheSalt::from_text(salt))
+}

@@ -1,0 +1,370 @@
+//! Real clients of a front whose core is played by the test.
+
+use std::time::Duration;
+
+use axum::http::StatusCode;
+use baton_proto::ids::RequestId;
+use baton_proto::message::{Logprobs, NodeFinish};
+use baton_proto::wire::v1::cluster_client::ClusterClient;
+use baton_proto::wire::v1::generate_request::Input;
+use baton_proto::wire::v1::inference_client::InferenceClient;
+use baton_proto::wire::v1::{
+    Chat, FinishReason, GenerateRequest, GenerateResponse, GetCacheRequest, GetStatusRequest,
+    ListNodesRequest, Sampling, TokenIds,
+};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tonic::{Code, Request, Status};
+use tonic_health::pb::HealthCheckRequest;
+use tonic_health::pb::health_client::HealthClient;
+use tonic_reflection::pb::v1::server_reflection_client::ServerReflectionClient;
+use tonic_reflection::pb::v1::server_reflection_request::MessageRequest;
+use tonic_reflection::pb::v1::server_reflection_response::MessageResponse;
+
+use super::fixtures::{MAX_MODEL_LEN, Play, Played, done, output, start, tokenizer};
+use crate::core::{RequestError, SubmitError, Update};
+
+fn prompt(text: &str) -> GenerateRequest {
+    GenerateRequest { input: Some(Input::Prompt(text.into())), ..GenerateRequest::default() }
+}
+
+fn tokens(ids: Vec<u32>) -> GenerateRequest {
+    let input = Some(Input::TokenIds(TokenIds { ids }));
+    GenerateRequest { input, ..GenerateRequest::default() }
+}
+
+fn sampled(sampling: Sampling) -> GenerateRequest {
+    GenerateRequest { sampling: Some(sampling), ..prompt("Hello") }
+}
+
+async fn all(played: &Played, request: GenerateRequest) -> Result<Vec<GenerateResponse>, Status> {
+    let mut client = InferenceClient::new(played.channel());
+    let mut stream = client.generate(request).await?.into_inner();
+    let mut messages = Vec::new();
+    while let Some(message) = stream.message().await? {
+        messages.push(message);
+    }
+    Ok(messages)
+}
+
+fn text_of(messages: &[GenerateResponse]) -> String {
+    messages.iter().map(|message| message.text.as_str()).collect()
+}
+
+/// One token per update, the last with `finish`.
+fn says(text: &str, finish: Option<NodeFinish>) -> Vec<Update> {
+    let ids = tokenizer().encode(text, false).unwrap();
+    let last = ids.len() - 1;
+    let finish = |i| if i == last { finish } else { None };
+    ids.iter().enumerate().map(|(i, &id)| Update::Tokens(vec![output(id, finish(i))])).collect()
+}
+
+#[tokio::test]
+async fn bad_requests_are_refused_by_field_and_limit() {
+    let played = start(|_| panic!("nothing of this reaches the core")).await;
+    let with = |change: fn(&mut GenerateRequest)| {
+        let mut request = prompt("Hello");
+        change(&mut request);
+        request
+    };
+    let no_messages = Chat { messages: Vec::new(), add_generation_prompt: None };
+    let cases = [
+        (GenerateRequest::default(), "one of prompt, token_ids and chat is required"),
+        (prompt(""), "prompt is empty"),
+        (tokens(vec![]), "token_ids is empty"),
+        (tokens(vec![1, 2048]), "2048; it must be ids below the vocabulary size (2048)"),
+        (tokens(vec![1; 64]), "the prompt has 64 tokens; this model takes at most 63"),
+        (with(|r| r.n = Some(0)), "n is 0; it must be from 1 to 16"),
+        (with(|r| r.n = Some(17)), "n is 17; it must be from 1 to 16"),
+        (with(|r| r.deadline_ms = Some(0)), "deadline_ms is 0"),
+        (with(|r| r.cache_salt = Some("x".repeat(257))), "cache_salt's length is 257"),
+        (
+            GenerateRequest { input: Some(Input::Chat(no_messages)), ..prompt("") },
+            "chat.messages is empty",
+        ),
+        (
+            sampled(Sampling { temperature: Some(2.5), ..Sampling::default() }),
+            "temperature is 2.5; it must be from 0 to 2",
+        ),
+        (
+            sampled(Sampling { stop: vec!["x".into(); 17], ..Sampling::default() }),
+            "the number of stop strings is 17; it must be at most 16",
+        ),
+        (
+            sampled(Sampling { stop: vec![String::new()], ..Sampling::default() }),
+            "a stop string is 0 bytes; it must be from 1 to 256",
+        ),
+        (
+            sampled(Sampling { max_tokens: Some(3), min_tokens: Some(4), ..Sampling::default() }),
+            "min_tokens is 4; it must be at most max_tokens (3)",
+        ),
+    ];
+    for (request, message) in cases {
+        let status = all(&played, request).await.unwrap_err();
+        assert_eq!(status.code(), Code::InvalidArgument, "{status:?}");
+        assert!(status.message().contains(message), "{message:?} is not in {status:?}");
+    }
+    let unknown = GenerateRequest { model: "gpt".into(), ..prompt("Hello") };
+    let status = all(&played, unknown).await.unwrap_err();
+    assert_eq!(status.code(), Code::NotFound);
+    assert_eq!(status.message(), "model \"gpt\" is not served here; served: demo");
+}
+
+#[tokio::test]
+async fn what_the_request_leaves_open_comes_from_the_checkpoint() {
+    let played = start(|_| Play::Accept(says("ok", Some(NodeFinish::Length)))).await;
+    all(&played, prompt("Hello there")).await.unwrap();
+    let asked = played.asked().remove(0);
+    let expected = tokenizer().encode("Hello there", true).unwrap();
+    assert_eq!((asked.model.as_str(), &asked.tokens), ("demo", &expected));
+    let sampling = &asked.sampling;
+    assert_eq!(sampling.temperature, 0.0, "the demo checkpoint says not to sample");
+    assert_eq!(sampling.eos_token_ids, [2, 0]);
+    assert_eq!(sampling.max_tokens, MAX_MODEL_LEN - expected.len() as u32);
+    assert_eq!((asked.deadline, asked.salt.0), (None, None));
+
+    let given = Sampling {
+        temperature: Some(0.5),
+        ignore_eos: Some(true),
+        max_tokens: Some(1_000_000),
+        seed: Some(u64::MAX),
+        logit_bias: [(9, 1.0), (3, -1.0)].into(),
+        ..Sampling::default()
+    };
+    let request = GenerateRequest { n: Some(2), cache_salt: Some("a".into()), ..sampled(given) };
+    let messages = all(&played, request).await.unwrap();
+    let asked = played.asked();
+    let [first, second] = &asked[1..] else { panic!("{asked:?}") };
+    assert_eq!((first.sampling.temperature, first.sampling.eos_token_ids.len()), (0.5, 0));
+    assert!(first.sampling.max_tokens < MAX_MODEL_LEN, "no more than fits");
+    assert_eq!(first.sampling.logit_bias, [(3, -1.0), (9, 1.0)]);
+    assert_eq!((first.sampling.seed, second.sampling.seed), (u64::MAX, 0), "seeds follow on");
+    assert_ne!(first.id, second.id);
+    assert!(first.salt.0.is_some());
+    for choice in 0..2 {
+        let of: Vec<_> = messages.iter().filter(|m| m.choice == choice).cloned().collect();
+        assert_eq!(text_of(&of), "ok");
+        assert_eq!(of.iter().filter(|m| m.finished.is_some()).count(), 1);
+    }
+}
+
+#[tokio::test]
+async fn tokens_become_text_and_the_end_tells_all() {
+    let said = "Oslo 🚚 is";
+    let played = start(move |_| {
+        let logprobs = Logprobs { logprob: -0.5, top: vec![(7, -0.5), (8, -1.0)] };
+        let mut updates = vec![Update::PromptLogprobs(vec![(11, logprobs.clone())])];
+        updates.extend(says(said, None));
+        let mut last = output(2, Some(NodeFinish::StopToken(2)));
+        last.logprobs = Some(logprobs);
+        updates.push(Update::Tokens(vec![last]));
+        updates.push(done(Some(NodeFinish::StopToken(2))));
+        Play::Accept(updates)
+    })
+    .await;
+    let messages = all(&played, tokens(vec![10, 11])).await.unwrap();
+    assert_eq!(text_of(&messages), said);
+    let mut ids: Vec<u32> = messages.iter().flat_map(|m| m.token_ids.clone()).collect();
+    assert_eq!(ids.pop(), Some(2), "the stop token is given as a token and not as text");
+    assert_eq!(ids, tokenizer().encode(said, false).unwrap());
+    let prompt: Vec<_> = messages.iter().flat_map(|m| m.prompt_logprobs.clone()).collect();
+    assert_eq!(
+        prompt.iter().map(|p| (p.token_id, p.top.len())).collect::<Vec<_>>(),
+        [(10, 0), (11, 2)]
+    );
+    let logprobs: Vec<_> = messages.iter().flat_map(|m| m.logprobs.clone()).collect();
+    assert_eq!((logprobs.len(), logprobs[0].token_id, logprobs[0].top[1].token_id), (1, 2, 8));
+
+    let finished = messages.last().unwrap().finished.clone().unwrap();
+    assert_eq!((finished.reason(), finished.stop_token_id), (FinishReason::Stop, Some(2)));
+    let usage = finished.usage.unwrap();
+    assert_eq!((usage.prompt_tokens, usage.cached_tokens), (2, 1));
+    assert_eq!(usage.completion_tokens as usize, ids.len() + 1);
+    assert_eq!(finished.timings.unwrap().ttft_ms, 3.0);
+    let placement = finished.placement.unwrap();
+    assert_eq!((placement.prefill_node.as_str(), placement.decode_node.as_str()), ("p0", "d0"));
+}
+
+#[tokio::test]
+async fn a_stop_string_ends_the_request_and_is_never_seen() {
+    let played = start(|_| Play::UntilStopped(says("The code is 4712. END more", None))).await;
+    let stop = vec!["nothing".to_owned(), " END".to_owned()];
+    let sampling = Sampling { stop, ..Sampling::default() };
+    let messages = all(&played, sampled(sampling)).await.unwrap();
+    assert_eq!(text_of(&messages), "The code is 4712.");
+    let finished = messages.last().unwrap().finished.clone().unwrap();
+    assert_eq!(finished.reason(), FinishReason::Stop);
+    assert_eq!(finished.stop_string.as_deref(), Some(" END"));
+    let given: usize = messages.iter().map(|message| message.token_ids.len()).sum();
+    assert_eq!(finished.usage.unwrap().completion_tokens as usize, given);
+    let whole = tokenizer().encode("The code is 4712. END more", false).unwrap().len();
+    assert!(given < whole, "tokens after the stop string are not the client's");
+}
+
+#[tokio::test]
+async fn min_tokens_delays_stop_strings_too() {
+    let text = "END and END";
+    let played = start(|_| Play::UntilStopped(says(text, None))).await;
+    let count = tokenizer().encode(text, false).unwrap().len() as u32;
+    let sampling =
+        Sampling { stop: vec!["END".into()], min_tokens: Some(count), ..Sampling::default() };
+    let messages = all(&played, sampled(sampling)).await.unwrap();
+    assert_eq!(text_of(&messages), "END and ");
+}
+
+#[tokio::test]
+async fn a_client_that_goes_away_cancels() {
+    let played = start(|_| Play::Silence(says("Hello", None))).await;
+    let mut client = InferenceClient::new(played.channel());
+    let request = GenerateRequest { n: Some(2), ..prompt("Hello") };
+    let mut stream = client.generate(request).await.unwrap().into_inner();
+    stream.message().await.unwrap().unwrap();
+    drop(stream);
+    let mut dropped: Vec<RequestId> = vec![played.dropped().await, played.dropped().await];
+    let mut asked: Vec<RequestId> = played.asked().iter().map(|request| request.id).collect();
+    dropped.sort();
+    asked.sort();
+    assert_eq!(dropped, asked);
+}
+
+#[tokio::test]
+async fn the_earlier_deadline_counts() {
+    let played = start(|_| Play::Accept(says("ok", Some(NodeFinish::Length)))).await;
+    let mut client = InferenceClient::new(played.channel());
+    for (own, grpc) in [(60_000, 30_000), (30_000, 60_000)] {
+        let inner = GenerateRequest { deadline_ms: Some(own), ..prompt("Hello") };
+        let mut request = Request::new(inner);
+        request.set_timeout(Duration::from_millis(grpc));
+        client.generate(request).await.unwrap().into_inner().message().await.unwrap();
+        let deadline = played.asked().pop().unwrap().deadline.unwrap();
+        assert!(deadline <= Duration::from_secs(30) && deadline > Duration::from_secs(10));
+    }
+}
+
+#[tokio::test]
+async fn failures_of_the_core_have_their_codes() {
+    let refusals = [
+        (SubmitError::NoNodes("demo".into()), Code::Unavailable),
+        (SubmitError::Overloaded { retry_after: Duration::from_secs(1) }, Code::ResourceExhausted),
+        (SubmitError::ShuttingDown, Code::Unavailable),
+    ];
+    for (refusal, code) in refusals {
+        let overloaded = code == Code::ResourceExhausted;
+        let played = start(move |_| Play::Refuse(refusal.clone())).await;
+        let status = all(&played, prompt("Hello")).await.unwrap_err();
+        assert_eq!(status.code(), code);
+        let wait = status.metadata().get("retry-after-ms").map(|wait| wait.to_str().unwrap());
+        assert_eq!(wait, overloaded.then_some("1000"));
+    }
+    let failures = [
+        (RequestError::DeadlineExceeded, Code::DeadlineExceeded),
+        (RequestError::Cancelled, Code::Cancelled),
+        (RequestError::Exhausted { attempts: 3, reason: "x".into() }, Code::Unavailable),
+        (RequestError::Rejected("too few blocks".into()), Code::FailedPrecondition),
+    ];
+    for (failure, code) in failures {
+        let played = start(move |_| Play::Accept(vec![Update::Failed(failure.clone())])).await;
+        let status = all(&played, prompt("Hello")).await.unwrap_err();
+        assert_eq!(status.code(), code, "{status:?}");
+    }
+}
+
+#[tokio::test]
+async fn operators_see_the_cluster() {
+    let played = start(|_| panic!("no request")).await;
+    let mut client = ClusterClient::new(played.channel());
+    let status = client.get_status(GetStatusRequest {}).await.unwrap().into_inner();
+    assert!(status.ready && status.version == super::VERSION);
+    let nodes = client.list_nodes(ListNodesRequest {}).await.unwrap().into_inner().nodes;
+    assert_eq!((nodes[0].id.as_str(), nodes[0].role.as_str()), ("d0", "decode"));
+    let blocks = nodes[0].kv_blocks.unwrap();
+    assert_eq!((blocks.free, blocks.active, blocks.cached, blocks.leased), (4, 3, 2, 1));
+    assert_eq!((blocks.block_tokens, blocks.bytes_per_block), (4, 1024));
+
+    let prefix = "The code of Kestrel is";
+    let query = GetCacheRequest { node: None, prefix: Some(prefix.into()) };
+    let cache = client.get_cache(query).await.unwrap().into_inner();
+    assert_eq!(cache.prefix_tokens as usize, tokenizer().encode(prefix, true).unwrap().len());
+    for (node, code) in [("d1", Code::NotFound), ("D 1", Code::InvalidArgument)] {
+        let query = GetCacheRequest { node: Some(node.into()), prefix: None };
+        assert_eq!(client.get_cache(query).await.unwrap_err().code(), code);
+    }
+}
+
+#[tokio::test]
+async fn health_follows_readiness_and_reflection_names_the_services() {
+    let played = start(|_| panic!("no request")).await;
+    let mut health = HealthClient::new(played.channel());
+    let service = "baton.v1.Inference".to_owned();
+    // The service appears with the first look at the core.
+    let mut watch = loop {
+        match health.watch(HealthCheckRequest { service: service.clone() }).await {
+            Ok(watch) => break watch.into_inner(),
+            Err(status) => assert_eq!(status.code(), Code::NotFound),
+        }
+    };
+    let serving = tonic_health::pb::health_check_response::ServingStatus::Serving as i32;
+    assert_eq!(watch.message().await.unwrap().unwrap().status, serving);
+    played.set_ready(false);
+    assert_ne!(watch.message().await.unwrap().unwrap().status, serving);
+    let overall = health.check(HealthCheckRequest::default()).await.unwrap().into_inner();
+    assert_ne!(overall.status, serving);
+
+    let mut reflection = ServerReflectionClient::new(played.channel());
+    let ask = tonic_reflection::pb::v1::ServerReflectionRequest {
+        host: String::new(),
+        message_request: Some(MessageRequest::ListServices(String::new())),
+    };
+    let answer = reflection.server_reflection_info(tokio_stream::once(ask)).await.unwrap();
+    let answer = answer.into_inner().message().await.unwrap().unwrap().message_response;
+    let Some(MessageResponse::ListServicesResponse(list)) = answer else { panic!("{answer:?}") };
+    let names: Vec<_> = list.service.iter().map(|service| service.name.as_str()).collect();
+    for name in ["baton.v1.Inference", "baton.v1.Cluster", "grpc.health.v1.Health"] {
+        assert!(names.contains(&name), "{names:?}");
+    }
+}
+
+async fn get(played: &Played, path: &str) -> (u16, String) {
+    let mut stream = TcpStream::connect(played.http).await.unwrap();
+    let request = format!("GET {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n");
+    stream.write_all(request.as_bytes()).await.unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).await.unwrap();
+    let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+    (head[9..12].parse().unwrap(), body.to_owned())
+}
+
+#[tokio::test]
+async fn http_says_whether_it_would_serve() {
+    let played = start(|_| panic!("no request")).await;
+    let ok = StatusCode::OK.as_u16();
+    assert_eq!(get(&played, "/health").await, (ok, "ready\n".to_owned()));
+    let (code, models) = get(&played, "/v1/models").await;
+    let models: serde_json::Value = serde_json::from_str(&models).unwrap();
+    assert_eq!((code, &models["data"][0]["id"]), (ok, &"demo".into()));
+    played.set_ready(false);
+    let expected = (503, "not ready: no decode node\n".to_owned());
+    assert_eq!(get(&played, "/health").await, expected);
+    let (_, models) = get(&played, "/v1/models").await;
+    assert!(!models.contains("demo"), "a model that cannot be used now is not listed");
+    assert_eq!(get(&played, "/live").await.0, ok);
+    assert!(get(&played, "/version").await.1.contains(super::VERSION));
+    assert_eq!(get(&played, "/metrics").await.0, ok);
+    assert_eq!(get(&played, "/nothing").await.0, 404);
+}
+
+#[test]
+fn plaintext_stays_on_this_machine_unless_allowed() {
+    for (address, fine) in [
+        ("127.0.0.1:1", true),
+        ("[::1]:1", true),
+        ("[::ffff:127.0.0.1]:1", true),
+        ("0.0.0.0:1", false),
+        ("[::]:1", false),
+        ("10.0.0.1:1", false),
+    ] {
+        let address = address.parse().unwrap();
+        assert_eq!(super::check_plaintext(address, false).is_ok(), fine, "{address}");
+        assert!(super::check_plaintext(address, true).is_ok());
+    }
+}
