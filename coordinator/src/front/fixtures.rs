@@ -159,7 +159,7 @@ async fn serve_core(
                 let (_, updates) = running.iter().find(|(running, _)| *running == id).unwrap();
                 updates.send(done(None)).await.unwrap();
             }
-            Ask::Cancel(_) => {}
+            Ask::Cancel(_) | Ask::ShutDown(_) => {}
             Ask::Status(reply) => drop(reply.send(status(*ready.borrow()))),
             Ask::Nodes(reply) => drop(reply.send(vec![decode_node()])),
             Ask::Cache { node: wanted, reply, .. } => {
