@@ -61,24 +61,10 @@ impl Cluster {
             Ok(result) => {
                 let (grpc, http) = result?;
                 launch.write_state_file(grpc, http)?;
-                let Launch {
-                    processes,
-                    state,
-                    temporary,
-                    ..
-                } = launch;
-                Ok(Self {
-                    grpc,
-                    http,
-                    processes,
-                    told: Vec::new(),
-                    state,
-                    _temporary: temporary,
-                })
+                let Launch { processes, state, temporary, .. } = launch;
+                Ok(Self { grpc, http, processes, told: Vec::new(), state, _temporary: temporary })
             }
-            Err(_) => Err(StartError::Timeout {
-                reason: launch.last_reason,
-            }),
+            Err(_) => Err(StartError::Timeout { reason: launch.last_reason }),
         }
     }
 
@@ -103,10 +89,7 @@ impl Cluster {
     /// Process id of a daemon: `coordinator`, `prefill-0`, `decode-0` and so on.
     #[must_use]
     pub fn pid(&self, name: &str) -> Option<u32> {
-        self.processes
-            .iter()
-            .find(|process| process.name == name)
-            .map(|process| process.pid)
+        self.processes.iter().find(|process| process.name == name).map(|process| process.pid)
     }
 
     /// Ends one daemon with SIGKILL, as a crash would. Whether there is one of that name.
@@ -118,9 +101,7 @@ impl Cluster {
     /// The next daemon that ends, each once.
     pub async fn next_end(&mut self) -> Ended {
         let (told, processes) = (&self.told, &self.processes);
-        let untold = processes
-            .iter()
-            .filter(|process| !told.contains(&process.name));
+        let untold = processes.iter().filter(|process| !told.contains(&process.name));
         let ends = untold.map(|process| Box::pin(async move { (process, process.ended().await) }));
         let (process, status) = first(ends.collect()).await;
         let ended = Ended {
@@ -151,12 +132,10 @@ impl Cluster {
 /// The first of `futures` to finish; never, if there are none.
 async fn first<F: Future + Unpin>(mut futures: Vec<F>) -> F::Output {
     std::future::poll_fn(|context| {
-        let ready = futures
-            .iter_mut()
-            .find_map(|future| match Pin::new(future).poll(context) {
-                Poll::Ready(output) => Some(output),
-                Poll::Pending => None,
-            });
+        let ready = futures.iter_mut().find_map(|future| match Pin::new(future).poll(context) {
+            Poll::Ready(output) => Some(output),
+            Poll::Pending => None,
+        });
         ready.map_or(Poll::Pending, Poll::Ready)
     })
     .await
@@ -170,9 +149,6 @@ mod tests {
     async fn the_first_future_wins() {
         let pending =
             || Box::pin(std::future::pending::<u32>()) as Pin<Box<dyn Future<Output = u32>>>;
-        assert_eq!(
-            first(vec![pending(), Box::pin(async { 7 }), pending()]).await,
-            7
-        );
+        assert_eq!(first(vec![pending(), Box::pin(async { 7 }), pending()]).await, 7);
     }
 }

@@ -1,8 +1,5 @@
 //! The two things about processes that the standard library cannot say.
-#![expect(
-    unsafe_code,
-    reason = "prctl and kill have no safe form in the standard library"
-)]
+#![expect(unsafe_code, reason = "prctl and kill have no safe form in the standard library")]
 
 use std::io;
 use std::os::unix::process::CommandExt;
@@ -13,12 +10,8 @@ pub(crate) fn die_with_this_thread(command: &mut Command) {
     let parent = std::process::id();
     let before_exec = move || {
         // SAFETY: neither call touches memory, and both may be made between fork and exec.
-        let (result, now) = unsafe {
-            (
-                libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL),
-                libc::getppid(),
-            )
-        };
+        let (result, now) =
+            unsafe { (libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL), libc::getppid()) };
         match result {
             0 if u32::try_from(now) == Ok(parent) => Ok(()),
             // The parent ended before the kernel knew what to do then.

@@ -68,6 +68,9 @@ async fn coordinator_end(cluster: &mut Cluster) -> UpError {
             let log = ended.log_tail;
             return UpError::CoordinatorEnded { status: ended.status.to_string(), log };
         }
-        eprintln!("{} ended ({}); the cluster goes on without it", ended.name, ended.status);
+        let Ended { name, status, .. } = ended;
+        // Nobody may be reading.
+        let _ =
+            writeln!(std::io::stderr(), "{name} ended ({status}); the cluster goes on without it");
     }
 }

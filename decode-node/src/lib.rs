@@ -44,8 +44,7 @@ struct LeaseSink(Arc<BlockLease>);
 
 impl BlockSink for LeaseSink {
     fn write(&self, layer: u32, ordinal: u32, offset: usize, bytes: &[u8]) {
-        self.0
-            .write(layer as usize, ordinal as usize, offset, bytes);
+        self.0.write(layer as usize, ordinal as usize, offset, bytes);
     }
 }
 
@@ -64,18 +63,10 @@ struct Decode<'a> {
 impl Decode<'_> {
     fn handle(&mut self, input: Input<Phase, Outcome>) {
         match input {
-            Input::Begin {
-                stream,
-                job,
-                kind: JobKind::Decode(prefill),
-            } => {
+            Input::Begin { stream, job, kind: JobKind::Decode(prefill) } => {
                 self.begin(stream, job, prefill);
             }
-            Input::Begin {
-                stream,
-                job,
-                kind: JobKind::Prefill(_),
-            } => {
+            Input::Begin { stream, job, kind: JobKind::Prefill(_) } => {
                 let refusal = Refusal::new("this is a decode node", Retry::OtherNode);
                 self.node.hub.refuse(stream, job.id, refusal);
             }
@@ -86,14 +77,8 @@ impl Decode<'_> {
                 self.node.engine.cancel(id);
             }
             Input::Engine(event) => self.engine_event(event),
-            Input::Transfer {
-                id,
-                outcome: Ok(first),
-            } => self.received(id, first),
-            Input::Transfer {
-                id,
-                outcome: Err(error),
-            } => self.transfer_failed(id, &error),
+            Input::Transfer { id, outcome: Ok(first) } => self.received(id, first),
+            Input::Transfer { id, outcome: Err(error) } => self.transfer_failed(id, &error),
         }
     }
 
@@ -106,9 +91,7 @@ impl Decode<'_> {
         match self.node.engine.submit(Submission { job, kind }) {
             Ok(()) => self.node.hub.begin(stream, id, phase),
             Err(error) => {
-                self.node
-                    .hub
-                    .refuse(stream, id, Refusal::new(&error, error.retry()));
+                self.node.hub.refuse(stream, id, Refusal::new(&error, error.retry()));
             }
         }
     }
@@ -118,40 +101,22 @@ impl Decode<'_> {
         let block_tokens = geometry.block_tokens as usize;
         Expected {
             from,
-            hashes: self
-                .node
-                .hello
-                .root
-                .chain(job.salt, &job.tokens, block_tokens),
+            hashes: self.node.hello.root.chain(job.salt, &job.tokens, block_tokens),
             blocks: geometry.blocks_for(job.tokens.len()) as u32,
         }
     }
 
     fn engine_event(&mut self, event: EngineEvent) {
         match event {
-            EngineEvent::Admitted {
-                id,
-                lease,
-                cached_tokens,
-                queued,
-            } => {
-                self.node.hub.tell(
-                    id,
-                    NodeEvent::Started {
-                        id,
-                        cached_tokens,
-                        queued,
-                    },
-                );
+            EngineEvent::Admitted { id, lease, cached_tokens, queued } => {
+                self.node.hub.tell(id, NodeEvent::Started { id, cached_tokens, queued });
                 if let Some(lease) = lease {
                     self.receive(id, lease);
                 }
             }
             EngineEvent::Tokens(tokens) => self.node.hub.tell_tokens(tokens),
             EngineEvent::PromptLogprobs { id, tokens } => {
-                self.node
-                    .hub
-                    .tell(id, NodeEvent::PromptLogprobs { id, tokens });
+                self.node.hub.tell(id, NodeEvent::PromptLogprobs { id, tokens });
             }
             EngineEvent::Failed { id, reason, retry } => {
                 let job = self.node.hub.fail(id, Refusal { reason, retry });
@@ -206,19 +171,8 @@ impl Decode<'_> {
             return;
         };
         *phase = Phase::Running;
-        let FirstToken {
-            token,
-            logprobs,
-            finish,
-        } = first;
-        self.node.engine.imported(
-            id,
-            baton_engine::FirstToken {
-                token,
-                logprobs,
-                finish,
-            },
-        );
+        let FirstToken { token, logprobs, finish } = first;
+        self.node.engine.imported(id, baton_engine::FirstToken { token, logprobs, finish });
     }
 
     fn transfer_failed(&mut self, id: TransferId, error: &ReceiveError) {

@@ -137,11 +137,7 @@ fn invalid<T>(
     value: impl ToString,
     expected: &'static str,
 ) -> Result<T, ConfigError> {
-    Err(ConfigError::Invalid {
-        key,
-        value: value.to_string(),
-        expected,
-    })
+    Err(ConfigError::Invalid { key, value: value.to_string(), expected })
 }
 
 fn cores() -> usize {
@@ -157,16 +153,7 @@ fn positive(key: &'static str, value: Option<usize>, default: usize) -> Result<u
 
 fn model_name(given: Option<String>, model: &std::path::Path) -> Result<String, ConfigError> {
     // `.` and `dir/..` have no last name of their own.
-    let folder = || {
-        Some(
-            model
-                .canonicalize()
-                .ok()?
-                .file_name()?
-                .to_string_lossy()
-                .into_owned(),
-        )
-    };
+    let folder = || Some(model.canonicalize().ok()?.file_name()?.to_string_lossy().into_owned());
     let name = given.or_else(folder).unwrap_or_else(|| "model".to_owned());
     if name.is_empty() || name.len() > 256 {
         return invalid("model_name", name, "1 to 256 bytes long");
@@ -214,23 +201,18 @@ fn kv_size(blocks: Option<u64>, memory: Option<&str>) -> Result<KvSize, ConfigEr
 
 fn parse_size(text: &str) -> Option<u64> {
     let units = [("KiB", 10), ("MiB", 20), ("GiB", 30), ("TiB", 40)];
-    let unit = units
-        .iter()
-        .find_map(|(unit, shift)| Some((text.strip_suffix(unit)?, *shift)));
+    let unit = units.iter().find_map(|(unit, shift)| Some((text.strip_suffix(unit)?, *shift)));
     let (number, shift) = unit.unwrap_or((text, 0));
     number.trim().parse::<u64>().ok()?.checked_mul(1 << shift)
 }
 
 fn socket_address(key: &'static str, text: &str) -> Result<SocketAddr, ConfigError> {
-    text.parse()
-        .or_else(|_| invalid(key, text, "an IP address and a port, such as 127.0.0.1:0"))
+    text.parse().or_else(|_| invalid(key, text, "an IP address and a port, such as 127.0.0.1:0"))
 }
 
 fn has_port(address: &str) -> bool {
     // A bare IPv6 address has colons, but no port.
-    let port = address
-        .rsplit_once(':')
-        .map(|(_, port)| port.parse::<u16>().is_ok());
+    let port = address.rsplit_once(':').map(|(_, port)| port.parse::<u16>().is_ok());
     port.unwrap_or(false) && address.parse::<IpAddr>().is_err()
 }
 
@@ -266,10 +248,7 @@ mod tests {
     #[test]
     fn flags_win_over_the_file() {
         let file = settings("threads = 4\nkv_blocks = 9");
-        let flags = Settings {
-            threads: Some(2),
-            ..Settings::default()
-        };
+        let flags = Settings { threads: Some(2), ..Settings::default() };
         let both = flags.over(file);
         assert_eq!((both.threads, both.kv_blocks), (Some(2), Some(9)));
     }
@@ -281,9 +260,7 @@ mod tests {
             kv_memory='1'\nmax_batch_tokens=1\nmax_sequences=1\nmax_waiting=1\nmax_model_len=1
             threads=1\nkv_listen='l'\nkv_advertise='a'\ncoordinator=['c']\nidentity='i'\nstate='s'
             metrics_listen='m'\nlog='debug'\nlog_format='json'\ndrain_timeout_s=1";
-        let keys = Settings::augment_args(clap::Command::new(""))
-            .get_arguments()
-            .count();
+        let keys = Settings::augment_args(clap::Command::new("")).get_arguments().count();
         assert_eq!(text.matches('=').count(), keys, "the text names every key");
         let all = settings(text);
         assert_eq!(Settings::default().over(all.clone()), all);
@@ -300,18 +277,9 @@ mod tests {
     #[test]
     fn bad_values_are_named() {
         let cases = [
-            (
-                "block_tokens = 17",
-                "block_tokens is \"17\"; it must be 16, 32 or 64",
-            ),
-            (
-                "kv_memory = '4GB'",
-                "kv_memory is \"4GB\"; it must be a size such as 512MiB or 4GiB",
-            ),
-            (
-                "kv_memory = '1GiB'\nkv_blocks = 2",
-                "it must be absent when kv_blocks is set",
-            ),
+            ("block_tokens = 17", "block_tokens is \"17\"; it must be 16, 32 or 64"),
+            ("kv_memory = '4GB'", "kv_memory is \"4GB\"; it must be a size such as 512MiB or 4GiB"),
+            ("kv_memory = '1GiB'\nkv_blocks = 2", "it must be absent when kv_blocks is set"),
             ("kv_listen = '0.0.0.0:7000'", "or kv_advertise must be set"),
             ("load_format = 'pickle'", "it must be safetensors or dummy"),
             ("threads = 0", "threads is \"0\"; it must be at least 1"),
@@ -320,9 +288,7 @@ mod tests {
             let error = given(toml).expect_err(toml);
             assert!(error.contains(message), "{error}");
         }
-        let missing = Config::try_from(Settings::default())
-            .expect_err("empty")
-            .to_string();
+        let missing = Config::try_from(Settings::default()).expect_err("empty").to_string();
         assert!(missing.contains("--model"), "{missing}");
     }
 

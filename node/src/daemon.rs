@@ -121,19 +121,13 @@ async fn start<J, T: Send + 'static>(config: Config, role: Role) -> Result<Node<
         return Err(StartError::NotANode(identity.node_id().clone()));
     }
     let name = identity.node_id().clone();
-    let now = SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .unwrap_or_default();
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     let epoch =
         next_epoch(config.state.as_deref(), now.as_millis() as u64).map_err(StartError::State)?;
     let endpoint = Endpoint::bind(config.kv_listen, &identity, epoch, Timing::default())?;
     let kv_address = config.kv_address(endpoint.local_addr());
     let metrics = match config.metrics_listen {
-        Some(address) => Some(
-            TcpListener::bind(address)
-                .await
-                .map_err(StartError::Metrics)?,
-        ),
+        Some(address) => Some(TcpListener::bind(address).await.map_err(StartError::Metrics)?),
         None => None,
     };
 
@@ -145,7 +139,6 @@ async fn start<J, T: Send + 'static>(config: Config, role: Role) -> Result<Node<
         endpoint,
         kv_address: kv_address.clone(),
         model_name: config.model_name.clone(),
-        revision: model.revision(),
         engine: engine_config(&config, &model),
         coordinators: config.coordinators,
     };
@@ -185,10 +178,7 @@ struct Stop {
 impl Stop {
     fn new() -> std::io::Result<Self> {
         let (terminate, interrupt) = (SignalKind::terminate(), SignalKind::interrupt());
-        Ok(Self {
-            terminate: signal(terminate)?,
-            interrupt: signal(interrupt)?,
-        })
+        Ok(Self { terminate: signal(terminate)?, interrupt: signal(interrupt)? })
     }
 
     async fn requested(&mut self) {

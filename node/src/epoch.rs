@@ -29,11 +29,7 @@ pub fn next_epoch(state: Option<&Path>, now_ms: u64) -> io::Result<Epoch> {
 
 fn parse(text: &str) -> io::Result<u64> {
     let damaged = || io::Error::new(io::ErrorKind::InvalidData, "the epoch file holds no number");
-    text.trim()
-        .parse()
-        .ok()
-        .filter(|epoch| *epoch < u64::MAX)
-        .ok_or_else(damaged)
+    text.trim().parse().ok().filter(|epoch| *epoch < u64::MAX).ok_or_else(damaged)
 }
 
 #[cfg(test)]
@@ -56,9 +52,7 @@ mod tests {
         let state = tempfile::tempdir().expect("a folder");
         std::fs::write(state.path().join(FILE), "x").expect("writable");
         assert_eq!(
-            next_epoch(Some(state.path()), 1)
-                .expect_err("damaged")
-                .kind(),
+            next_epoch(Some(state.path()), 1).expect_err("damaged").kind(),
             io::ErrorKind::InvalidData
         );
     }

@@ -100,10 +100,7 @@ pub struct Refusal {
 impl Refusal {
     /// A refusal for `reason`.
     pub fn new(reason: impl ToString, retry: Retry) -> Self {
-        Self {
-            reason: reason.to_string(),
-            retry,
-        }
+        Self { reason: reason.to_string(), retry }
     }
 }
 
@@ -133,15 +130,7 @@ impl<J, T> Hub<J, T> {
         draining: watch::Sender<bool>,
     ) -> Self {
         let (streams, jobs, orphans) = (Streams::default(), HashMap::new(), Vec::new());
-        Self {
-            events,
-            streams,
-            jobs,
-            orphans,
-            engine,
-            hello,
-            draining,
-        }
+        Self { events, streams, jobs, orphans, engine, hello, draining }
     }
 
     /// The next input; `None` when the node has drained.
@@ -164,11 +153,7 @@ impl<J, T> Hub<J, T> {
 
     fn take(&mut self, event: Event<T>) -> Option<Input<J, T>> {
         match event {
-            Event::Opened {
-                stream,
-                outbox,
-                session,
-            } => {
+            Event::Opened { stream, outbox, session } => {
                 self.streams.open(stream, outbox, session);
                 self.engine.snapshot();
             }
@@ -232,9 +217,7 @@ impl<J, T> Hub<J, T> {
             let reason = format!("token id {token} is outside the vocabulary of {vocab_size}");
             return Err(Refusal::new(reason, Retry::Never));
         }
-        job.sampling
-            .check(vocab_size)
-            .map_err(|error| Refusal::new(error, Retry::Never))
+        job.sampling.check(vocab_size).map_err(|error| Refusal::new(error, Retry::Never))
     }
 
     /// The job of `stream` runs; `job` is what the role keeps of it.
@@ -246,8 +229,7 @@ impl<J, T> Hub<J, T> {
     pub fn refuse(&mut self, stream: StreamId, id: TransferId, refusal: Refusal) {
         tracing::debug!(%id, reason = refusal.reason, "refused");
         let Refusal { reason, retry } = refusal;
-        self.streams
-            .send(stream, NodeEvent::Failed { id, reason, retry });
+        self.streams.send(stream, NodeEvent::Failed { id, reason, retry });
     }
 
     /// What the role keeps of a running job.
@@ -268,9 +250,8 @@ impl<J, T> Hub<J, T> {
         // One coordinator owns them all, nearly always.
         while let Some(first) = tokens.first() {
             let stream = self.jobs[&first.id].stream;
-            let (its, rest) = tokens
-                .into_iter()
-                .partition(|token| self.jobs[&token.id].stream == stream);
+            let (its, rest) =
+                tokens.into_iter().partition(|token| self.jobs[&token.id].stream == stream);
             self.streams.send(stream, NodeEvent::Tokens(its));
             tokens = rest;
         }

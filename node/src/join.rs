@@ -75,18 +75,13 @@ enum SessionError {
 /// tonic's own text says only "transport error".
 fn with_causes(error: &dyn std::error::Error) -> String {
     let causes = std::iter::successors(Some(error), |error| error.source());
-    causes
-        .map(ToString::to_string)
-        .collect::<Vec<_>>()
-        .join(": ")
+    causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
 }
 
 /// How long to wait before dial number `attempt` (from 0) after a loss; `random` spreads the
 /// nodes of a cluster over the second half of each pause.
 fn pause(attempt: u32, random: u64) -> Duration {
-    let full = LEAST_PAUSE
-        .saturating_mul(1 << attempt.min(16))
-        .min(MOST_PAUSE);
+    let full = LEAST_PAUSE.saturating_mul(1 << attempt.min(16)).min(MOST_PAUSE);
     full / 2 + (full / 2).mul_f64(random as f64 / u64::MAX as f64)
 }
 
@@ -119,12 +114,7 @@ impl<T: Send + 'static> Joiner<T> {
 
         let stream = StreamId(self.streams.fetch_add(1, Ordering::Relaxed));
         let (session, ended) = oneshot::channel();
-        self.to_hub(Event::Opened {
-            stream,
-            outbox: outbox.clone(),
-            session,
-        })
-        .await?;
+        self.to_hub(Event::Opened { stream, outbox: outbox.clone(), session }).await?;
         tracing::info!(coordinator, "joined");
         let listen = self.listen(stream, incoming);
         tokio::pin!(listen);
@@ -192,9 +182,7 @@ impl<T: Send + 'static> Joiner<T> {
             }
             let mut report = self.engine.report();
             report.draining |= *draining.borrow();
-            outbox
-                .try_send(NodeEvent::Report(report))
-                .map_err(|_| SessionError::Slow)?;
+            outbox.try_send(NodeEvent::Report(report)).map_err(|_| SessionError::Slow)?;
         }
     }
 

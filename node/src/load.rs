@@ -11,7 +11,7 @@ use crate::config::{self, Config};
 const DUMMY_SEED: u64 = 0;
 
 /// Loads the configured model. Blocks for as long as that takes.
-pub fn load(config: &Config) -> Result<Model, LoadError> {
+pub(crate) fn load(config: &Config) -> Result<Model, LoadError> {
     let begun = Instant::now();
     let mut shown = None;
     Model::load(LoadOptions {

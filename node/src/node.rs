@@ -5,10 +5,9 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
-use baton_engine::{Engine, EngineConfig, Forward};
+use baton_engine::{Engine, EngineConfig, EngineInfo, Forward};
 use baton_identity::Identity;
 use baton_kvtransfer::{Endpoint, TRANSPORTS};
-use baton_proto::hash::ModelRoot;
 use baton_proto::ids::{Epoch, Role};
 use baton_proto::message::Hello;
 use tokio::sync::{mpsc, watch};
@@ -33,8 +32,6 @@ pub struct Setup {
     pub kv_address: String,
     /// Name of the model.
     pub model_name: String,
-    /// Identity of the model's content.
-    pub revision: [u8; 32],
     /// Sizes of the engine.
     pub engine: EngineConfig,
     /// Cluster addresses of all coordinators.
@@ -60,7 +57,6 @@ pub struct Node<J, T> {
 impl<J, T: Send + 'static> Node<J, T> {
     /// Starts a node that serves `model`. Must be called in a tokio runtime.
     pub fn start(setup: Setup, model: Box<dyn Forward>) -> Self {
-        let hello = hello(&setup, &*model);
         let (events, received) = mpsc::channel(MAX_EVENTS);
         let sink = events.clone();
         let engine = Engine::start(
@@ -69,6 +65,7 @@ impl<J, T: Send + 'static> Node<J, T> {
             // The engine's own thread waits here if the hub falls behind.
             Box::new(move |event| drop(sink.blocking_send(Event::Engine(event)))),
         );
+        let hello = hello(&setup, &engine.info());
         let (draining, is_draining) = watch::channel(false);
         let hub = Hub::new(received, engine.clone(), hello.clone(), draining);
         let joiner = Arc::new(Joiner {
@@ -83,23 +80,14 @@ impl<J, T: Send + 'static> Node<J, T> {
         for coordinator in setup.coordinators {
             sessions.spawn(joiner.clone().keep_joined(coordinator));
         }
-        Self {
-            hub,
-            events,
-            engine,
-            endpoint: setup.endpoint,
-            hello,
-            sessions,
-        }
+        Self { hub, events, engine, endpoint: setup.endpoint, hello, sessions }
     }
 }
 
 impl<J, T> Node<J, T> {
     /// Leaves every coordinator, after what is still to be told has been, or a bounded wait.
     pub async fn leave(self) {
-        let Self {
-            hub, mut sessions, ..
-        } = self;
+        let Self { hub, mut sessions, .. } = self;
         // Ends the streams.
         drop(hub);
         let all = async { while sessions.join_next().await.is_some() {} };
@@ -107,17 +95,16 @@ impl<J, T> Node<J, T> {
     }
 }
 
-fn hello(setup: &Setup, model: &dyn Forward) -> Hello {
-    let geometry = model.geometry(setup.engine.block_tokens as u32);
+fn hello(setup: &Setup, engine: &EngineInfo) -> Hello {
     Hello {
         role: setup.role,
         epoch: setup.epoch,
         model: setup.model_name.clone(),
-        root: ModelRoot::new(&setup.revision, &geometry),
-        geometry,
-        max_model_len: model.max_model_len() as u32,
-        vocab_size: model.vocab_size() as u32,
-        total_blocks: setup.engine.kv_blocks as u64,
+        root: engine.root,
+        geometry: engine.geometry,
+        max_model_len: engine.max_model_len as u32,
+        vocab_size: engine.vocab_size as u32,
+        total_blocks: engine.kv_blocks as u64,
         kv_address: setup.kv_address.clone(),
         transports: TRANSPORTS.iter().map(ToString::to_string).collect(),
     }

@@ -52,12 +52,7 @@ pub struct Settings {
     #[arg(long, env = "BATON_KV_ADVERTISE", value_name = "HOST[:PORT]")]
     pub kv_advertise: Option<String>,
     /// A coordinator's cluster address; give all of them. At least one is required.
-    #[arg(
-        long,
-        env = "BATON_COORDINATOR",
-        value_name = "HOST:PORT",
-        value_delimiter = ','
-    )]
+    #[arg(long, env = "BATON_COORDINATOR", value_name = "HOST:PORT", value_delimiter = ',')]
     pub coordinator: Option<Vec<String>>,
     /// Folder of this node's certificate and key, from `baton certs issue`. Required.
     #[arg(long, env = "BATON_IDENTITY", value_name = "DIR")]

@@ -78,10 +78,7 @@ impl Streams {
             return;
         };
         if stream.outbox.try_send(event).is_err() {
-            tracing::warn!(
-                stream = id.0,
-                "the coordinator does not read; closing its stream"
-            );
+            tracing::warn!(stream = id.0, "the coordinator does not read; closing its stream");
             self.open.remove(&id);
         }
     }
@@ -128,10 +125,7 @@ impl Streams {
         self.open.retain(|id, stream| {
             let sent = send(stream);
             if !sent {
-                tracing::warn!(
-                    stream = id.0,
-                    "the coordinator does not read; closing its stream"
-                );
+                tracing::warn!(stream = id.0, "the coordinator does not read; closing its stream");
             }
             sent
         });
@@ -161,25 +155,14 @@ mod tests {
         let (mut held, mut incoming, mut last) = (BTreeSet::new(), BTreeSet::new(), 0);
         while let Ok(event) = events.try_recv() {
             match event {
-                NodeEvent::Cache {
-                    sequence,
-                    stored,
-                    removed,
-                } => {
+                NodeEvent::Cache { sequence, stored, removed } => {
                     assert_eq!(sequence, last + 1, "no gap");
                     last = sequence;
                     held.extend(stored);
                     held.retain(|hash| !removed.contains(hash));
                 }
-                NodeEvent::Snapshot {
-                    sequence,
-                    hashes,
-                    last: ends,
-                } => {
-                    assert_eq!(
-                        sequence, last,
-                        "a snapshot stands between the events it is of"
-                    );
+                NodeEvent::Snapshot { sequence, hashes, last: ends } => {
+                    assert_eq!(sequence, last, "a snapshot stands between the events it is of");
                     incoming.extend(hashes);
                     if ends {
                         held = std::mem::take(&mut incoming);
@@ -234,9 +217,6 @@ mod tests {
             streams.send(StreamId(1), NodeEvent::Tokens(Vec::new()));
         }
         assert!(events.try_recv().is_ok());
-        assert_eq!(
-            events.try_recv(),
-            Err(mpsc::error::TryRecvError::Disconnected)
-        );
+        assert_eq!(events.try_recv(), Err(mpsc::error::TryRecvError::Disconnected));
     }
 }

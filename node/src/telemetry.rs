@@ -15,10 +15,8 @@ const SCRAPE_TIMEOUT: Duration = Duration::from_secs(2);
 /// Logs what `filter` lets through. A bad filter is returned as text.
 pub fn start_logging(filter: &str, json: bool) -> Result<(), String> {
     let filter = EnvFilter::try_new(filter).map_err(|e| format!("log is {filter:?}: {e}"))?;
-    let log = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_ansi(false)
-        .with_writer(io::stderr);
+    let log =
+        tracing_subscriber::fmt().with_env_filter(filter).with_ansi(false).with_writer(io::stderr);
     if json {
         log.json().init()
     } else {
@@ -79,26 +77,10 @@ fn exposition(report: &Report) -> String {
             .expect("a string takes all");
     }
     let gauges: [(&str, &str, f64); 6] = [
-        (
-            "draining",
-            "1 while the node takes nothing new.",
-            f64::from(u8::from(report.draining)),
-        ),
-        (
-            "sequences_waiting",
-            "Sequences not yet started.",
-            report.waiting.into(),
-        ),
-        (
-            "sequences_running",
-            "Sequences started.",
-            report.running.into(),
-        ),
-        (
-            "queued_tokens",
-            "Prompt tokens not yet computed.",
-            report.queued_tokens as f64,
-        ),
+        ("draining", "1 while the node takes nothing new.", f64::from(u8::from(report.draining))),
+        ("sequences_waiting", "Sequences not yet started.", report.waiting.into()),
+        ("sequences_running", "Sequences started.", report.running.into()),
+        ("queued_tokens", "Prompt tokens not yet computed.", report.queued_tokens as f64),
         (
             "prefill_tokens_per_second",
             "Measured prefill speed; 0 until measured.",
@@ -130,23 +112,11 @@ mod tests {
     async fn a_scrape_shows_the_report_of_its_moment() {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
         let address = listener.local_addr().expect("bound");
-        let blocks = BlockCounts {
-            free: 3,
-            active: 4,
-            cached: 5,
-            leased: 6,
-        };
-        let report = move || Report {
-            running: 7,
-            blocks,
-            ..Report::default()
-        };
+        let blocks = BlockCounts { free: 3, active: 4, cached: 5, leased: 6 };
+        let report = move || Report { running: 7, blocks, ..Report::default() };
         let server = tokio::spawn(serve_metrics(listener, report));
         let mut stream = TcpStream::connect(address).await.expect("listening");
-        stream
-            .write_all(b"GET /metrics HTTP/1.1\r\n\r\n")
-            .await
-            .expect("open");
+        stream.write_all(b"GET /metrics HTTP/1.1\r\n\r\n").await.expect("open");
         let mut text = String::new();
         stream.read_to_string(&mut text).await.expect("an answer");
         let (head, body) = text.split_once("\r\n\r\n").expect("HTTP");

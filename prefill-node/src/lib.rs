@@ -33,10 +33,7 @@ struct LateSource(OnceLock<Arc<BlockLease>>);
 
 impl BlockSource for LateSource {
     fn piece(&self, layer: u32, ordinal: u32) -> Bytes {
-        let lease = self
-            .0
-            .get()
-            .expect("a piece is ready only after its job was admitted");
+        let lease = self.0.get().expect("a piece is ready only after its job was admitted");
         Bytes::from_owner(lease.piece(layer as usize, ordinal as usize))
     }
 }
@@ -56,18 +53,10 @@ struct Prefill<'a> {
 impl Prefill<'_> {
     fn handle(&mut self, input: Input<Sending, Outcome>) {
         match input {
-            Input::Begin {
-                stream,
-                job,
-                kind: JobKind::Prefill(decode),
-            } => {
+            Input::Begin { stream, job, kind: JobKind::Prefill(decode) } => {
                 self.begin(stream, job, decode);
             }
-            Input::Begin {
-                stream,
-                job,
-                kind: JobKind::Decode(_),
-            } => {
+            Input::Begin { stream, job, kind: JobKind::Decode(_) } => {
                 let refusal = Refusal::new("this is a prefill node", Retry::OtherNode);
                 self.node.hub.refuse(stream, job.id, refusal);
             }
@@ -76,14 +65,8 @@ impl Prefill<'_> {
                 self.node.engine.cancel(id);
             }
             Input::Engine(event) => self.engine_event(event),
-            Input::Transfer {
-                id,
-                outcome: Ok(sent),
-            } => self.transferred(id, sent),
-            Input::Transfer {
-                id,
-                outcome: Err(error),
-            } => self.transfer_failed(id, &error),
+            Input::Transfer { id, outcome: Ok(sent) } => self.transferred(id, sent),
+            Input::Transfer { id, outcome: Err(error) } => self.transfer_failed(id, &error),
         }
     }
 
@@ -96,30 +79,15 @@ impl Prefill<'_> {
             peer: decode,
             root: hello.root,
             geometry,
-            hashes: hello
-                .root
-                .chain(job.salt, &job.tokens, geometry.block_tokens as usize),
+            hashes: hello.root.chain(job.salt, &job.tokens, geometry.block_tokens as usize),
             blocks: geometry.blocks_for(job.tokens.len()) as u32,
             source: source.clone(),
         };
-        if let Err(error) = self.node.engine.submit(Submission {
-            job,
-            kind: Kind::Export,
-        }) {
-            return self
-                .node
-                .hub
-                .refuse(stream, id, Refusal::new(&error, error.retry()));
+        if let Err(error) = self.node.engine.submit(Submission { job, kind: Kind::Export }) {
+            return self.node.hub.refuse(stream, id, Refusal::new(&error, error.retry()));
         }
         let transfer = Arc::new(self.node.endpoint.send(outgoing));
-        self.node.hub.begin(
-            stream,
-            id,
-            Sending {
-                transfer: transfer.clone(),
-                source,
-            },
-        );
+        self.node.hub.begin(stream, id, Sending { transfer: transfer.clone(), source });
         let events = self.node.events.clone();
         tokio::spawn(async move {
             let outcome = transfer.outcome().await;
@@ -130,35 +98,20 @@ impl Prefill<'_> {
 
     fn engine_event(&mut self, event: EngineEvent) {
         match event {
-            EngineEvent::Admitted {
-                id,
-                lease,
-                cached_tokens,
-                queued,
-            } => {
-                self.node.hub.tell(
-                    id,
-                    NodeEvent::Started {
-                        id,
-                        cached_tokens,
-                        queued,
-                    },
-                );
+            EngineEvent::Admitted { id, lease, cached_tokens, queued } => {
+                self.node.hub.tell(id, NodeEvent::Started { id, cached_tokens, queued });
                 if let Some(lease) = lease {
                     self.admitted(id, lease);
                 }
             }
             EngineEvent::KvReady { id, layer, blocks } => {
                 if let Some(job) = self.node.hub.job(id) {
-                    job.transfer
-                        .ready(layer as u32, blocks.start as u32..blocks.end as u32);
+                    job.transfer.ready(layer as u32, blocks.start as u32..blocks.end as u32);
                 }
             }
             EngineEvent::Tokens(tokens) => self.first_tokens(tokens),
             EngineEvent::PromptLogprobs { id, tokens } => {
-                self.node
-                    .hub
-                    .tell(id, NodeEvent::PromptLogprobs { id, tokens });
+                self.node.hub.tell(id, NodeEvent::PromptLogprobs { id, tokens });
             }
             EngineEvent::Failed { id, reason, retry } => {
                 if let Some(job) = self.node.hub.fail(id, Refusal { reason, retry }) {
@@ -191,41 +144,16 @@ impl Prefill<'_> {
     /// To the client first: the decode node's copy waits for the rest of the KV anyway.
     fn first_tokens(&mut self, tokens: Vec<TokenEvent>) {
         self.node.hub.tell_tokens(tokens.clone());
-        for TokenEvent {
-            id,
-            token,
-            logprobs,
-            finish,
-            ..
-        } in tokens
-        {
+        for TokenEvent { id, token, logprobs, finish, .. } in tokens {
             if let Some(job) = self.node.hub.job(id) {
-                job.transfer.finish(FirstToken {
-                    token,
-                    logprobs,
-                    finish,
-                });
+                job.transfer.finish(FirstToken { token, logprobs, finish });
             }
         }
     }
 
     fn transferred(&mut self, id: TransferId, sent: Sent) {
-        let Sent {
-            hidden,
-            exposed,
-            bytes,
-            blocks,
-        } = sent;
-        self.node.hub.tell(
-            id,
-            NodeEvent::Transferred {
-                id,
-                hidden,
-                exposed,
-                bytes,
-                blocks,
-            },
-        );
+        let Sent { hidden, exposed, bytes, blocks } = sent;
+        self.node.hub.tell(id, NodeEvent::Transferred { id, hidden, exposed, bytes, blocks });
         self.node.hub.end(id);
     }
 

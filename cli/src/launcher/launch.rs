@@ -39,6 +39,8 @@ impl Launch {
             Some(model) => return Err(StartError::NoModel(model.clone())),
             None => bundled_model()?,
         };
+        // A daemon runs wherever it likes.
+        let model = model.canonicalize().map_err(state_error(&model))?;
         let (state, temporary) = state_folder(options.state.as_deref())?;
         let ca_folder = state.join("ca");
         remove(&ca_folder)?;
@@ -58,19 +60,11 @@ impl Launch {
 
     pub(super) async fn start(&mut self) -> Result<(SocketAddr, SocketAddr), StartError> {
         let coordinator = self.coordinator_arguments();
-        self.spawn(
-            "baton-coordinator",
-            COORDINATOR,
-            Part::Coordinator,
-            coordinator,
-        )?;
+        self.spawn("baton-coordinator", COORDINATOR, Part::Coordinator, coordinator)?;
         let line = self.ready_line(0).await?;
         let address = |key| {
             let name = COORDINATOR.to_owned();
-            address(&line, key).ok_or_else(|| StartError::ReadyLine {
-                name,
-                line: line.clone(),
-            })
+            address(&line, key).ok_or_else(|| StartError::ReadyLine { name, line: line.clone() })
         };
         let (cluster, grpc, http) = (address("cluster")?, address("grpc")?, address("http")?);
         for (role, daemon, count) in [
@@ -95,20 +89,21 @@ impl Launch {
         let mut arguments = vec![
             "--cluster-listen".to_owned(),
             any.to_string(),
-            "--grpc-listen".to_owned(),
+            "--grpc".to_owned(),
             self.options.grpc.unwrap_or(any).to_string(),
-            "--http-listen".to_owned(),
+            "--http".to_owned(),
             self.options.http.unwrap_or(any).to_string(),
             "--model".to_owned(),
             self.model.display().to_string(),
         ];
-        push(&mut arguments, "--model-name", &self.options.model_name);
-        push(
-            &mut arguments,
-            "--local-prefill",
-            &self.options.local_prefill,
-        );
+        push(&mut arguments, "--model-name", &self.model_name());
+        push(&mut arguments, "--local-prefill", &self.options.local_prefill);
         arguments
+    }
+
+    fn model_name(&self) -> Option<String> {
+        let folder = || Some(self.model.file_name()?.to_string_lossy().into_owned());
+        self.options.model_name.clone().or_else(folder)
     }
 
     fn node_arguments(&self, name: &str, cluster: SocketAddr) -> Vec<String> {
@@ -126,15 +121,11 @@ impl Launch {
             "--threads".to_owned(),
             threads.to_string(),
         ];
-        push(&mut arguments, "--model-name", &options.model_name);
+        push(&mut arguments, "--model-name", &self.model_name());
         push(&mut arguments, "--load-format", &options.load_format);
         push(&mut arguments, "--block-tokens", &options.block_tokens);
         push(&mut arguments, "--kv-blocks", &options.kv_blocks);
-        push(
-            &mut arguments,
-            "--max-batch-tokens",
-            &options.max_batch_tokens,
-        );
+        push(&mut arguments, "--max-batch-tokens", &options.max_batch_tokens);
         push(&mut arguments, "--max-model-len", &options.max_model_len);
         arguments
     }
@@ -158,10 +149,7 @@ impl Launch {
         let mut command = Command::new(&program);
         // What is set for this program is not meant for the daemons.
         for (key, _) in std::env::vars_os() {
-            if key
-                .to_str()
-                .is_some_and(|key| key.starts_with("BATON_") && key != "BATON_LOG")
-            {
+            if key.to_str().is_some_and(|key| key.starts_with("BATON_") && key != "BATON_LOG") {
                 command.env_remove(key);
             }
         }
@@ -170,14 +158,10 @@ impl Launch {
         std::os::unix::process::CommandExt::process_group(&mut command, 0);
         let log = folder.join("log");
         let started = Process::start(name, command, &log, !self.options.quiet);
-        self.processes
-            .push(started.map_err(|source| match source.kind() {
-                std::io::ErrorKind::NotFound => StartError::NoDaemon(program),
-                _ => StartError::State {
-                    path: program,
-                    source,
-                },
-            })?);
+        self.processes.push(started.map_err(|source| match source.kind() {
+            std::io::ErrorKind::NotFound => StartError::NoDaemon(program),
+            _ => StartError::State { path: program, source },
+        })?);
         Ok(())
     }
 
@@ -196,11 +180,7 @@ impl Launch {
             .expect("an address makes a URI");
         let mut client = ClusterClient::new(endpoint.connect_lazy());
         loop {
-            match client
-                .get_status(GetStatusRequest {})
-                .await
-                .map(tonic::Response::into_inner)
-            {
+            match client.get_status(GetStatusRequest {}).await.map(tonic::Response::into_inner) {
                 Ok(status) if self.all_joined(&status) => return Ok(()),
                 Ok(status) => self.last_reason = reason(&status),
                 Err(error) => self.last_reason = error.message().to_owned(),
@@ -227,18 +207,9 @@ impl Launch {
     ) -> Result<(), StartError> {
         let processes = self.processes.iter();
         let processes = processes
-            .map(|process| StateProcess {
-                id: &process.name,
-                pid: process.pid,
-                log: &process.log,
-            })
+            .map(|process| StateProcess { id: &process.name, pid: process.pid, log: &process.log })
             .collect();
-        StateFile {
-            grpc,
-            http,
-            processes,
-        }
-        .write(&self.state)
+        StateFile { grpc, http, processes }.write(&self.state)
     }
 }
 
@@ -249,10 +220,7 @@ fn push(arguments: &mut Vec<String>, flag: &str, value: &Option<impl ToString>) 
 }
 
 fn reason(status: &GetStatusResponse) -> String {
-    let joined = format!(
-        "{} prefill, {} decode",
-        status.prefill_nodes, status.decode_nodes
-    );
+    let joined = format!("{} prefill, {} decode", status.prefill_nodes, status.decode_nodes);
     match status.reason.as_str() {
         "" => format!("joined nodes: {joined}"),
         reason => format!("{reason} (joined nodes: {joined})"),
@@ -260,23 +228,20 @@ fn reason(status: &GetStatusResponse) -> String {
 }
 
 fn failed(process: &Process, status: ExitStatus) -> StartError {
-    StartError::Ended {
-        name: process.name.clone(),
-        status,
-        log_tail: process.log_tail(),
-    }
+    StartError::Ended { name: process.name.clone(), status, log_tail: process.log_tail() }
 }
 
 /// The value of `key=ADDR` in a ready line.
 fn address(line: &str, key: &str) -> Option<SocketAddr> {
-    let value = line
-        .split_whitespace()
-        .find_map(|word| word.strip_prefix(key)?.strip_prefix('='));
+    let value = line.split_whitespace().find_map(|word| word.strip_prefix(key)?.strip_prefix('='));
     value?.parse().ok()
 }
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt;
+    use std::path::Path;
+
     use super::*;
 
     #[test]
@@ -286,5 +251,56 @@ mod tests {
         assert_eq!(address(line, "http"), "[::1]:3".parse().ok());
         assert_eq!(address(line, "metrics"), None);
         assert_eq!(address("ready grpc=x", "grpc"), None);
+    }
+
+    /// Options for a model folder in `folder`, with daemons that are shell scripts.
+    fn options(folder: &Path, coordinator: Option<&str>) -> ClusterOptions {
+        std::fs::write(folder.join("config.json"), "{}").expect("writable");
+        if let Some(script) = coordinator {
+            let program = folder.join("baton-coordinator");
+            std::fs::write(&program, format!("#!/bin/sh\n{script}\n")).expect("writable");
+            let mode = std::fs::Permissions::from_mode(0o755);
+            std::fs::set_permissions(&program, mode).expect("its owner may");
+        }
+        ClusterOptions {
+            model: Some(folder.to_owned()),
+            daemons: Some(folder.to_owned()),
+            state: Some(folder.join("state")),
+            quiet: true,
+            ..ClusterOptions::default()
+        }
+    }
+
+    async fn error(coordinator: Option<&str>) -> String {
+        let folder = tempfile::tempdir().expect("a folder");
+        let mut launch =
+            Launch::prepare(options(folder.path(), coordinator)).expect("all is there");
+        launch.start().await.expect_err("no coordinator").to_string()
+    }
+
+    #[tokio::test]
+    async fn failures_name_their_remedy() {
+        let missing = error(None).await;
+        assert!(missing.contains("baton-coordinator is not found; build or"), "{missing}");
+        let failing = error(Some("echo no such model >&2; exit 2")).await;
+        assert!(failing.contains("coordinator did not start (exit status: 2)"), "{failing}");
+        assert!(failing.ends_with("\nno such model"), "{failing}");
+        let strange = error(Some("echo ready at last; exec sleep 1000")).await;
+        assert!(strange.contains("\"ready at last\""), "{strange}");
+    }
+
+    #[tokio::test]
+    async fn daemons_get_an_identity_and_no_settings_of_others() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let script = "echo \"$@\"; env | grep BATON_; echo end; exit 1";
+        // A second start in the same folder makes everything anew.
+        for _ in 0..2 {
+            let options = options(folder.path(), Some(script));
+            let mut launch = Launch::prepare(options).expect("all is there");
+            let error = launch.start().await.expect_err("it exits").to_string();
+            let identity = folder.path().join("state/coordinator/identity");
+            assert!(error.contains(&format!("--identity {}", identity.display())), "{error}");
+            baton_identity::Identity::load(&identity).expect("a whole identity");
+        }
     }
 }

@@ -1,0 +1,263 @@
+//! A prefill and a decode node, wired as in the daemons, over real sockets: what a coordinator
+//! sees of jobs that succeed, are cancelled, fail or are abandoned.
+
+mod support;
+
+use baton_node::hub::Event;
+use baton_proto::ids::Epoch;
+use baton_proto::message::{Command, NodeEvent, NodeFinish, Retry};
+use support::{Pair, cancel, hand_over, id, job, patiently, peer, reference, started};
+
+const MULTI: usize = 30;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_handed_over_sequence_is_the_one_computed_in_one_place() {
+    let mut pair = Pair::start().await;
+    let (mut prefill, mut decode) = pair.streams().await;
+    // 1 token in the last block, a full last block, more than one chunk, and that once more: the
+    // decode node then holds all full blocks.
+    let cases = [(1, 1, 5, 2), (2, 2, 8, 2), (3, 3, 41, 11), (4, 3, 41, 1)];
+    for (request, seed, length, moved) in cases {
+        let here = reference(job(id(100 + request), seed, length, 12));
+        decode.command(Command::Decode { job: here.clone(), prefill: None }).await;
+        let expected = decode.rest(here.id).await;
+
+        let job = job(id(request), seed, length, 12);
+        hand_over(&prefill, &decode, &job).await;
+        let first = prefill.token(job.id).await;
+        assert!(first.prefill.is_some(), "it says how long the prompt took");
+        let mut tokens = vec![first];
+        tokens.extend(decode.rest(job.id).await);
+        for (token, expected) in tokens.iter().zip(&expected) {
+            assert_eq!((token.position, token.token), (expected.position, expected.token));
+        }
+        assert_eq!(tokens.len(), 12);
+        assert_eq!(tokens[11].finish, Some(NodeFinish::Length));
+        match prefill.next().await {
+            NodeEvent::Transferred { id, blocks, .. } => assert_eq!((id, blocks), (job.id, moved)),
+            other => panic!("expected the end of the transfer, not {other:?}"),
+        }
+        pair.idle().await;
+        prefill.idle().await;
+        decode.idle().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn many_at_once_do_not_mix() {
+    let mut pair = Pair::start().await;
+    let (mut prefill, mut decode) = pair.streams().await;
+    let jobs: Vec<_> =
+        (0..6).map(|n| job(id(n), n as u32, 9 + 3 * n as usize, MULTI as u32)).collect();
+    let mut expected = std::collections::HashMap::new();
+    for job in &jobs {
+        let here = reference(job.clone());
+        decode.command(Command::Decode { job: here, prefill: None }).await;
+        let tokens = decode.rest(job.id).await;
+        expected.insert(job.id, tokens.into_iter().map(|token| token.token).collect::<Vec<_>>());
+    }
+    pair.idle().await;
+    for job in &jobs {
+        hand_over(&prefill, &decode, job).await;
+    }
+    let mut got = std::collections::HashMap::<_, Vec<_>>::new();
+    let mut transferred = 0;
+    while transferred < jobs.len() {
+        match prefill.next().await {
+            NodeEvent::Tokens(tokens) => {
+                tokens.into_iter().for_each(|t| got.entry(t.id).or_default().push(t.token));
+            }
+            NodeEvent::Transferred { .. } => transferred += 1,
+            NodeEvent::Started { .. } => {}
+            other => panic!("unexpected {other:?}"),
+        }
+    }
+    let mut finished = 0;
+    while finished < jobs.len() {
+        if let NodeEvent::Tokens(tokens) = decode.next().await {
+            for token in tokens {
+                finished += usize::from(token.finish.is_some());
+                got.entry(token.id).or_default().push(token.token);
+            }
+        }
+    }
+    assert_eq!(got, expected);
+    pair.idle().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_sequence_that_ends_with_its_first_token_frees_everything() {
+    let mut pair = Pair::start().await;
+    let (mut prefill, mut decode) = pair.streams().await;
+    let job = job(id(1), 1, 20, 1);
+    hand_over(&prefill, &decode, &job).await;
+    let first = prefill.token(job.id).await;
+    assert_eq!((first.position, first.finish), (0, Some(NodeFinish::Length)));
+    assert!(matches!(prefill.next().await, NodeEvent::Transferred { .. }));
+    pair.idle().await;
+    // `idle` panics if the decode node says that the job failed.
+    decode.idle().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cancel_in_any_phase_frees_both_nodes() {
+    let mut pair = Pair::start().await;
+    let (mut prefill, mut decode) = pair.streams().await;
+    for phase in 0..5 {
+        let job = job(id(phase), phase as u32, 200, 100);
+        hand_over(&prefill, &decode, &job).await;
+        match phase {
+            // In the queues.
+            0 => {}
+            // Being computed.
+            1 => started(&mut prefill, job.id).await,
+            // Blocks reserved at the other end.
+            2 => started(&mut decode, job.id).await,
+            // On its way.
+            3 => drop(prefill.token(job.id).await),
+            // Decoding.
+            _ => drop(decode.token(job.id).await),
+        }
+        cancel(&prefill, &decode, job.id).await;
+        pair.idle().await;
+    }
+    // Only one end is told: the other fails, and says that another node may do better.
+    let job = job(id(90), 90, 800, 100);
+    hand_over(&prefill, &decode, &job).await;
+    started(&mut decode, job.id).await;
+    prefill.command(Command::Cancel(job.id)).await;
+    match decode.next().await {
+        NodeEvent::Failed { id, retry, .. } => assert_eq!((id, retry), (job.id, Retry::OtherNode)),
+        other => panic!("unexpected {other:?}"),
+    }
+    pair.idle().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_transfer_that_fails_frees_both_nodes_and_says_so_once() {
+    let mut pair = Pair::start().await;
+    let (mut prefill, mut decode) = pair.streams().await;
+    let job = job(id(1), 1, 40, 10);
+    // The decode node expects an earlier life of the prefill node.
+    let mut old = peer(&prefill, "prefill-0");
+    old.epoch = Epoch(6);
+    decode.command(Command::Decode { job: job.clone(), prefill: Some(old) }).await;
+    let to = peer(&decode, "decode-0");
+    prefill.command(Command::Prefill { job: job.clone(), decode: to }).await;
+    for node in [&mut prefill, &mut decode] {
+        let mut failed = 0;
+        // The prefill node may have computed the prompt before it hears of it.
+        while failed == 0 {
+            match node.next().await {
+                NodeEvent::Failed { id, retry, .. } => {
+                    assert_eq!((id, retry), (job.id, Retry::OtherNode));
+                    failed += 1;
+                }
+                NodeEvent::Started { .. } | NodeEvent::Tokens(_) => {}
+                other => panic!("unexpected {other:?}"),
+            }
+        }
+    }
+    pair.idle().await;
+    // `idle` panics if either says it again.
+    prefill.idle().await;
+    decode.idle().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_coordinator_that_goes_away_takes_its_jobs_along() {
+    let mut pair = Pair::start().await;
+    let (mut prefill, mut decode) = pair.streams().await;
+    let (long, queued) = (job(id(1), 1, 40, 400), job(id(2), 2, 200, 100));
+    hand_over(&prefill, &decode, &long).await;
+    decode.token(long.id).await;
+    hand_over(&prefill, &decode, &queued).await;
+    started(&mut prefill, queued.id).await;
+    drop((prefill, decode));
+    pair.idle().await;
+    // The nodes come back, say what they hold, and work.
+    let (mut prefill, mut decode) = pair.streams().await;
+    for node in [&mut prefill, &mut decode] {
+        loop {
+            match node.any().await {
+                NodeEvent::Snapshot { sequence, hashes, .. } => {
+                    assert_eq!(sequence, 0);
+                    assert!(!hashes.is_empty(), "the prompt's blocks stay cached");
+                    break;
+                }
+                NodeEvent::Report(_) => {}
+                other => panic!("unexpected {other:?}"),
+            }
+        }
+    }
+    let job = job(id(3), 3, 10, 5);
+    hand_over(&prefill, &decode, &job).await;
+    prefill.token(job.id).await;
+    assert_eq!(decode.rest(job.id).await.len(), 4);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_cannot_be_done_is_refused_once_with_a_reason() {
+    let mut pair = Pair::start().await;
+    let (mut prefill, decode) = pair.streams().await;
+    let peer = peer(&decode, "decode-0");
+    let mut bad = job(id(1), 1, 5, 5);
+    bad.tokens[2] = prefill.hello.vocab_size;
+    let commands = [
+        (Command::Prefill { job: bad, decode: peer.clone() }, Retry::Never, "outside the vocab"),
+        (
+            Command::Prefill { job: job(id(2), 1, 100_000, 5), decode: peer.clone() },
+            Retry::Never,
+            "tokens",
+        ),
+        (
+            Command::Decode { job: job(id(3), 1, 5, 5), prefill: None },
+            Retry::OtherNode,
+            "prefill node",
+        ),
+    ];
+    for (command, expected, why) in commands {
+        prefill.command(command).await;
+        match prefill.next().await {
+            NodeEvent::Failed { reason, retry, .. } => {
+                assert!(reason.contains(why), "{reason}");
+                assert_eq!(retry, expected);
+            }
+            other => panic!("unexpected {other:?}"),
+        }
+    }
+    pair.idle().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_draining_node_finishes_what_runs_and_takes_nothing_new() {
+    let mut pair = Pair::start().await;
+    let (_prefill, mut decode) = pair.streams().await;
+    let running = job(id(1), 1, 10, 50);
+    decode.command(Command::Decode { job: running.clone(), prefill: None }).await;
+    let first = decode.token(running.id).await;
+    pair.decode.events.send(Event::Drain).await.expect("serving");
+    loop {
+        if let NodeEvent::Report(report) = decode.any().await
+            && report.draining
+        {
+            break;
+        }
+    }
+    let late = job(id(2), 2, 10, 5);
+    decode.command(Command::Decode { job: late.clone(), prefill: None }).await;
+    let (mut last, mut refused) = (first, false);
+    while last.finish.is_none() {
+        match decode.next().await {
+            NodeEvent::Tokens(mut tokens) => last = tokens.remove(0),
+            NodeEvent::Failed { id, retry, .. } => {
+                assert_eq!((id, retry), (late.id, Retry::OtherNode));
+                refused = true;
+            }
+            other => panic!("unexpected {other:?}"),
+        }
+    }
+    assert_eq!(last.position, 49, "every token was told before the node left");
+    assert!(refused, "while the other one still ran");
+    patiently("the node ends", pair.decode.serving).await.expect("no panic");
+}

@@ -1,0 +1,326 @@
+//! A scripted coordinator, and a prefill and a decode node that join it over real sockets.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use baton_engine::model::{LoadFormat, LoadOptions, Model};
+use baton_engine::{Engine, EngineConfig};
+use baton_identity::{ClusterCa, Identity, Part};
+use baton_kvtransfer::{Endpoint, Timing};
+use baton_node::hub::Event;
+use baton_node::node::{Node, Setup};
+use baton_proto::hash::CacheSalt;
+use baton_proto::ids::{Epoch, RequestId, Role, TransferId};
+use baton_proto::message::{Command, Hello, Job, NodeEvent, Peer, Report, TokenEvent};
+use baton_proto::sampling::SamplingParams;
+use baton_proto::wire::node::join_server::{Join, JoinServer};
+use baton_proto::wire::node::{FromNode, ToNode, Welcome, to_node};
+use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
+use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
+use tonic::transport::{Certificate, Server, ServerTlsConfig};
+use tonic::{Request, Response, Status, Streaming};
+
+/// Longest wait for something that must happen; a test that reaches it has failed.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+pub async fn patiently<F: Future>(what: &str, future: F) -> F::Output {
+    match tokio::time::timeout(PATIENCE, future).await {
+        Ok(output) => output,
+        Err(_) => panic!("never happened: {what}"),
+    }
+}
+
+// === the coordinator ===
+
+/// One node's stream.
+pub struct Joined {
+    pub hello: Hello,
+    events: Streaming<FromNode>,
+    commands: mpsc::Sender<Result<ToNode, Status>>,
+}
+
+impl Joined {
+    pub async fn command(&self, command: Command) {
+        self.commands.send(Ok(command.into())).await.expect("the node listens");
+    }
+
+    /// The next event of whatever kind.
+    pub async fn any(&mut self) -> NodeEvent {
+        let message = patiently("an event", self.events.message()).await;
+        let message = message.expect("the stream is whole").expect("the node stays");
+        NodeEvent::try_from(message).expect("a legal event")
+    }
+
+    /// The next event about a job.
+    pub async fn next(&mut self) -> NodeEvent {
+        loop {
+            match self.any().await {
+                NodeEvent::Report(_) | NodeEvent::Cache { .. } | NodeEvent::Snapshot { .. } => {}
+                event => return event,
+            }
+        }
+    }
+
+    /// Skips to the next token of `id`.
+    pub async fn token(&mut self, id: TransferId) -> TokenEvent {
+        loop {
+            if let NodeEvent::Tokens(mut tokens) = self.next().await
+                && let Some(at) = tokens.iter().position(|token| token.id == id)
+            {
+                assert_eq!(tokens.len(), 1, "one sequence at a time");
+                return tokens.remove(at);
+            }
+        }
+    }
+
+    /// Tokens of `id` up to the one that ends it.
+    pub async fn rest(&mut self, id: TransferId) -> Vec<TokenEvent> {
+        let mut tokens = Vec::new();
+        while tokens.last().is_none_or(|last: &TokenEvent| last.finish.is_none()) {
+            tokens.push(self.token(id).await);
+        }
+        tokens
+    }
+
+    /// Skips to a report of a node that holds nothing for any job; asserts that none failed.
+    pub async fn idle(&mut self) -> Report {
+        loop {
+            match self.any().await {
+                NodeEvent::Report(report) if is_idle(&report) => return report,
+                NodeEvent::Failed { reason, .. } => panic!("a job failed: {reason}"),
+                _ => {}
+            }
+        }
+    }
+}
+
+pub fn is_idle(report: &Report) -> bool {
+    let blocks = report.blocks;
+    (blocks.active, blocks.leased, report.running, report.waiting) == (0, 0, 0, 0)
+}
+
+struct Service(mpsc::Sender<Joined>);
+
+#[tonic::async_trait]
+impl Join for Service {
+    type JoinStream = ReceiverStream<Result<ToNode, Status>>;
+
+    async fn join(
+        &self,
+        request: Request<Streaming<FromNode>>,
+    ) -> Result<Response<Self::JoinStream>, Status> {
+        let mut events = request.into_inner();
+        let hello = events.message().await?.expect("a hello");
+        let hello = Hello::try_from(hello).expect("a legal hello");
+        let (commands, receiver) = mpsc::channel(64);
+        let welcome = Welcome { coordinator: "test".to_owned(), report_interval_ms: 10 };
+        let welcome = ToNode { message: Some(to_node::Message::Welcome(welcome)) };
+        commands.send(Ok(welcome)).await.expect("open");
+        let joined = Joined { hello, events, commands };
+        self.0.send(joined).await.map_err(|_| Status::unavailable("the test is over"))?;
+        Ok(Response::new(ReceiverStream::new(receiver)))
+    }
+}
+
+// === the pair ===
+
+/// A node of the test.
+pub struct TestNode<T> {
+    pub engine: Engine,
+    pub endpoint: Endpoint,
+    pub events: mpsc::Sender<Event<T>>,
+    pub serving: JoinHandle<()>,
+}
+
+impl<T> TestNode<T> {
+    /// Neither the engine nor the endpoint holds anything for a job.
+    pub async fn idle(&self) {
+        let idle = async {
+            while !is_idle(&self.engine.report()) || self.endpoint.transfers() != (0, 0) {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+        };
+        patiently("a node that holds nothing", idle).await;
+        let blocks = self.engine.report().blocks;
+        let sum = blocks.free + blocks.active + blocks.cached + blocks.leased;
+        assert_eq!(sum, KV_BLOCKS as u64, "no block is lost");
+    }
+}
+
+pub const BLOCK_TOKENS: usize = 4;
+pub const KV_BLOCKS: usize = 256;
+
+/// A coordinator with one prefill and one decode node.
+pub struct Pair {
+    pub joined: mpsc::Receiver<Joined>,
+    pub prefill: TestNode<baton_prefill_node::Outcome>,
+    pub decode: TestNode<baton_decode_node::Outcome>,
+}
+
+impl Pair {
+    pub async fn start() -> Self {
+        let folder = tempfile::tempdir().expect("a folder");
+        let ca = ClusterCa::create(&folder.path().join("ca")).expect("a new authority");
+        let (sender, joined) = mpsc::channel(8);
+        let identity = identity(&ca, &folder, Part::Coordinator, "coordinator");
+        let coordinator = serve(&identity, sender).await;
+        let setup = |role, name| {
+            let identity = identity(&ca, &folder, Part::Node, name);
+            setup(role, identity, coordinator)
+        };
+        let mut node = Node::start(setup(Role::Prefill, "prefill-0"), Box::new(model()));
+        let prefill = TestNode {
+            engine: node.engine.clone(),
+            endpoint: node.endpoint.clone(),
+            events: node.events.clone(),
+            serving: tokio::spawn(async move {
+                baton_prefill_node::serve(&mut node).await;
+                node.leave().await;
+            }),
+        };
+        let mut node = Node::start(setup(Role::Decode, "decode-0"), Box::new(model()));
+        let decode = TestNode {
+            engine: node.engine.clone(),
+            endpoint: node.endpoint.clone(),
+            events: node.events.clone(),
+            serving: tokio::spawn(async move {
+                baton_decode_node::serve(&mut node).await;
+                node.leave().await;
+            }),
+        };
+        Self { joined, prefill, decode }
+    }
+
+    /// The next two streams: the prefill node's and the decode node's.
+    pub async fn streams(&mut self) -> (Joined, Joined) {
+        let one = patiently("a node joins", self.joined.recv()).await.expect("serving");
+        let other = patiently("a node joins", self.joined.recv()).await.expect("serving");
+        match (one.hello.role, other.hello.role) {
+            (Role::Prefill, Role::Decode) => (one, other),
+            (Role::Decode, Role::Prefill) => (other, one),
+            both => panic!("two of the same role: {both:?}"),
+        }
+    }
+
+    /// Both nodes hold nothing for any job.
+    pub async fn idle(&self) {
+        self.prefill.idle().await;
+        self.decode.idle().await;
+    }
+}
+
+fn identity(ca: &ClusterCa, folder: &tempfile::TempDir, part: Part, name: &str) -> Identity {
+    let folder = folder.path().join(name);
+    let node = name.parse().expect("a legal name");
+    ca.issue(part, &node, &[], &folder).expect("a new identity");
+    Identity::load(&folder).expect("just made")
+}
+
+async fn serve(identity: &Identity, joined: mpsc::Sender<Joined>) -> SocketAddr {
+    let tls = ServerTlsConfig::new()
+        .identity(tonic::transport::Identity::from_pem(identity.cert_pem(), identity.key_pem()))
+        .client_ca_root(Certificate::from_pem(identity.ca_pem()));
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let address = listener.local_addr().expect("bound");
+    let server = Server::builder().tls_config(tls).expect("a legal identity");
+    let server = { server }.add_service(JoinServer::new(Service(joined)));
+    tokio::spawn(server.serve_with_incoming(TcpListenerStream::new(listener)));
+    address
+}
+
+fn setup(role: Role, identity: Identity, coordinator: SocketAddr) -> Setup {
+    let epoch = Epoch(7);
+    // Short waits, so that what must fail fails soon.
+    let timing = Timing { grant: Duration::from_millis(300), ..Timing::default() };
+    let any = SocketAddr::from(([127, 0, 0, 1], 0));
+    let endpoint = Endpoint::bind(any, &identity, epoch, timing).expect("a port");
+    Setup {
+        role,
+        identity,
+        epoch,
+        kv_address: endpoint.local_addr().to_string(),
+        endpoint,
+        model_name: "fake".to_owned(),
+        engine: EngineConfig {
+            block_tokens: BLOCK_TOKENS,
+            kv_blocks: KV_BLOCKS,
+            max_batch_tokens: 16,
+            max_sequences: 8,
+            max_waiting: 8,
+        },
+        coordinators: vec![coordinator.to_string()],
+    }
+}
+
+// === jobs ===
+
+pub fn id(request: u128) -> TransferId {
+    TransferId { request: RequestId(request), attempt: 1 }
+}
+
+/// A greedy job; `length` prompt tokens that `seed` determines.
+pub fn job(id: TransferId, seed: u32, length: usize, max_tokens: u32) -> Job {
+    let tokens = (0..length as u32).map(|n| (seed.wrapping_mul(31) + n * n) % 97).collect();
+    Job {
+        id,
+        tokens,
+        prompt_tokens: length,
+        sampling: SamplingParams { temperature: 0.0, max_tokens, ..SamplingParams::default() },
+        salt: CacheSalt::default(),
+        deadline: None,
+    }
+}
+
+/// The same job without anything cached by the job itself.
+pub fn reference(job: Job) -> Job {
+    Job { salt: CacheSalt::from_text("reference"), ..job }
+}
+
+/// Skips to the start of `id`.
+pub async fn started(node: &mut Joined, wanted: TransferId) {
+    while !matches!(node.next().await, NodeEvent::Started { id, .. } if id == wanted) {}
+}
+
+pub fn peer(node: &Joined, name: &str) -> Peer {
+    Peer {
+        node: name.parse().expect("a legal name"),
+        epoch: node.hello.epoch,
+        kv_address: node.hello.kv_address.clone(),
+    }
+}
+
+/// Sends `job` to both nodes, as a coordinator does.
+pub async fn hand_over(prefill: &Joined, decode: &Joined, job: &Job) {
+    let command = Command::Decode { job: job.clone(), prefill: Some(peer(prefill, "prefill-0")) };
+    decode.command(command).await;
+    let command = Command::Prefill { job: job.clone(), decode: peer(decode, "decode-0") };
+    prefill.command(command).await;
+}
+
+pub async fn cancel(prefill: &Joined, decode: &Joined, id: TransferId) {
+    prefill.command(Command::Cancel(id)).await;
+    decode.command(Command::Cancel(id)).await;
+}
+
+/// Small, real and made up: its KV has a meaning that the tokens depend on.
+const CONFIG: &str = r#"{
+    "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "hidden_size": 64,
+    "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 128, "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 1024, "rope_theta": 10000.0, "tie_word_embeddings": true,
+    "hidden_act": "silu", "torch_dtype": "float32"
+}"#;
+
+fn model() -> Model {
+    let folder = tempfile::tempdir().expect("a folder");
+    std::fs::write(folder.path().join("config.json"), CONFIG).expect("writable");
+    let loaded = Model::load(LoadOptions {
+        dir: folder.path(),
+        format: LoadFormat::Dummy { seed: 5 },
+        threads: 1,
+        max_model_len: None,
+        on_progress: &mut |_| {},
+    });
+    loaded.expect("a legal model")
+}
