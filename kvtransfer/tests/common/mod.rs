@@ -36,9 +36,20 @@ impl Ca {
     }
 
     pub fn node(&self, name: &str) -> Identity {
+        self.identity(Part::Node, name)
+    }
+
+    pub fn coordinator(&self, name: &str) -> Identity {
+        self.identity(Part::Coordinator, name)
+    }
+
+    /// Issued at the first call, the same afterwards.
+    fn identity(&self, part: Part, name: &str) -> Identity {
         let dir = self.1.path().join(name);
         let node: NodeId = name.parse().unwrap();
-        self.0.issue(Part::Node, &node, &[], &dir).unwrap();
+        if !dir.exists() {
+            self.0.issue(part, &node, &[], &dir).unwrap();
+        }
         Identity::load(&dir).unwrap()
     }
 }
@@ -193,6 +204,40 @@ impl Counted {
     }
 }
 
+impl Counted {
+    /// Waits until so many pieces have been taken.
+    pub async fn wait_for(&self, pieces: usize) {
+        let mut taken = self.taken.subscribe();
+        taken.wait_for(|taken| *taken >= pieces).await.unwrap();
+    }
+}
+
+/// A sink that can be watched.
+pub struct Watched {
+    pub pool: Arc<Pool>,
+    /// Bytes written so far.
+    written: watch::Sender<usize>,
+}
+
+impl Watched {
+    pub fn new() -> Arc<Self> {
+        Arc::new(Self { pool: Pool::sink(), written: watch::Sender::new(0) })
+    }
+
+    /// Waits until so many bytes have been written.
+    pub async fn wait_for(&self, bytes: usize) {
+        let mut written = self.written.subscribe();
+        written.wait_for(|written| *written >= bytes).await.unwrap();
+    }
+}
+
+impl BlockSink for Watched {
+    fn write(&self, layer: u32, ordinal: u32, offset: usize, bytes: &[u8]) {
+        self.pool.write(layer, ordinal, offset, bytes);
+        self.written.send_modify(|written| *written += bytes.len());
+    }
+}
+
 /// A [`Counted`] source as a transfer sees it.
 pub struct Leased(pub Arc<Counted>);
 
@@ -218,15 +263,18 @@ impl BlockSource for Leased {
 pub struct Path {
     pub address: SocketAddr,
     cut: Arc<AtomicBool>,
+    /// Attempts to connect while it was cut.
+    dials: watch::Receiver<usize>,
 }
 
 impl Path {
     pub async fn new(target: SocketAddr) -> Self {
         let front = Arc::new(UdpSocket::bind("127.0.0.1:0").await.unwrap());
-        let path = Self { address: front.local_addr().unwrap(), cut: Arc::default() };
         let back = Arc::new(UdpSocket::bind("127.0.0.1:0").await.unwrap());
         back.connect(target).await.unwrap();
         let client = Arc::new(Mutex::new(None));
+        let (dialled, dials) = watch::channel(0);
+        let path = Self { address: front.local_addr().unwrap(), cut: Arc::default(), dials };
         let (f, b, c, cut) = (front.clone(), back.clone(), client.clone(), path.cut.clone());
         tokio::spawn(async move {
             let mut buffer = vec![0; 1 << 16];
@@ -234,6 +282,9 @@ impl Path {
                 *c.lock().unwrap() = Some(from);
                 if !cut.load(Ordering::Relaxed) {
                     let _ = b.send(&buffer[..length]).await;
+                } else if buffer[0] & 0xF0 == 0xC0 {
+                    // RFC 9000, section 17.2.2: an Initial packet.
+                    dialled.send_modify(|dials| *dials += 1);
                 }
             }
         });
@@ -250,7 +301,16 @@ impl Path {
         path
     }
 
-    pub fn set_cut(&self, cut: bool) {
-        self.cut.store(cut, Ordering::Relaxed);
+    pub fn cut(&self) {
+        self.cut.store(true, Ordering::Relaxed);
+    }
+
+    pub fn mend(&self) {
+        self.cut.store(false, Ordering::Relaxed);
+    }
+
+    /// Waits until somebody tries to connect through the cut path.
+    pub async fn wait_for_dial(&self) {
+        self.dials.clone().wait_for(|dials| *dials > 0).await.unwrap();
     }
 }
