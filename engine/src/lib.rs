@@ -1,1 +1,29 @@
-//! placeholder
+//! One model on one set of devices: checkpoints, the forward pass, the paged KV cache, continuous
+//! batching and sampling. Opens no socket and sees no text.
+
+pub mod blocks;
+pub mod config;
+mod engine;
+mod events;
+mod forward;
+pub mod generation;
+mod inbox;
+mod lease;
+pub mod model;
+mod pace;
+pub mod prefix;
+mod rope;
+pub mod sampler;
+pub mod scheduler;
+pub mod sequence;
+mod step;
+#[doc(hidden)]
+pub mod testing;
+mod weights;
+
+pub use engine::{Engine, EngineConfig, EngineInfo, Sink};
+pub use events::{EngineEvent, FirstToken, Kind, Submission, SubmitError};
+
+pub use forward::{Chunk, Forward, Wanted};
+pub use lease::{BlockLease, Piece};
+pub use rope::Rope;

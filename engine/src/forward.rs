@@ -1,0 +1,71 @@
+//! What a step of the scheduler asks of a model: [`Forward`], implemented by
+//! [`Model`](crate::model::Model) and by the fakes of the scheduler's tests.
+
+#![expect(
+    unsafe_code,
+    reason = "a step writes to the shared KV cache, whose owners the caller knows"
+)]
+
+use baton_kernels::cpu::KvStore;
+use baton_proto::geometry::KvGeometry;
+
+/// Of which rows of a chunk the logits are wanted.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Wanted {
+    /// Of none: a chunk that is not the last of its prompt.
+    None,
+    /// Of the last row: what the next token is sampled from.
+    Last,
+    /// Of every row: log-probabilities of the prompt.
+    All,
+}
+
+/// Consecutive tokens of one sequence, computed in one step: a piece of a prompt, or one token
+/// of a running sequence.
+#[derive(Clone, Copy, Debug)]
+pub struct Chunk<'a> {
+    /// Token ids, each below the vocabulary size; not empty.
+    pub tokens: &'a [u32],
+    /// Position of `tokens[0]` in its sequence. The KV of all positions before it is in the cache.
+    pub start: usize,
+    /// The sequence's blocks in order; they cover at least `start + tokens.len()` positions.
+    pub blocks: &'a [u32],
+    /// Rows whose logits are wanted.
+    pub logits: Wanted,
+}
+
+/// One model on one set of devices, seen from the scheduler.
+pub trait Forward: Send {
+    /// Identifies configuration and weights: equal on all nodes that serve the same checkpoint.
+    fn revision(&self) -> [u8; 32];
+
+    /// Shape of the KV cache for blocks of `block_tokens` tokens.
+    fn geometry(&self, block_tokens: u32) -> KvGeometry;
+
+    /// Size of the vocabulary: the length of a row of logits.
+    fn vocab_size(&self) -> usize;
+
+    /// Most tokens of a sequence, prompt and output together.
+    fn max_model_len(&self) -> usize;
+
+    /// Computes `chunks`, writing their keys and values to `kv`.
+    ///
+    /// `after_layer(layer)` is called once per layer, in order, as soon as the KV of every chunk
+    /// is in that layer's pieces. Then `logits(row, values)` is called for every wanted row, rows
+    /// counted over the chunks in order; `values` (`vocab_size` long) may be overwritten.
+    ///
+    /// # Safety
+    /// Until it returns, nothing else may write to the blocks of `chunks`, nor read the tokens that
+    /// the chunks write, but for what `after_layer` says is complete. Chunks belong to different
+    /// sequences; none writes a token that another one sees.
+    ///
+    /// # Panics
+    /// If a chunk breaks its contract (see [`Chunk`]), or `kv` is not of this model's shape.
+    unsafe fn forward(
+        &mut self,
+        chunks: &[Chunk<'_>],
+        kv: &KvStore,
+        after_layer: &mut dyn FnMut(usize),
+        logits: &mut dyn FnMut(usize, &mut [f32]),
+    );
+}
