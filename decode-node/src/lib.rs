@@ -64,7 +64,7 @@ impl Decode<'_> {
     fn handle(&mut self, input: Input<Phase, Outcome>) {
         match input {
             Input::Begin { stream, job, kind: JobKind::Decode(prefill) } => {
-                self.begin(stream, job, prefill);
+                self.begin(stream, *job, prefill);
             }
             Input::Begin { stream, job, kind: JobKind::Prefill(_) } => {
                 let refusal = Refusal::new("this is a decode node", Retry::OtherNode);

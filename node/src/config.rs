@@ -4,6 +4,8 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
+use baton_proto::geometry::KvDtype;
+
 use crate::settings::Settings;
 
 /// Why a node cannot start as configured.
@@ -66,6 +68,7 @@ pub struct Config {
     pub load_format: LoadFormat,
     pub block_tokens: u32,
     pub kv_size: KvSize,
+    pub kv_dtype: Option<KvDtype>,
     pub max_batch_tokens: usize,
     pub max_sequences: usize,
     pub max_waiting: usize,
@@ -99,6 +102,7 @@ impl TryFrom<Settings> for Config {
             load_format: load_format(given.load_format.as_deref())?,
             block_tokens: block_tokens(given.block_tokens)?,
             kv_size: kv_size(given.kv_blocks, given.kv_memory.as_deref())?,
+            kv_dtype: given.kv_dtype.as_deref().map(kv_dtype).transpose()?,
             max_batch_tokens: positive("max_batch_tokens", given.max_batch_tokens, 512)?,
             max_sequences: positive("max_sequences", given.max_sequences, 64)?,
             max_waiting: positive("max_waiting", given.max_waiting, 1024)?,
@@ -199,6 +203,10 @@ fn kv_size(blocks: Option<u64>, memory: Option<&str>) -> Result<KvSize, ConfigEr
     }
 }
 
+fn kv_dtype(text: &str) -> Result<KvDtype, ConfigError> {
+    KvDtype::parse(text).map_or_else(|| invalid("kv_dtype", text, "f32, bf16 or f16"), Ok)
+}
+
 fn parse_size(text: &str) -> Option<u64> {
     let units = [("KiB", 10), ("MiB", 20), ("GiB", 30), ("TiB", 40)];
     let unit = units.iter().find_map(|(unit, shift)| Some((text.strip_suffix(unit)?, *shift)));
@@ -257,7 +265,7 @@ mod tests {
     fn every_key_is_merged() {
         // A key that `over` forgot would be lost here.
         let text = "model='m'\nmodel_name='n'\nload_format='dummy'\nblock_tokens=32\nkv_blocks=1
-            kv_memory='1'\nmax_batch_tokens=1\nmax_sequences=1\nmax_waiting=1\nmax_model_len=1
+            kv_memory='1'\nkv_dtype='f16'\nmax_batch_tokens=1\nmax_sequences=1\nmax_waiting=1\nmax_model_len=1
             threads=1\nkv_listen='l'\nkv_advertise='a'\ncoordinator=['c']\nidentity='i'\nstate='s'
             metrics_listen='m'\nlog='debug'\nlog_format='json'\ndrain_timeout_s=1";
         let keys = Settings::augment_args(clap::Command::new("")).get_arguments().count();
@@ -282,6 +290,7 @@ mod tests {
             ("kv_memory = '1GiB'\nkv_blocks = 2", "it must be absent when kv_blocks is set"),
             ("kv_listen = '0.0.0.0:7000'", "or kv_advertise must be set"),
             ("load_format = 'pickle'", "it must be safetensors or dummy"),
+            ("kv_dtype = 'f8'", "it must be f32, bf16 or f16"),
             ("threads = 0", "threads is \"0\"; it must be at least 1"),
         ];
         for (toml, message) in cases {

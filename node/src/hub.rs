@@ -33,7 +33,7 @@ pub enum Event<T> {
         /// Its stream.
         stream: StreamId,
         /// What.
-        command: Command,
+        command: Box<Command>,
     },
     /// A stream ended.
     Closed(StreamId),
@@ -57,7 +57,7 @@ pub enum Input<J, T> {
         /// Who asks.
         stream: StreamId,
         /// The job; its token ids and parameters fit the model.
-        job: Job,
+        job: Box<Job>,
         /// What is to be done.
         kind: JobKind,
     },
@@ -162,7 +162,7 @@ impl<J, T> Hub<J, T> {
                 let lost = self.jobs.iter().filter(|(_, owned)| owned.stream == stream);
                 self.orphans.extend(lost.map(|(id, _)| *id));
             }
-            Event::Command { stream, command } => return self.command(stream, command),
+            Event::Command { stream, command } => return self.command(stream, *command),
             Event::Engine(EngineEvent::CacheChanged { stored, removed }) => {
                 self.streams.cache_changed(&stored, &removed);
             }
@@ -200,7 +200,7 @@ impl<J, T> Hub<J, T> {
             return None;
         }
         match self.check(&job) {
-            Ok(()) => Some(Input::Begin { stream, job, kind }),
+            Ok(()) => Some(Input::Begin { stream, job: Box::new(job), kind }),
             Err(refusal) => {
                 self.refuse(stream, job.id, refusal);
                 None

@@ -160,7 +160,7 @@ impl<T: Send + 'static> Joiner<T> {
         mut incoming: Streaming<ToNode>,
     ) -> Result<std::convert::Infallible, SessionError> {
         while let Some(message) = incoming.message().await? {
-            let command = Command::try_from(message)?;
+            let command = Box::new(Command::try_from(message)?);
             self.to_hub(Event::Command { stream, command }).await?;
         }
         Err(SessionError::Closed)

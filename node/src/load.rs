@@ -22,6 +22,7 @@ pub(crate) fn load(config: &Config) -> Result<Model, LoadError> {
         },
         threads: config.threads,
         max_model_len: config.max_model_len,
+        kv_dtype: config.kv_dtype,
         on_progress: &mut |progress| {
             let percent = percent(progress.done_bytes, progress.total_bytes);
             // At most a hundred lines, whatever the model's size.
@@ -37,12 +38,12 @@ pub(crate) fn load(config: &Config) -> Result<Model, LoadError> {
     })
 }
 
-fn percent(done: u64, total: u64) -> u64 {
-    (u128::from(done) * 100 / u128::from(total.max(1))) as u64
+fn percent(done: usize, total: usize) -> usize {
+    (done as u128 * 100 / total.max(1) as u128) as usize
 }
 
 /// For example `loading 42 %, 1.25 GB/s`.
-fn line(percent: u64, done_bytes: u64, elapsed: Duration) -> String {
+fn line(percent: usize, done_bytes: usize, elapsed: Duration) -> String {
     let speed = done_bytes as f64 / elapsed.as_secs_f64().max(1e-9) / 1e9;
     format!("loading {percent} %, {speed:.2} GB/s")
 }
@@ -53,7 +54,7 @@ mod tests {
 
     #[test]
     fn lines_say_share_and_speed() {
-        assert_eq!(percent(u64::MAX / 2, u64::MAX), 49);
+        assert_eq!(percent(usize::MAX / 2, usize::MAX), 49);
         assert_eq!(percent(0, 0), 0);
         assert_eq!(line(50, 5 << 30, Duration::from_secs(2)), "loading 50 %, 2.68 GB/s");
     }

@@ -60,7 +60,7 @@ impl<J, T: Send + 'static> Node<J, T> {
         let (events, received) = mpsc::channel(MAX_EVENTS);
         let sink = events.clone();
         let engine = Engine::start(
-            setup.engine,
+            setup.engine.clone(),
             model,
             // The engine's own thread waits here if the hub falls behind.
             Box::new(move |event| drop(sink.blocking_send(Event::Engine(event)))),

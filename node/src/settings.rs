@@ -30,6 +30,10 @@ pub struct Settings {
     /// Size of the KV cache in bytes, e.g. 512MiB or 4GiB; not together with kv-blocks. Default: 1GiB.
     #[arg(long, env = "BATON_KV_MEMORY", value_name = "SIZE")]
     pub kv_memory: Option<String>,
+    /// Element type of the KV cache: f32, bf16 or f16; the same on all nodes of a model.
+    /// Default: the type of the weights.
+    #[arg(long, env = "BATON_KV_DTYPE", value_name = "TYPE")]
+    pub kv_dtype: Option<String>,
     /// Most tokens computed in one step. Default: 512.
     #[arg(long, env = "BATON_MAX_BATCH_TOKENS", value_name = "N")]
     pub max_batch_tokens: Option<usize>,
@@ -112,6 +116,7 @@ impl Settings {
             block_tokens: self.block_tokens.or(other.block_tokens),
             kv_blocks: self.kv_blocks.or(other.kv_blocks),
             kv_memory: self.kv_memory.or(other.kv_memory),
+            kv_dtype: self.kv_dtype.or(other.kv_dtype),
             max_batch_tokens: self.max_batch_tokens.or(other.max_batch_tokens),
             max_sequences: self.max_sequences.or(other.max_sequences),
             max_waiting: self.max_waiting.or(other.max_waiting),

@@ -54,7 +54,7 @@ impl Prefill<'_> {
     fn handle(&mut self, input: Input<Sending, Outcome>) {
         match input {
             Input::Begin { stream, job, kind: JobKind::Prefill(decode) } => {
-                self.begin(stream, job, decode);
+                self.begin(stream, *job, decode);
             }
             Input::Begin { stream, job, kind: JobKind::Decode(_) } => {
                 let refusal = Refusal::new("this is a prefill node", Retry::OtherNode);

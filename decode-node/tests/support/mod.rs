@@ -24,7 +24,7 @@ use tonic::{Request, Response, Status, Streaming};
 /// Longest wait for something that must happen; a test that reaches it has failed.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-pub async fn patiently<F: Future>(what: &str, future: F) -> F::Output {
+pub(crate) async fn patiently<F: Future>(what: &str, future: F) -> F::Output {
     match tokio::time::timeout(PATIENCE, future).await {
         Ok(output) => output,
         Err(_) => panic!("never happened: {what}"),
@@ -34,26 +34,26 @@ pub async fn patiently<F: Future>(what: &str, future: F) -> F::Output {
 // === the coordinator ===
 
 /// One node's stream.
-pub struct Joined {
-    pub hello: Hello,
+pub(crate) struct Joined {
+    pub(crate) hello: Hello,
     events: Streaming<FromNode>,
     commands: mpsc::Sender<Result<ToNode, Status>>,
 }
 
 impl Joined {
-    pub async fn command(&self, command: Command) {
+    pub(crate) async fn command(&self, command: Command) {
         self.commands.send(Ok(command.into())).await.expect("the node listens");
     }
 
     /// The next event of whatever kind.
-    pub async fn any(&mut self) -> NodeEvent {
+    pub(crate) async fn any(&mut self) -> NodeEvent {
         let message = patiently("an event", self.events.message()).await;
         let message = message.expect("the stream is whole").expect("the node stays");
         NodeEvent::try_from(message).expect("a legal event")
     }
 
     /// The next event about a job.
-    pub async fn next(&mut self) -> NodeEvent {
+    pub(crate) async fn next(&mut self) -> NodeEvent {
         loop {
             match self.any().await {
                 NodeEvent::Report(_) | NodeEvent::Cache { .. } | NodeEvent::Snapshot { .. } => {}
@@ -63,7 +63,7 @@ impl Joined {
     }
 
     /// Skips to the next token of `id`.
-    pub async fn token(&mut self, id: TransferId) -> TokenEvent {
+    pub(crate) async fn token(&mut self, id: TransferId) -> TokenEvent {
         loop {
             if let NodeEvent::Tokens(mut tokens) = self.next().await
                 && let Some(at) = tokens.iter().position(|token| token.id == id)
@@ -75,7 +75,7 @@ impl Joined {
     }
 
     /// Tokens of `id` up to the one that ends it.
-    pub async fn rest(&mut self, id: TransferId) -> Vec<TokenEvent> {
+    pub(crate) async fn rest(&mut self, id: TransferId) -> Vec<TokenEvent> {
         let mut tokens = Vec::new();
         while tokens.last().is_none_or(|last: &TokenEvent| last.finish.is_none()) {
             tokens.push(self.token(id).await);
@@ -84,7 +84,7 @@ impl Joined {
     }
 
     /// Skips to a report of a node that holds nothing for any job; asserts that none failed.
-    pub async fn idle(&mut self) -> Report {
+    pub(crate) async fn idle(&mut self) -> Report {
         loop {
             match self.any().await {
                 NodeEvent::Report(report) if is_idle(&report) => return report,
@@ -95,7 +95,7 @@ impl Joined {
     }
 }
 
-pub fn is_idle(report: &Report) -> bool {
+pub(crate) fn is_idle(report: &Report) -> bool {
     let blocks = report.blocks;
     (blocks.active, blocks.leased, report.running, report.waiting) == (0, 0, 0, 0)
 }
@@ -126,16 +126,16 @@ impl Join for Service {
 // === the pair ===
 
 /// A node of the test.
-pub struct TestNode<T> {
-    pub engine: Engine,
-    pub endpoint: Endpoint,
-    pub events: mpsc::Sender<Event<T>>,
-    pub serving: JoinHandle<()>,
+pub(crate) struct TestNode<T> {
+    pub(crate) engine: Engine,
+    pub(crate) endpoint: Endpoint,
+    pub(crate) events: mpsc::Sender<Event<T>>,
+    pub(crate) serving: JoinHandle<()>,
 }
 
 impl<T> TestNode<T> {
     /// Neither the engine nor the endpoint holds anything for a job.
-    pub async fn idle(&self) {
+    pub(crate) async fn idle(&self) {
         let idle = async {
             while !is_idle(&self.engine.report()) || self.endpoint.transfers() != (0, 0) {
                 tokio::time::sleep(Duration::from_millis(1)).await;
@@ -148,27 +148,24 @@ impl<T> TestNode<T> {
     }
 }
 
-pub const BLOCK_TOKENS: usize = 4;
-pub const KV_BLOCKS: usize = 256;
+pub(crate) const BLOCK_TOKENS: usize = 4;
+pub(crate) const KV_BLOCKS: usize = 256;
 
 /// A coordinator with one prefill and one decode node.
-pub struct Pair {
-    pub joined: mpsc::Receiver<Joined>,
-    pub prefill: TestNode<baton_prefill_node::Outcome>,
-    pub decode: TestNode<baton_decode_node::Outcome>,
+pub(crate) struct Pair {
+    pub(crate) joined: mpsc::Receiver<Joined>,
+    pub(crate) prefill: TestNode<baton_prefill_node::Outcome>,
+    pub(crate) decode: TestNode<baton_decode_node::Outcome>,
 }
 
 impl Pair {
-    pub async fn start() -> Self {
+    pub(crate) async fn start() -> Self {
         let folder = tempfile::tempdir().expect("a folder");
         let ca = ClusterCa::create(&folder.path().join("ca")).expect("a new authority");
         let (sender, joined) = mpsc::channel(8);
-        let identity = identity(&ca, &folder, Part::Coordinator, "coordinator");
-        let coordinator = serve(&identity, sender).await;
-        let setup = |role, name| {
-            let identity = identity(&ca, &folder, Part::Node, name);
-            setup(role, identity, coordinator)
-        };
+        let own = identity(&ca, &folder, Part::Coordinator, "coordinator");
+        let coordinator = serve(&own, sender).await;
+        let setup = |role, name| setup(role, identity(&ca, &folder, Part::Node, name), coordinator);
         let mut node = Node::start(setup(Role::Prefill, "prefill-0"), Box::new(model()));
         let prefill = TestNode {
             engine: node.engine.clone(),
@@ -193,7 +190,7 @@ impl Pair {
     }
 
     /// The next two streams: the prefill node's and the decode node's.
-    pub async fn streams(&mut self) -> (Joined, Joined) {
+    pub(crate) async fn streams(&mut self) -> (Joined, Joined) {
         let one = patiently("a node joins", self.joined.recv()).await.expect("serving");
         let other = patiently("a node joins", self.joined.recv()).await.expect("serving");
         match (one.hello.role, other.hello.role) {
@@ -204,7 +201,7 @@ impl Pair {
     }
 
     /// Both nodes hold nothing for any job.
-    pub async fn idle(&self) {
+    pub(crate) async fn idle(&self) {
         self.prefill.idle().await;
         self.decode.idle().await;
     }
@@ -255,12 +252,12 @@ fn setup(role: Role, identity: Identity, coordinator: SocketAddr) -> Setup {
 
 // === jobs ===
 
-pub fn id(request: u128) -> TransferId {
+pub(crate) fn id(request: u128) -> TransferId {
     TransferId { request: RequestId(request), attempt: 1 }
 }
 
 /// A greedy job; `length` prompt tokens that `seed` determines.
-pub fn job(id: TransferId, seed: u32, length: usize, max_tokens: u32) -> Job {
+pub(crate) fn job(id: TransferId, seed: u32, length: usize, max_tokens: u32) -> Job {
     let tokens = (0..length as u32).map(|n| (seed.wrapping_mul(31) + n * n) % 97).collect();
     Job {
         id,
@@ -273,16 +270,16 @@ pub fn job(id: TransferId, seed: u32, length: usize, max_tokens: u32) -> Job {
 }
 
 /// The same job without anything cached by the job itself.
-pub fn reference(job: Job) -> Job {
+pub(crate) fn reference(job: Job) -> Job {
     Job { salt: CacheSalt::from_text("reference"), ..job }
 }
 
 /// Skips to the start of `id`.
-pub async fn started(node: &mut Joined, wanted: TransferId) {
+pub(crate) async fn started(node: &mut Joined, wanted: TransferId) {
     while !matches!(node.next().await, NodeEvent::Started { id, .. } if id == wanted) {}
 }
 
-pub fn peer(node: &Joined, name: &str) -> Peer {
+pub(crate) fn peer(node: &Joined, name: &str) -> Peer {
     Peer {
         node: name.parse().expect("a legal name"),
         epoch: node.hello.epoch,
@@ -291,14 +288,14 @@ pub fn peer(node: &Joined, name: &str) -> Peer {
 }
 
 /// Sends `job` to both nodes, as a coordinator does.
-pub async fn hand_over(prefill: &Joined, decode: &Joined, job: &Job) {
+pub(crate) async fn hand_over(prefill: &Joined, decode: &Joined, job: &Job) {
     let command = Command::Decode { job: job.clone(), prefill: Some(peer(prefill, "prefill-0")) };
     decode.command(command).await;
     let command = Command::Prefill { job: job.clone(), decode: peer(decode, "decode-0") };
     prefill.command(command).await;
 }
 
-pub async fn cancel(prefill: &Joined, decode: &Joined, id: TransferId) {
+pub(crate) async fn cancel(prefill: &Joined, decode: &Joined, id: TransferId) {
     prefill.command(Command::Cancel(id)).await;
     decode.command(Command::Cancel(id)).await;
 }
@@ -320,6 +317,7 @@ fn model() -> Model {
         format: LoadFormat::Dummy { seed: 5 },
         threads: 1,
         max_model_len: None,
+        kv_dtype: None,
         on_progress: &mut |_| {},
     });
     loaded.expect("a legal model")
