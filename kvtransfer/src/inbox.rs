@@ -170,3 +170,138 @@ impl<S: Clone, L: Origin> Inbox<S, L> {
 fn cancel<S>(id: TransferId, reason: Reason) -> Routed<S> {
     Routed::Answer(Frame::Cancel(id, reason))
 }
+
+#[cfg(test)]
+mod tests {
+    use baton_proto::geometry::{KvDtype, KvGeometry};
+    use baton_proto::hash::ModelRoot;
+    use baton_proto::ids::RequestId;
+
+    use super::*;
+    use crate::frame::Manifest;
+
+    #[derive(Clone, PartialEq, Debug)]
+    struct FakeLink(LinkId, NodeId, Epoch);
+
+    impl Origin for FakeLink {
+        fn id(&self) -> LinkId {
+            self.0
+        }
+
+        fn node(&self) -> &NodeId {
+            &self.1
+        }
+
+        fn epoch(&self) -> Epoch {
+            self.2
+        }
+    }
+
+    const PATIENCE: Duration = Duration::from_secs(9);
+
+    fn id(request: usize) -> TransferId {
+        TransferId { request: RequestId(request as u128), attempt: 1 }
+    }
+
+    fn node(name: &str) -> NodeId {
+        name.parse().unwrap()
+    }
+
+    fn link(number: LinkId, name: &str) -> FakeLink {
+        FakeLink(number, node(name), Epoch(1))
+    }
+
+    fn offer(request: usize) -> Offer {
+        Offer {
+            manifest: Manifest {
+                transfer: id(request),
+                root: ModelRoot([0; 16]),
+                geometry: KvGeometry {
+                    layers: 1,
+                    kv_heads: 1,
+                    head_dim: 1,
+                    dtype: KvDtype::F32,
+                    block_tokens: 16,
+                },
+                blocks: 1,
+                hashes: Vec::new(),
+            },
+            lease: PATIENCE,
+        }
+    }
+
+    fn reason(routed: &Routed<u32>) -> Option<Reason> {
+        match routed {
+            Routed::Answer(Frame::Cancel(_, reason)) => Some(*reason),
+            _ => None,
+        }
+    }
+
+    #[test]
+    fn an_offer_meets_its_receiver_in_either_order() {
+        let (now, p0) = (Instant::now(), link(1, "p0"));
+        let mut inbox: Inbox<u32, FakeLink> = Inbox::new(PATIENCE);
+        assert!(inbox.expect(id(1), node("p0"), Epoch(1), 11).unwrap().is_none());
+        assert!(matches!(inbox.route(now, &p0, offer(1)), Routed::Deliver(11, _)));
+        assert!(matches!(inbox.route(now, &p0, offer(2)), Routed::Wait));
+        let waited = inbox.expect(id(2), node("p0"), Epoch(1), 22).unwrap();
+        assert_eq!(waited, Some((p0, offer(2))));
+    }
+
+    #[test]
+    fn a_stranger_can_neither_take_nor_block_a_transfer() {
+        let (now, p1) = (Instant::now(), link(2, "p1"));
+        let mut inbox: Inbox<u32, FakeLink> = Inbox::new(PATIENCE);
+        assert!(matches!(inbox.route(now, &p1, offer(1)), Routed::Wait));
+        assert!(inbox.expect(id(1), node("p0"), Epoch(1), 11).unwrap().is_none());
+        let again = inbox.route(now, &p1, offer(1));
+        assert_eq!(reason(&again), Some(Reason::Sender));
+        assert_eq!(inbox.find(id(1), &p1), None);
+        let old = FakeLink(3, node("p0"), Epoch(0));
+        assert_eq!(reason(&inbox.route(now, &old, offer(1))), Some(Reason::Epoch));
+        assert_eq!(inbox.find(id(1), &old), None);
+        assert_eq!(inbox.find(id(1), &link(4, "p0")), Some(11));
+    }
+
+    #[test]
+    fn an_ended_transfer_is_answered_for_a_while() {
+        let (now, p0) = (Instant::now(), link(1, "p0"));
+        let mut inbox: Inbox<u32, FakeLink> = Inbox::new(PATIENCE);
+        for request in 0..=MAX_REMEMBERED {
+            inbox.expect(id(request), node("p0"), Epoch(1), 0).unwrap();
+            inbox.close(id(request), Frame::Complete(id(request)));
+        }
+        let newest = inbox.route(now, &p0, offer(MAX_REMEMBERED));
+        assert!(matches!(newest, Routed::Answer(Frame::Complete(_))));
+        assert!(matches!(inbox.route(now, &p0, offer(0)), Routed::Wait));
+        assert_eq!(inbox.ended.len(), MAX_REMEMBERED);
+    }
+
+    #[test]
+    fn waiting_offers_are_bounded_and_do_not_wait_for_ever() {
+        let (now, p0) = (Instant::now(), link(1, "p0"));
+        let mut inbox: Inbox<u32, FakeLink> = Inbox::new(PATIENCE);
+        for request in 0..MAX_PENDING_OFFERS_PER_PEER {
+            assert!(matches!(inbox.route(now, &p0, offer(request)), Routed::Wait));
+        }
+        let one_more = offer(MAX_PENDING_OFFERS_PER_PEER);
+        let refused = inbox.route(now, &p0, one_more.clone());
+        assert_eq!(reason(&refused), Some(Reason::Busy));
+        let other = link(2, "p1");
+        assert!(matches!(inbox.route(now, &other, offer(0)), Routed::Wait));
+        let later = now + PATIENCE;
+        assert!(matches!(inbox.route(later, &p0, one_more), Routed::Wait));
+        assert_eq!(inbox.pending.len(), 1, "the others have waited long enough");
+        inbox.forget_link(1);
+        assert!(inbox.pending.is_empty());
+    }
+
+    #[test]
+    fn receivers_are_bounded() {
+        let mut inbox: Inbox<u32, FakeLink> = Inbox::new(PATIENCE);
+        for request in 0..MAX_INCOMING {
+            inbox.expect(id(request), node("p0"), Epoch(1), 0).unwrap();
+        }
+        assert!(inbox.expect(id(MAX_INCOMING), node("p0"), Epoch(1), 0).is_none());
+    }
+}

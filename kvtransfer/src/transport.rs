@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 
 use baton_identity::Identity;
+use quinn::congestion::CubicConfig;
 use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
 use quinn::udp::{RecvMeta, Transmit};
 use quinn::{
@@ -29,6 +30,10 @@ const LOOPBACK_DATAGRAM: u16 = 65_507;
 /// The kernel takes at most 64 KiB at a time, split into datagrams; quinn would exceed that with
 /// large ones, and every send would fail and be repeated without the split.
 const LARGEST_SEND: usize = 65_507;
+
+/// Bytes sent before the first acknowledgement. Well above the largest datagram, because a probe
+/// for it counts: one that filled the window would hold everything up, even a farewell.
+const INITIAL_WINDOW: u64 = 1 << 19;
 
 /// A QUIC endpoint on `listen`, and how it dials.
 pub(crate) fn bind(
@@ -81,8 +86,11 @@ fn client_config(identity: &Identity, timing: &Timing, datagram: u16) -> ClientC
 fn transport_config(timing: &Timing, datagram: u16) -> TransportConfig {
     let mut mtu = MtuDiscoveryConfig::default();
     mtu.upper_bound(datagram);
+    let mut congestion = CubicConfig::default();
+    congestion.initial_window(INITIAL_WINDOW);
     let mut transport = TransportConfig::default();
     transport
+        .congestion_controller_factory(Arc::new(congestion))
         .mtu_discovery_config(Some(mtu))
         .stream_receive_window(VarInt::from_u32(STREAM_WINDOW))
         .receive_window(VarInt::from_u32(CONNECTION_WINDOW))

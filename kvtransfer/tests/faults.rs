@@ -1,5 +1,6 @@
 //! What breaks in the middle: connections, owners, nodes and hostile peers. Both ends let go of
 //! their blocks, and everything else goes on.
+#![allow(clippy::unwrap_used, reason = "a test")]
 
 mod common;
 

@@ -1,4 +1,5 @@
 //! The wire form: what is written is read back, and no bytes make the reader panic or believe.
+#![allow(clippy::unwrap_used, reason = "a test")]
 
 use std::time::Duration;
 
@@ -119,6 +120,11 @@ fn encoded(frame: &Frame) -> Vec<u8> {
 }
 
 proptest! {
+    #![proptest_config(ProptestConfig {
+        failure_persistence: None,
+        ..ProptestConfig::default()
+    })]
+
     #[test]
     fn frames_are_read_back(frame in frames()) {
         prop_assert_eq!(Frame::decode(&encoded(&frame)), Ok(frame));

@@ -125,33 +125,25 @@ pub fn first_token() -> FirstToken {
 }
 
 /// Blocks in memory; those of a source are filled with bytes that tell piece and offset.
-pub struct Pool {
-    geometry: KvGeometry,
-    pieces: Vec<Mutex<Vec<u8>>>,
-}
+pub struct Pool(Vec<Mutex<Vec<u8>>>);
 
 impl Pool {
     pub fn source() -> Arc<Self> {
-        Self::filled(GEOMETRY, BLOCKS, |layer, ordinal, at| {
-            (layer as usize * 89 + ordinal as usize * 31 + at * 7 + at / 256) as u8
+        Self::of(|layer, ordinal| {
+            let start = layer as usize * 89 + ordinal as usize * 31;
+            let byte = |at: usize| (start + at * 7 + at / 256) as u8;
+            (0..GEOMETRY.piece_bytes()).map(byte).collect()
         })
     }
 
     pub fn sink() -> Arc<Self> {
-        Self::filled(GEOMETRY, BLOCKS, |_, _, _| 0xEE)
+        Self::of(|_, _| vec![0xEE; GEOMETRY.piece_bytes()])
     }
 
-    pub fn filled(
-        geometry: KvGeometry,
-        blocks: u32,
-        byte: impl Fn(u32, u32, usize) -> u8,
-    ) -> Arc<Self> {
-        let piece = |index: u32| {
-            let (layer, ordinal) = (index / blocks, index % blocks);
-            let bytes = (0..geometry.piece_bytes()).map(|at| byte(layer, ordinal, at));
-            Mutex::new(bytes.collect())
-        };
-        Arc::new(Self { geometry, pieces: (0..geometry.layers * blocks).map(piece).collect() })
+    fn of(piece: impl Fn(u32, u32) -> Vec<u8>) -> Arc<Self> {
+        let pieces =
+            (0..GEOMETRY.layers * BLOCKS).map(|n| Mutex::new(piece(n / BLOCKS, n % BLOCKS)));
+        Arc::new(Self(pieces.collect()))
     }
 
     pub fn bytes(&self, layer: u32, ordinal: u32) -> Vec<u8> {
@@ -160,21 +152,20 @@ impl Pool {
 
     /// Asserts that blocks `from..` equal those of `other`, and the earlier ones were not touched.
     pub fn assert_holds(&self, other: &Self, from: u32) {
-        let blocks = self.pieces.len() as u32 / self.geometry.layers;
-        for (layer, ordinal) in
-            (0..self.geometry.layers).flat_map(|layer| (0..blocks).map(move |o| (layer, o)))
-        {
-            if ordinal >= from {
-                assert_eq!(self.bytes(layer, ordinal), other.bytes(layer, ordinal));
-            } else {
-                assert!(self.bytes(layer, ordinal).iter().all(|&byte| byte == 0xEE));
+        for layer in 0..GEOMETRY.layers {
+            for ordinal in 0..BLOCKS {
+                let piece = self.bytes(layer, ordinal);
+                if ordinal >= from {
+                    assert!(piece == other.bytes(layer, ordinal), "piece {layer}/{ordinal}");
+                } else {
+                    assert!(piece == vec![0xEE; GEOMETRY.piece_bytes()], "piece {layer}/{ordinal}");
+                }
             }
         }
     }
 
     fn at(&self, layer: u32, ordinal: u32) -> &Mutex<Vec<u8>> {
-        let blocks = self.pieces.len() / self.geometry.layers as usize;
-        &self.pieces[layer as usize * blocks + ordinal as usize]
+        &self.0[(layer * BLOCKS + ordinal) as usize]
     }
 }
 

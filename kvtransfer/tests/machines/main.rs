@@ -1,0 +1,227 @@
+//! `Sender` against `Receiver` without I/O, in virtual time, under every fault that a network
+//! and two owners can come up with: whatever happens, both end, and what is visible is right.
+#![allow(clippy::unwrap_used, reason = "a test")]
+
+mod world;
+
+use std::time::Duration;
+
+use baton_kvtransfer::limits::MAX_RETRIES;
+use baton_kvtransfer::{ReceiveError, SendError};
+use proptest::collection::vec;
+use proptest::prelude::*;
+use world::{LAYERS, LEASE, Step, World};
+
+/// What owners and a connection do.
+fn steps(blocks: u32) -> impl Strategy<Value = Step> {
+    prop_oneof![
+        6 => (0..LAYERS, 0..blocks, 0..=blocks)
+            .prop_map(|(layer, from, to)| Step::Ready { layer, from, to }),
+        1 => Just(Step::Finish),
+        8 => Just(Step::Send),
+        8 => Just(Step::ToReceiver(0)),
+        8 => Just(Step::ToSender(0)),
+        16 => Just(Step::Payload),
+        1 => Just(Step::Corrupt),
+        1 => Just(Step::Cut),
+        2 => Just(Step::SenderNotices),
+        2 => Just(Step::ReceiverNotices),
+        3 => Just(Step::Connect),
+    ]
+}
+
+/// The same with cancels, waits, and what QUIC makes impossible.
+fn steps_with_faults(blocks: u32) -> impl Strategy<Value = Step> {
+    let faults = prop_oneof![
+        (1usize..4).prop_map(Step::ToReceiver),
+        (1usize..4).prop_map(Step::ToSender),
+        Just(Step::DropToReceiver),
+        Just(Step::DropToSender),
+        Just(Step::RepeatToReceiver),
+        Just(Step::RepeatToSender),
+        Just(Step::RepeatPayload),
+        (0u64..3000).prop_map(Step::Wait),
+        Just(Step::CancelSender),
+        Just(Step::CancelReceiver),
+    ];
+    prop_oneof![15 => steps(blocks), 1 => faults]
+}
+
+fn worlds<S: Strategy<Value = Step>>(
+    steps: impl Fn(u32) -> S + Copy,
+) -> impl Strategy<Value = (u32, u32, Vec<Step>)> {
+    (1u32..9).prop_flat_map(move |blocks| (Just(blocks), 0..=blocks, vec(steps(blocks), 0..150)))
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig {
+        cases: 1000,
+        failure_persistence: None,
+        ..ProptestConfig::default()
+    })]
+
+    #[test]
+    fn whatever_happens_both_end((blocks, held, steps) in worlds(steps_with_faults)) {
+        let mut world = World::new(blocks, held);
+        for step in steps {
+            world.apply(step);
+        }
+        prop_assert!(world.settle());
+        world.assert_nothing_is_left();
+    }
+
+    /// Cuts, damage within the limit, and any interleaving of what QUIC keeps in order.
+    #[test]
+    fn what_quic_can_do_is_survived((blocks, held, steps) in worlds(steps)) {
+        let mut world = World::new(blocks, held);
+        for step in steps {
+            // A connection that is lost is noticed before anything else is sent over the next.
+            if matches!(step, Step::Connect) && !world.up {
+                world.apply(Step::SenderNotices);
+                world.apply(Step::ReceiverNotices);
+                world.to_receiver.clear();
+                world.to_sender.clear();
+                world.payload.clear();
+            }
+            if matches!(step, Step::Cut) && world.links > 10 {
+                continue;
+            }
+            world.apply(step);
+        }
+        if !world.up {
+            world.to_receiver.clear();
+            world.to_sender.clear();
+            world.payload.clear();
+        }
+        prop_assert!(world.settle());
+        prop_assert!(world.sender.outcome().unwrap().is_ok(), "{:?}", world.sender.outcome());
+        world.assert_nothing_is_left();
+    }
+}
+
+/// Both ends after the offer and the grant.
+fn granted(blocks: u32, held: u32) -> World {
+    let mut world = World::new(blocks, held);
+    world.apply(Step::Connect);
+    world.apply(Step::ToReceiver(0));
+    world.apply(Step::ToSender(0));
+    world
+}
+
+fn ready_all(world: &mut World) {
+    for layer in 0..LAYERS {
+        let to = world.blocks;
+        world.apply(Step::Ready { layer, from: 0, to });
+    }
+}
+
+#[test]
+fn contiguous_blocks_go_in_one_unit() {
+    let mut world = granted(8, 2);
+    for from in [2, 4, 6] {
+        world.apply(Step::Ready { layer: 1, from, to: from + 2 });
+    }
+    world.apply(Step::Send);
+    assert_eq!(world.payload.len(), 1);
+    let run = world.payload[0].header.pieces.run;
+    assert_eq!((run.first, run.count), (2, 6));
+}
+
+#[test]
+fn a_damaged_unit_is_sent_again_and_then_given_up() {
+    let mut world = granted(4, 0);
+    world.apply(Step::Ready { layer: 0, from: 0, to: 4 });
+    for _ in 0..=MAX_RETRIES {
+        world.apply(Step::Send);
+        world.payload[0].bytes[5] ^= 1;
+        while !world.payload.is_empty() {
+            world.apply(Step::Payload);
+        }
+        world.apply(Step::ToSender(0));
+    }
+    assert_eq!(world.receiver.outcome(), Some(&Err(ReceiveError::Corrupt)));
+    let refused = SendError::Refused(baton_kvtransfer::Reason::Corrupt);
+    assert_eq!(world.sender.outcome(), Some(&Err(refused)));
+    assert!(world.landed.is_empty());
+}
+
+#[test]
+fn a_reconnect_sends_only_what_has_not_landed() {
+    let mut world = granted(8, 0);
+    world.apply(Step::Ready { layer: 0, from: 0, to: 8 });
+    world.apply(Step::Send);
+    while !world.payload.is_empty() {
+        world.apply(Step::Payload);
+    }
+    ready_all(&mut world);
+    world.apply(Step::Send);
+    world.apply(Step::Payload);
+    for step in [Step::Cut, Step::SenderNotices, Step::ReceiverNotices, Step::Connect] {
+        world.apply(step);
+    }
+    assert!(world.settle());
+    assert_eq!(world.sent, 16, "layers 1 and 2, and not layer 0 again");
+    assert!(world.sender.outcome().unwrap().is_ok());
+}
+
+#[test]
+fn a_lost_acknowledgement_is_repeated() {
+    let mut world = granted(2, 0);
+    ready_all(&mut world);
+    world.apply(Step::Finish);
+    while world.receiver.outcome().is_none() {
+        for step in [Step::Send, Step::Payload, Step::ToReceiver(0)] {
+            world.apply(step);
+        }
+    }
+    world.to_sender.clear();
+    for step in [Step::Cut, Step::SenderNotices, Step::Connect] {
+        world.apply(step);
+    }
+    world.apply(Step::ToReceiver(0));
+    world.apply(Step::ToSender(0));
+    let sent = world.sender.outcome().unwrap().as_ref().unwrap();
+    assert_eq!((sent.blocks, sent.bytes), (2, 6 * 8));
+}
+
+#[test]
+fn hidden_and_exposed_meet_at_finish() {
+    let mut world = granted(1, 0);
+    ready_all(&mut world);
+    world.apply(Step::Send);
+    world.apply(Step::Wait(70));
+    world.apply(Step::Finish);
+    world.apply(Step::Wait(30));
+    assert!(world.settle());
+    let sent = world.sender.outcome().unwrap().as_ref().unwrap();
+    assert_eq!(sent.hidden, Duration::from_millis(70));
+    assert_eq!(sent.exposed, Duration::from_millis(30));
+}
+
+#[test]
+fn silence_ends_the_wait_of_each_side() {
+    let mut world = granted(1, 0);
+    let end = world.now + LEASE + Duration::from_millis(1);
+    world.now = end;
+    world.sender.handle_timeout(end);
+    world.receiver.handle_timeout(end);
+    assert!(matches!(world.sender.outcome(), Some(Err(SendError::Timeout(_)))));
+    assert!(matches!(world.receiver.outcome(), Some(Err(ReceiveError::Timeout(_)))));
+}
+
+#[test]
+fn heartbeats_keep_a_slow_prompt_alive() {
+    let mut world = granted(1, 0);
+    for _ in 0..40 {
+        world.sleep();
+        while !world.to_receiver.is_empty() {
+            world.apply(Step::ToReceiver(0));
+        }
+        while !world.to_sender.is_empty() {
+            world.apply(Step::ToSender(0));
+        }
+    }
+    assert!(world.sender.outcome().is_none() && world.receiver.outcome().is_none());
+    assert!(world.settle());
+    assert!(world.sender.outcome().unwrap().is_ok());
+}
