@@ -3,12 +3,12 @@
 
 mod support;
 
+use std::collections::HashMap;
+
 use baton_node::hub::Event;
 use baton_proto::ids::Epoch;
 use baton_proto::message::{Command, NodeEvent, NodeFinish, Retry};
-use support::{Pair, cancel, hand_over, id, job, patiently, peer, reference, started};
-
-const MULTI: usize = 30;
+use support::{Pair, cancel, expected, hand_over, id, job, patiently, peer, started};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_handed_over_sequence_is_the_one_computed_in_one_place() {
@@ -18,20 +18,15 @@ async fn a_handed_over_sequence_is_the_one_computed_in_one_place() {
     // decode node then holds all full blocks.
     let cases = [(1, 1, 5, 2), (2, 2, 8, 2), (3, 3, 41, 11), (4, 3, 41, 1)];
     for (request, seed, length, moved) in cases {
-        let here = reference(job(id(100 + request), seed, length, 12));
-        decode.command(Command::Decode { job: here.clone(), prefill: None }).await;
-        let expected = decode.rest(here.id).await;
-
         let job = job(id(request), seed, length, 12);
         hand_over(&prefill, &decode, &job).await;
         let first = prefill.token(job.id).await;
         assert!(first.prefill.is_some(), "it says how long the prompt took");
         let mut tokens = vec![first];
         tokens.extend(decode.rest(job.id).await);
-        for (token, expected) in tokens.iter().zip(&expected) {
-            assert_eq!((token.position, token.token), (expected.position, expected.token));
-        }
-        assert_eq!(tokens.len(), 12);
+        let ids: Vec<_> = tokens.iter().map(|token| token.token).collect();
+        assert_eq!(ids, expected(&job));
+        assert!(tokens.iter().map(|token| token.position).eq(0..12));
         assert_eq!(tokens[11].finish, Some(NodeFinish::Length));
         match prefill.next().await {
             NodeEvent::Transferred { id, blocks, .. } => assert_eq!((id, blocks), (job.id, moved)),
@@ -44,23 +39,26 @@ async fn a_handed_over_sequence_is_the_one_computed_in_one_place() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_decode_node_also_computes_prompts_itself() {
+    let mut pair = Pair::start().await;
+    let (_prefill, mut decode) = pair.streams().await;
+    let job = job(id(1), 1, 41, 12);
+    decode.command(Command::Decode { job: job.clone(), prefill: None }).await;
+    let ids: Vec<_> = decode.rest(job.id).await.iter().map(|token| token.token).collect();
+    assert_eq!(ids, expected(&job));
+    pair.idle().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn many_at_once_do_not_mix() {
     let mut pair = Pair::start().await;
     let (mut prefill, mut decode) = pair.streams().await;
-    let jobs: Vec<_> =
-        (0..6).map(|n| job(id(n), n as u32, 9 + 3 * n as usize, MULTI as u32)).collect();
-    let mut expected = std::collections::HashMap::new();
-    for job in &jobs {
-        let here = reference(job.clone());
-        decode.command(Command::Decode { job: here, prefill: None }).await;
-        let tokens = decode.rest(job.id).await;
-        expected.insert(job.id, tokens.into_iter().map(|token| token.token).collect::<Vec<_>>());
-    }
-    pair.idle().await;
+    let length = |n| 9 + 3 * n as usize;
+    let jobs: Vec<_> = (0..6).map(|n| job(id(n), n as u32, length(n), 30)).collect();
     for job in &jobs {
         hand_over(&prefill, &decode, job).await;
     }
-    let mut got = std::collections::HashMap::<_, Vec<_>>::new();
+    let mut got = HashMap::<_, Vec<_>>::new();
     let mut transferred = 0;
     while transferred < jobs.len() {
         match prefill.next().await {
@@ -81,7 +79,9 @@ async fn many_at_once_do_not_mix() {
             }
         }
     }
-    assert_eq!(got, expected);
+    for job in &jobs {
+        assert_eq!(got[&job.id], expected(job));
+    }
     pair.idle().await;
 }
 

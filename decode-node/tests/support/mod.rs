@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use baton_engine::model::{LoadFormat, LoadOptions, Model};
+use baton_engine::testing::FakeModel;
 use baton_engine::{Engine, EngineConfig};
 use baton_identity::{ClusterCa, Identity, Part};
 use baton_kvtransfer::{Endpoint, Timing};
@@ -258,7 +258,7 @@ pub(crate) fn id(request: u128) -> TransferId {
 
 /// A greedy job; `length` prompt tokens that `seed` determines.
 pub(crate) fn job(id: TransferId, seed: u32, length: usize, max_tokens: u32) -> Job {
-    let tokens = (0..length as u32).map(|n| (seed.wrapping_mul(31) + n * n) % 97).collect();
+    let tokens = (0..length as u32).map(|n| (seed * 31 + n % 89 * n) % 97).collect();
     Job {
         id,
         tokens,
@@ -267,11 +267,6 @@ pub(crate) fn job(id: TransferId, seed: u32, length: usize, max_tokens: u32) -> 
         salt: CacheSalt::default(),
         deadline: None,
     }
-}
-
-/// The same job without anything cached by the job itself.
-pub(crate) fn reference(job: Job) -> Job {
-    Job { salt: CacheSalt::from_text("reference"), ..job }
 }
 
 /// Skips to the start of `id`.
@@ -300,25 +295,13 @@ pub(crate) async fn cancel(prefill: &Joined, decode: &Joined, id: TransferId) {
     decode.command(Command::Cancel(id)).await;
 }
 
-/// Small, real and made up: its KV has a meaning that the tokens depend on.
-const CONFIG: &str = r#"{
-    "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "hidden_size": 64,
-    "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 128, "rms_norm_eps": 1e-6,
-    "max_position_embeddings": 1024, "rope_theta": 10000.0, "tie_word_embeddings": true,
-    "hidden_act": "silu", "torch_dtype": "float32"
-}"#;
+/// A model whose tokens depend on every byte of KV that it reads, and whose steps take time as
+/// those of real ones do.
+fn model() -> FakeModel {
+    FakeModel::new(128, 1000).on_step(Box::new(|_| std::thread::sleep(Duration::from_micros(300))))
+}
 
-fn model() -> Model {
-    let folder = tempfile::tempdir().expect("a folder");
-    std::fs::write(folder.path().join("config.json"), CONFIG).expect("writable");
-    let loaded = Model::load(LoadOptions {
-        dir: folder.path(),
-        format: LoadFormat::Dummy { seed: 5 },
-        threads: 1,
-        max_model_len: None,
-        kv_dtype: None,
-        on_progress: &mut |_| {},
-    });
-    loaded.expect("a legal model")
+/// What `job` must generate.
+pub(crate) fn expected(job: &Job) -> Vec<u32> {
+    FakeModel::new(128, 1000).expect(&job.tokens, job.sampling.max_tokens as usize)
 }
