@@ -15,6 +15,7 @@ use quinn::{
     AsyncUdpSocket, ClientConfig, EndpointConfig, MtuDiscoveryConfig, Runtime, ServerConfig,
     TokioRuntime, TransportConfig, UdpPoller, VarInt,
 };
+use socket2::SockRef;
 
 use crate::limits::{
     CONNECTION_WINDOW, MAX_HANDSHAKES, MAX_PAYLOAD_STREAMS, SEND_WINDOW, STREAM_WINDOW, Timing,
@@ -31,6 +32,8 @@ const LOOPBACK_DATAGRAM: u16 = 65_507;
 /// large ones, and every send would fail and be repeated without the split.
 const LARGEST_SEND: usize = 65_507;
 
+/// Kernel buffers of the socket, in each direction.
+const SOCKET_BUFFER: usize = 8 << 20;
 /// Bytes sent before the first acknowledgement. Well above the largest datagram, because a probe
 /// for it counts: one that filled the window would hold everything up, even a farewell.
 const INITIAL_WINDOW: u64 = 1 << 19;
@@ -46,11 +49,26 @@ pub(crate) fn bind(
     config.max_udp_payload_size(datagram).expect("a datagram size in QUIC's range");
 
     let runtime = Arc::new(TokioRuntime);
-    let socket = runtime.wrap_udp_socket(UdpSocket::bind(listen)?)?;
+    let socket = UdpSocket::bind(listen)?;
+    widen_buffers(&socket);
+    let socket = runtime.wrap_udp_socket(socket)?;
     let socket = Arc::new(BoundedSends { segments: LARGEST_SEND / usize::from(datagram), socket });
     let server = server_config(identity, timing, datagram);
     let quic = quinn::Endpoint::new_with_abstract_socket(config, Some(server), socket, runtime)?;
     Ok((quic, client_config(identity, timing, datagram)))
+}
+
+/// Asks for buffers that hold what a busy receiver has not yet read; the kernel grants at most
+/// its own limits (`net.core.rmem_max`, `wmem_max`). With the usual default, every fifth of the
+/// largest datagrams is lost.
+fn widen_buffers(socket: &UdpSocket) {
+    let socket = SockRef::from(socket);
+    let widened = socket
+        .set_recv_buffer_size(SOCKET_BUFFER)
+        .and_then(|()| socket.set_send_buffer_size(SOCKET_BUFFER));
+    if let Err(error) = widened {
+        tracing::debug!(%error, "KV transfers keep the default socket buffers");
+    }
 }
 
 fn server_config(identity: &Identity, timing: &Timing, datagram: u16) -> ServerConfig {
