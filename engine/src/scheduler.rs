@@ -1,0 +1,365 @@
+//! [`Scheduler`]: which tokens of which sequences the next step computes.
+//!
+//! A pure machine: it is told what happened and asked for the next [`Plan`]; the engine's thread
+//! computes the plan and tells the [`Outcome`]. `plan` and `complete` alternate.
+//!
+//! - Decode first: a running sequence advances in every step. Then chunks of prompts, in order of
+//!   arrival, until the step's tokens are used up.
+//! - Sequences are admitted in order of arrival, when there are blocks for all their tokens and one
+//!   more for each sequence that grows. So whoever waits arrived after all who run, unless
+//!   preempted, and nobody is overtaken.
+//! - When a growing sequence finds no block, the latest-arrived sequence that computes here gives
+//!   its blocks back and waits again; its full blocks stay cached for as long as there is room.
+//!   Exports never grow and are never preempted; imports not before their KV has arrived.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::time::{Duration, Instant};
+
+use baton_proto::hash::{BlockHash, ModelRoot};
+use baton_proto::ids::TransferId;
+use baton_proto::message::{BlockCounts, Job, Logprobs, Retry, TokenEvent};
+
+use crate::blocks::User;
+use crate::events::{FirstToken, Kind};
+use crate::prefix::PrefixCache;
+use crate::sequence::{Phase, Sequence};
+
+mod complete;
+mod plan;
+#[cfg(test)]
+mod tests;
+
+pub use complete::Outcome;
+pub use plan::{Plan, PlannedChunk};
+
+/// Sizes that a scheduler keeps to; none is zero.
+#[derive(Clone, Debug)]
+pub struct Limits {
+    /// Tokens of one block.
+    pub block_tokens: usize,
+    /// Blocks of the pool.
+    pub kv_blocks: usize,
+    /// Most tokens of one step.
+    pub max_batch_tokens: usize,
+    /// Most sequences admitted at once; at most `max_batch_tokens`.
+    pub max_sequences: usize,
+    /// Most tokens of a sequence; at most what the pool holds.
+    pub max_model_len: usize,
+    /// Token ids are below this.
+    pub vocab_size: usize,
+}
+
+/// What the scheduler has to tell, in order.
+#[derive(Debug, PartialEq)]
+pub enum Event {
+    /// A sequence was admitted for the first time.
+    Admitted {
+        /// The job.
+        id: TransferId,
+        /// What is done with it.
+        kind: Kind,
+        /// Exports and imports: the blocks that are leased until
+        /// [`Scheduler::lease_returned`]; otherwise empty.
+        lease: Vec<u32>,
+        /// Leading blocks that were cached.
+        cached_blocks: usize,
+        /// Time since submission.
+        queued: Duration,
+    },
+    /// Tokens of one step.
+    Tokens(Vec<TokenEvent>),
+    /// See [`EngineEvent::PromptLogprobs`](crate::EngineEvent::PromptLogprobs).
+    PromptLogprobs {
+        /// The job.
+        id: TransferId,
+        /// `(token, its log-probabilities)`.
+        tokens: Vec<(u32, Logprobs)>,
+    },
+    /// The job ended without a result.
+    Failed {
+        /// The job.
+        id: TransferId,
+        /// For people.
+        reason: String,
+        /// Whether and where it is worth repeating.
+        retry: Retry,
+    },
+    /// The job is over and its lease was returned.
+    Ended {
+        /// The job.
+        id: TransferId,
+    },
+}
+
+/// Blocks that are held for a transfer, whatever becomes of the sequence.
+#[derive(Debug)]
+struct Lease {
+    /// The leased blocks, and equal ones that the prefix cache held already: their successors may
+    /// be cached under them.
+    blocks: Vec<u32>,
+    /// The sequence is over, which is to be told when the lease is returned.
+    ended: bool,
+}
+
+/// The sequences of one engine and its blocks.
+#[derive(Debug)]
+pub struct Scheduler {
+    limits: Limits,
+    root: ModelRoot,
+    cache: PrefixCache,
+    /// By order of arrival, which never changes.
+    sequences: BTreeMap<u64, Sequence>,
+    numbers: HashMap<TransferId, u64>,
+    waiting: BTreeSet<u64>,
+    importing: BTreeSet<u64>,
+    running: BTreeSet<u64>,
+    deadlines: BTreeSet<(Instant, u64)>,
+    leases: HashMap<TransferId, Lease>,
+    arrivals: u64,
+    /// Most prompt tokens of one step.
+    prefill_limit: usize,
+    events: Vec<Event>,
+}
+
+impl Scheduler {
+    /// A scheduler with nothing to do, whose blocks are named from `root` on.
+    #[must_use]
+    pub fn new(limits: Limits, root: ModelRoot) -> Self {
+        Self {
+            cache: PrefixCache::new(limits.kv_blocks),
+            prefill_limit: limits.max_batch_tokens,
+            limits,
+            root,
+            sequences: BTreeMap::new(),
+            numbers: HashMap::new(),
+            waiting: BTreeSet::new(),
+            importing: BTreeSet::new(),
+            running: BTreeSet::new(),
+            deadlines: BTreeSet::new(),
+            leases: HashMap::new(),
+            arrivals: 0,
+            events: Vec::new(),
+        }
+    }
+
+    /// Queues a job: shorter than `max_model_len`, its tokens inside the vocabulary, and of an id
+    /// that the scheduler does not [know](Self::knows).
+    pub fn add(&mut self, job: Job, kind: Kind, now: Instant) {
+        debug_assert!(!self.knows(job.id), "{} is here already", job.id);
+        let number = self.arrivals;
+        self.arrivals += 1;
+        let sequence = Sequence::new(job, kind, &self.root, self.limits.block_tokens, now);
+        self.deadlines.extend(sequence.deadline.map(|deadline| (deadline, number)));
+        self.numbers.insert(sequence.id, number);
+        self.waiting.insert(number);
+        self.sequences.insert(number, sequence);
+    }
+
+    /// Ends a job in whatever phase it is; an unknown one is fine.
+    pub fn cancel(&mut self, id: TransferId) {
+        if let Some(&number) = self.numbers.get(&id) {
+            self.end(number);
+        }
+    }
+
+    /// The KV of an import is complete, and nobody writes it any more: it runs. Without effect on
+    /// jobs that do not wait for that.
+    pub fn imported(&mut self, id: TransferId, first: &FirstToken) {
+        let Some(&number) = self.numbers.get(&id) else { return };
+        if !self.importing.remove(&number) {
+            return;
+        }
+        self.running.insert(number);
+        let sequence = self.sequences.get_mut(&number).expect("every number has a sequence");
+        for &block in &sequence.blocks {
+            self.cache.retain(block, User::Sequence);
+            self.cache.release(block, User::Transfer);
+        }
+        sequence.phase = Phase::Running;
+        // From here on it is computed here, and after a preemption from its first token on.
+        sequence.kind = Kind::Local;
+        sequence.sampled = true;
+        if first.token as usize >= self.limits.vocab_size {
+            let reason = format!("the exported token {} is outside the vocabulary", first.token);
+            return self.fail(number, reason, Retry::OtherNode);
+        }
+        sequence.computed = sequence.tokens.len();
+        self.cache_full_blocks(number);
+        let Limits { block_tokens, max_model_len, .. } = self.limits;
+        let sequence = self.sequences.get_mut(&number).expect("every number has a sequence");
+        sequence.push(first.token, block_tokens);
+        if first.finish.is_some() || sequence.finish(max_model_len).is_some() {
+            self.end(number);
+        }
+    }
+
+    /// Nobody reads or writes a job's leased blocks any more.
+    pub fn lease_returned(&mut self, id: TransferId) {
+        let Some(lease) = self.leases.remove(&id) else { return };
+        for &block in lease.blocks.iter().rev() {
+            self.cache.release(block, User::Transfer);
+        }
+        if lease.ended {
+            self.events.push(Event::Ended { id });
+        }
+    }
+
+    /// Bounds the prompt tokens of one step; at least one is computed.
+    pub fn set_prefill_limit(&mut self, tokens: usize) {
+        self.prefill_limit = tokens.max(1);
+    }
+
+    /// What happened since the last call.
+    pub fn take_events(&mut self) -> Vec<Event> {
+        std::mem::take(&mut self.events)
+    }
+
+    /// What entered and what left the prefix cache since the last call.
+    pub fn take_cache_changes(&mut self) -> (Vec<BlockHash>, Vec<BlockHash>) {
+        self.cache.take_changes()
+    }
+
+    /// All that the prefix cache holds.
+    #[must_use]
+    pub fn cached_hashes(&self) -> Vec<BlockHash> {
+        self.cache.snapshot()
+    }
+
+    /// Whether anything of a job is still here: the sequence, or a lease of its blocks.
+    #[must_use]
+    pub fn knows(&self, id: TransferId) -> bool {
+        self.numbers.contains_key(&id) || self.leases.contains_key(&id)
+    }
+
+    /// Whether the job's end has been told while its lease is still out.
+    #[must_use]
+    pub fn end_told(&self, id: TransferId) -> bool {
+        let lease = self.leases.get(&id);
+        !self.numbers.contains_key(&id) && lease.is_some_and(|lease| !lease.ended)
+    }
+
+    /// The sequence of a planned chunk.
+    ///
+    /// # Panics
+    /// If the plan is not the current one.
+    #[must_use]
+    pub fn sequence(&self, chunk: &PlannedChunk) -> &Sequence {
+        &self.sequences[&chunk.number]
+    }
+
+    /// When the next sequence fails if nothing else happens.
+    #[must_use]
+    pub fn next_deadline(&self) -> Option<Instant> {
+        self.deadlines.first().map(|&(deadline, _)| deadline)
+    }
+
+    /// Sequences not admitted.
+    #[must_use]
+    pub fn waiting(&self) -> usize {
+        self.waiting.len()
+    }
+
+    /// Sequences admitted.
+    #[must_use]
+    pub fn admitted(&self) -> usize {
+        self.running.len() + self.importing.len()
+    }
+
+    /// Tokens of prompts that are to be computed here.
+    #[must_use]
+    pub fn queued_tokens(&self) -> usize {
+        let queued = |s: &&Sequence| s.kind != Kind::Import && !s.decoding();
+        let waits = self.sequences.values().filter(queued);
+        waits.map(Sequence::remaining).sum()
+    }
+
+    /// Blocks by state.
+    #[must_use]
+    pub fn blocks(&self) -> BlockCounts {
+        self.cache.counts()
+    }
+
+    fn end(&mut self, number: u64) {
+        let id = self.remove(number).id;
+        match self.leases.get_mut(&id) {
+            Some(lease) => lease.ended = true,
+            None => self.events.push(Event::Ended { id }),
+        }
+    }
+
+    fn fail(&mut self, number: u64, reason: String, retry: Retry) {
+        let id = self.remove(number).id;
+        self.events.push(Event::Failed { id, reason, retry });
+    }
+
+    /// Takes a sequence out of every queue and gives its blocks back.
+    fn remove(&mut self, number: u64) -> Sequence {
+        let mut sequence = self.sequences.remove(&number).expect("only present ones are removed");
+        self.numbers.remove(&sequence.id);
+        if let Some(deadline) = sequence.deadline {
+            self.deadlines.remove(&(deadline, number));
+        }
+        for queue in [&mut self.waiting, &mut self.importing, &mut self.running] {
+            queue.remove(&number);
+        }
+        release_blocks(&mut self.cache, &mut sequence);
+        sequence
+    }
+
+    /// Caches the blocks of a sequence that have become full. Where the cache has an equal block
+    /// already, the sequence goes on with that one: its bits are the same.
+    fn cache_full_blocks(&mut self, number: u64) {
+        let sequence = self.sequences.get_mut(&number).expect("every number has a sequence");
+        for ordinal in sequence.cached_blocks..sequence.computed / self.limits.block_tokens {
+            let (parent, hash) = (sequence.parent(ordinal), sequence.hashes[ordinal]);
+            let own = sequence.blocks[ordinal];
+            let cached = self.cache.insert(parent, hash, own);
+            if cached != own {
+                self.cache.retain(cached, User::Sequence);
+                if let Some(lease) = self.leases.get_mut(&sequence.id) {
+                    self.cache.retain(cached, User::Transfer);
+                    lease.blocks.push(cached);
+                }
+                self.cache.release(own, User::Sequence);
+                sequence.blocks[ordinal] = cached;
+            }
+            sequence.cached_blocks = ordinal + 1;
+        }
+    }
+
+    /// Derives what is kept redundantly and compares. For tests and for idle moments.
+    ///
+    /// # Panics
+    /// If the scheduler contradicts itself.
+    pub fn check(&self) {
+        self.cache.check();
+        assert_eq!(self.numbers.len(), self.sequences.len());
+        let queued = self.waiting.len() + self.importing.len() + self.running.len();
+        assert_eq!(queued, self.sequences.len(), "a sequence is in exactly one queue");
+        assert!(self.admitted() <= self.limits.max_sequences);
+        for (number, sequence) in &self.sequences {
+            let queue = match sequence.phase {
+                Phase::Waiting => &self.waiting,
+                Phase::Importing => &self.importing,
+                Phase::Running => &self.running,
+            };
+            assert!(queue.contains(number), "the phase names the queue");
+            let blocks = sequence.tokens.len().div_ceil(self.limits.block_tokens);
+            match sequence.phase {
+                Phase::Waiting => assert!(sequence.blocks.is_empty()),
+                _ => assert!((blocks - 1..=blocks).contains(&sequence.blocks.len())),
+            }
+        }
+        if self.sequences.is_empty() && self.leases.is_empty() {
+            let BlockCounts { active, leased, .. } = self.blocks();
+            assert_eq!((active, leased), (0, 0), "nothing is left of ended sequences");
+        }
+    }
+}
+
+fn release_blocks(cache: &mut PrefixCache, sequence: &mut Sequence) {
+    let user = sequence.user();
+    for block in sequence.blocks.drain(..).rev() {
+        cache.release(block, user);
+    }
+}

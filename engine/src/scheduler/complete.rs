@@ -1,0 +1,84 @@
+//! What a step of a [`Scheduler`] changed.
+
+use std::time::Duration;
+
+use baton_proto::message::{Logprobs, TokenEvent};
+
+use super::{Event, Plan, PlannedChunk, Scheduler};
+use crate::events::Kind;
+use crate::sampler::Sampled;
+
+/// The results of a computed plan.
+#[derive(Clone, Debug, Default)]
+pub struct Outcome {
+    /// For every chunk, the token that was sampled from its last row, if it
+    /// [samples](PlannedChunk::samples).
+    pub sampled: Vec<Option<Sampled>>,
+    /// For every chunk, log-probabilities of the prompt that follow those which its sequence has.
+    pub prompt_logprobs: Vec<Vec<(u32, Logprobs)>>,
+    /// How long the step took.
+    pub took: Duration,
+}
+
+impl Scheduler {
+    /// The step of the last plan was computed with this outcome, one entry per chunk.
+    ///
+    /// # Panics
+    /// If `outcome` is not one of `plan`, or `plan` is not the last one.
+    pub fn complete(&mut self, plan: &Plan, outcome: Outcome) {
+        let mut tokens = Vec::with_capacity(plan.chunks.len());
+        let mut over = Vec::new();
+        let results = outcome.sampled.into_iter().zip(outcome.prompt_logprobs);
+        assert_eq!(plan.chunks.len(), results.len(), "an outcome has an entry per chunk");
+        for (chunk, (sampled, prompt_logprobs)) in plan.chunks.iter().zip(results) {
+            self.computed(chunk, prompt_logprobs, outcome.took);
+            if chunk.samples {
+                let sampled = sampled.expect("a chunk that samples has a token");
+                let token = self.sampled(chunk, sampled);
+                let export = self.sequences[&chunk.number].kind == Kind::Export;
+                if export || token.finish.is_some() {
+                    over.push(chunk.number);
+                }
+                tokens.push(token);
+            }
+        }
+        if !tokens.is_empty() {
+            self.events.push(Event::Tokens(tokens));
+        }
+        for number in over {
+            self.end(number);
+        }
+    }
+
+    fn computed(&mut self, chunk: &PlannedChunk, more: Vec<(u32, Logprobs)>, took: Duration) {
+        let sequence = self.sequences.get_mut(&chunk.number).expect("planned sequences are here");
+        assert_eq!(sequence.computed, chunk.start, "a plan is completed once");
+        sequence.computed = chunk.end();
+        if !chunk.decode {
+            sequence.prefill += took;
+        }
+        if let Some(tokens) = &mut sequence.prompt_logprobs {
+            tokens.extend(more);
+            if tokens.len() + 1 == sequence.prompt_tokens {
+                let tokens = sequence.prompt_logprobs.take().unwrap_or_default();
+                self.events.push(Event::PromptLogprobs { id: chunk.id, tokens });
+            }
+        }
+        self.cache_full_blocks(chunk.number);
+    }
+
+    fn sampled(&mut self, chunk: &PlannedChunk, sampled: Sampled) -> TokenEvent {
+        let sequence = self.sequences.get_mut(&chunk.number).expect("planned sequences are here");
+        let position = sequence.output().len();
+        sequence.push(sampled.token, self.limits.block_tokens);
+        let first = !std::mem::replace(&mut sequence.sampled, true);
+        TokenEvent {
+            id: chunk.id,
+            position: u32::try_from(position).expect("max_tokens is a u32"),
+            token: sampled.token,
+            logprobs: sampled.logprobs,
+            finish: sequence.finish(self.limits.max_model_len),
+            prefill: first.then_some(sequence.prefill),
+        }
+    }
+}

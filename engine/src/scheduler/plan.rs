@@ -1,0 +1,227 @@
+//! The next step of a [`Scheduler`].
+
+use std::time::Instant;
+
+use baton_proto::ids::TransferId;
+use baton_proto::message::Retry;
+
+use super::{Event, Lease, Scheduler, release_blocks};
+use crate::blocks::User;
+use crate::events::Kind;
+use crate::forward::Wanted;
+use crate::sequence::{Phase, Sequence};
+
+/// What one step computes, and what was done to make room for it.
+#[derive(Clone, Debug, PartialEq, Eq, Default)]
+pub struct Plan {
+    /// Chunks of different sequences; if empty, nothing can be done before something happens.
+    pub chunks: Vec<PlannedChunk>,
+    /// Sequences that gave their blocks back and wait again.
+    pub preempted: Vec<TransferId>,
+}
+
+/// Consecutive tokens of one sequence.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PlannedChunk {
+    /// The job.
+    pub id: TransferId,
+    /// The sequence's number in order of arrival.
+    pub number: u64,
+    /// Position of the first token.
+    pub start: usize,
+    /// How many tokens.
+    pub tokens: usize,
+    /// Rows whose logits are needed.
+    pub logits: Wanted,
+    /// A token is sampled from the last row.
+    pub samples: bool,
+    /// The sequence generates; otherwise the chunk is a part of its prompt.
+    pub decode: bool,
+}
+
+impl PlannedChunk {
+    /// The position after the last token.
+    #[must_use]
+    pub fn end(&self) -> usize {
+        self.start + self.tokens
+    }
+}
+
+impl Plan {
+    /// Tokens computed in the step.
+    #[must_use]
+    pub fn tokens(&self) -> usize {
+        self.chunks.iter().map(|chunk| chunk.tokens).sum()
+    }
+
+    /// Tokens of prompts among them.
+    #[must_use]
+    pub fn prefill_tokens(&self) -> usize {
+        self.chunks.iter().filter(|chunk| !chunk.decode).map(|chunk| chunk.tokens).sum()
+    }
+}
+
+impl Scheduler {
+    /// Fails what is late, preempts and admits as blocks demand, and says what to compute.
+    pub fn plan(&mut self, now: Instant) -> Plan {
+        self.expire(now);
+        let mut plan = Plan::default();
+        self.plan_decodes(&mut plan);
+        let left = self.limits.max_batch_tokens - plan.tokens();
+        let mut budget = left.min(self.prefill_limit);
+        self.plan_prefills(&mut plan, &mut budget);
+        // Who was just preempted would only be admitted to be preempted again.
+        if plan.preempted.is_empty() || plan.chunks.is_empty() {
+            self.admit(&mut plan, &mut budget, now);
+        }
+        plan
+    }
+
+    fn expire(&mut self, now: Instant) {
+        while let Some(&(deadline, number)) = self.deadlines.first()
+            && deadline <= now
+        {
+            self.fail(number, "deadline".to_owned(), Retry::Never);
+        }
+    }
+
+    fn plan_decodes(&mut self, plan: &mut Plan) {
+        let mut from = 0;
+        while let Some(&number) = self.running.range(from..).next() {
+            from = number + 1;
+            if self.sequences[&number].decoding() && self.grow(number, plan) {
+                plan.chunks.push(planned(number, &self.sequences[&number], 1));
+            }
+        }
+    }
+
+    /// Makes sure that a decoding sequence has a block for its next token. Preempts the latest
+    /// arrivals until there is one; false if that was the sequence itself.
+    fn grow(&mut self, number: u64, plan: &mut Plan) -> bool {
+        let block_tokens = self.limits.block_tokens;
+        loop {
+            let sequence = self.sequences.get_mut(&number).expect("running sequences are here");
+            if sequence.computed < sequence.blocks.len() * block_tokens {
+                return true;
+            }
+            if self.cache.allocate(1, User::Sequence, &mut sequence.blocks).is_ok() {
+                return true;
+            }
+            let local = |number: &&u64| self.sequences[number].kind != Kind::Export;
+            let latest = self.running.iter().rev().find(local);
+            let victim = *latest.expect("the growing sequence itself could be preempted");
+            plan.preempted.push(self.preempt(victim));
+            if victim == number {
+                return false;
+            }
+        }
+    }
+
+    fn preempt(&mut self, number: u64) -> TransferId {
+        let sequence = self.sequences.get_mut(&number).expect("running sequences are here");
+        release_blocks(&mut self.cache, sequence);
+        (sequence.computed, sequence.cached_blocks) = (0, 0);
+        sequence.phase = Phase::Waiting;
+        // Until it is admitted again all its tokens count as a prompt to compute.
+        sequence.admitted_tokens = sequence.tokens.len();
+        self.running.remove(&number);
+        self.waiting.insert(number);
+        sequence.id
+    }
+
+    fn plan_prefills(&mut self, plan: &mut Plan, budget: &mut usize) {
+        for &number in &self.running {
+            let sequence = &self.sequences[&number];
+            if *budget > 0 && !sequence.decoding() {
+                let tokens = sequence.remaining().min(*budget);
+                *budget -= tokens;
+                plan.chunks.push(planned(number, sequence, tokens));
+            }
+        }
+    }
+
+    /// Admits in order of arrival. What computes here is admitted only when it can begin in this
+    /// step, so that it finds in the cache what others compute until then.
+    fn admit(&mut self, plan: &mut Plan, budget: &mut usize, now: Instant) {
+        while let Some(&number) = self.waiting.first() {
+            let import = self.sequences[&number].kind == Kind::Import;
+            let room = self.admitted() < self.limits.max_sequences && (import || *budget > 0);
+            if !room || !self.give_blocks(number) {
+                break;
+            }
+            self.waiting.remove(&number);
+            let queue = if import { &mut self.importing } else { &mut self.running };
+            queue.insert(number);
+            self.announce(number, now);
+            let sequence = &self.sequences[&number];
+            if !import {
+                let tokens = sequence.remaining().min(*budget);
+                *budget -= tokens;
+                plan.chunks.push(planned(number, sequence, tokens));
+            }
+        }
+    }
+
+    /// Gives a waiting sequence the blocks of all its tokens, cached ones first, if that leaves
+    /// one for every sequence that grows.
+    fn give_blocks(&mut self, number: u64) -> bool {
+        let block_tokens = self.limits.block_tokens;
+        let admitted = self.running.iter().chain(&self.importing);
+        let grow = admitted.filter(|number| self.sequences[number].kind != Kind::Export).count();
+        let sequence = self.sequences.get_mut(&number).expect("waiting sequences are here");
+        let found = self.cache.find(sequence.matchable(block_tokens));
+        let needed = sequence.tokens.len().div_ceil(block_tokens) - found.blocks;
+        if needed + grow > self.cache.available() - found.unused {
+            return false;
+        }
+        sequence.phase = match sequence.kind {
+            Kind::Import => Phase::Importing,
+            Kind::Local | Kind::Export => Phase::Running,
+        };
+        let (user, mut blocks) = (sequence.user(), Vec::with_capacity(found.blocks + needed));
+        let cached = &sequence.hashes[..found.blocks];
+        self.cache.share(cached, user, &mut blocks);
+        let allocated = self.cache.allocate(needed, user, &mut blocks);
+        allocated.expect("as many blocks as were found available");
+        sequence.blocks = blocks;
+        sequence.cached_blocks = found.blocks;
+        sequence.computed = found.blocks * block_tokens;
+        sequence.admitted_tokens = sequence.tokens.len();
+        true
+    }
+
+    /// Tells the first admission of a sequence, and leases its blocks if it is for a transfer.
+    fn announce(&mut self, number: u64, now: Instant) {
+        let sequence = self.sequences.get_mut(&number).expect("admitted sequences are here");
+        if std::mem::replace(&mut sequence.announced, true) {
+            return;
+        }
+        let Sequence { id, kind, cached_blocks, arrived, .. } = *sequence;
+        let lease = match kind {
+            Kind::Local => Vec::new(),
+            Kind::Export | Kind::Import => sequence.blocks.clone(),
+        };
+        if kind != Kind::Local {
+            for &block in &lease {
+                self.cache.retain(block, User::Transfer);
+            }
+            self.leases.insert(id, Lease { blocks: lease.clone(), ended: false });
+        }
+        let queued = now.saturating_duration_since(arrived);
+        self.events.push(Event::Admitted { id, kind, lease, cached_blocks, queued });
+    }
+}
+
+fn planned(number: u64, sequence: &Sequence, tokens: usize) -> PlannedChunk {
+    let (start, end) = (sequence.computed, sequence.computed + tokens);
+    let samples = end == sequence.tokens.len();
+    // The row of a position has the log-probabilities of the next one.
+    let prompt_rows = sequence.prompt_logprobs.is_some() && start + 1 < sequence.prompt_tokens;
+    let logits = match (prompt_rows, samples) {
+        (true, _) => Wanted::All,
+        (false, true) => Wanted::Last,
+        (false, false) => Wanted::None,
+    };
+    let decode = sequence.decoding();
+    PlannedChunk { id: sequence.id, number, start, tokens, logits, samples, decode }
+}

@@ -1,0 +1,171 @@
+//! [`Sequence`]: a job on its way through the scheduler.
+
+use std::time::{Duration, Instant};
+
+use baton_proto::hash::{BlockHash, ModelRoot};
+use baton_proto::ids::TransferId;
+use baton_proto::message::{Job, Logprobs, NodeFinish};
+use baton_proto::sampling::SamplingParams;
+
+use crate::blocks::User;
+use crate::events::Kind;
+
+/// Where a sequence is. Each is in exactly one phase.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Phase {
+    /// Holds no blocks.
+    Waiting,
+    /// An import that has its blocks and waits for their content.
+    Importing,
+    /// Has the blocks of its tokens and computes.
+    Running,
+}
+
+/// One job with its tokens and blocks.
+#[derive(Debug)]
+pub struct Sequence {
+    /// The job.
+    pub id: TransferId,
+    /// What is done with it.
+    pub kind: Kind,
+    /// Where it is.
+    pub phase: Phase,
+    /// How to choose tokens.
+    pub sampling: SamplingParams,
+    /// The prompt, then the output, this attempt's and earlier ones'.
+    pub tokens: Vec<u32>,
+    /// How many of `tokens` are prompt.
+    pub prompt_tokens: usize,
+    /// Leading tokens whose KV is in `blocks`.
+    pub computed: usize,
+    /// Length at the last admission, or while it waits: what counts as its prompt.
+    pub admitted_tokens: usize,
+    /// Its blocks in order.
+    pub blocks: Vec<u32>,
+    /// Leading blocks that the prefix cache holds too.
+    pub cached_blocks: usize,
+    /// Hashes of the full blocks of `tokens`.
+    pub hashes: Vec<BlockHash>,
+    /// The parent of the first block.
+    start: BlockHash,
+    /// When it was submitted.
+    pub arrived: Instant,
+    /// When it fails.
+    pub deadline: Option<Instant>,
+    /// Its admission has been told.
+    pub announced: bool,
+    /// Time spent on steps that computed its prompt, until the first token.
+    pub prefill: Duration,
+    /// It has produced a token in this attempt.
+    pub sampled: bool,
+    /// Log-probabilities of the prompt from position 1 on, as far as computed; `None` when not
+    /// wanted or told already.
+    pub prompt_logprobs: Option<Vec<(u32, Logprobs)>>,
+}
+
+impl Sequence {
+    /// A sequence that waits. Hash chains start from `root`.
+    #[must_use]
+    pub fn new(job: Job, kind: Kind, root: &ModelRoot, block_tokens: usize, now: Instant) -> Self {
+        // The exporting node tells the prompt's log-probabilities.
+        let wanted = job.sampling.prompt_logprobs.is_some() && kind != Kind::Import;
+        Self {
+            id: job.id,
+            kind,
+            phase: Phase::Waiting,
+            prompt_tokens: job.prompt_tokens,
+            computed: 0,
+            admitted_tokens: job.tokens.len(),
+            blocks: Vec::new(),
+            cached_blocks: 0,
+            hashes: root.chain(job.salt, &job.tokens, block_tokens),
+            start: root.start(job.salt),
+            arrived: now,
+            deadline: job.deadline.and_then(|left| now.checked_add(left)),
+            announced: false,
+            prefill: Duration::ZERO,
+            sampled: false,
+            prompt_logprobs: wanted.then(Vec::new),
+            sampling: job.sampling,
+            tokens: job.tokens,
+        }
+    }
+
+    /// Tokens whose KV is still to be computed.
+    #[must_use]
+    pub fn remaining(&self) -> usize {
+        self.tokens.len() - self.computed
+    }
+
+    /// It generates: every token that it was admitted with is computed.
+    #[must_use]
+    pub fn decoding(&self) -> bool {
+        self.computed >= self.admitted_tokens
+    }
+
+    /// As what it uses its blocks.
+    #[must_use]
+    pub fn user(&self) -> User {
+        match self.phase {
+            Phase::Importing => User::Transfer,
+            Phase::Waiting | Phase::Running => User::Sequence,
+        }
+    }
+
+    /// The prompt.
+    #[must_use]
+    pub fn prompt(&self) -> &[u32] {
+        &self.tokens[..self.prompt_tokens]
+    }
+
+    /// The output so far, over all attempts.
+    #[must_use]
+    pub fn output(&self) -> &[u32] {
+        &self.tokens[self.prompt_tokens..]
+    }
+
+    /// The hash of block `ordinal`'s predecessor; `None` for the first block.
+    #[must_use]
+    pub fn parent(&self, ordinal: usize) -> Option<BlockHash> {
+        ordinal.checked_sub(1).map(|before| self.hashes[before])
+    }
+
+    /// Blocks that the prefix cache may provide: never all, for the last token has to be computed
+    /// (or imported) to have logits; none if logits of the whole prompt are wanted.
+    #[must_use]
+    pub fn matchable(&self, block_tokens: usize) -> &[BlockHash] {
+        if self.prompt_logprobs.is_some() {
+            return &[];
+        }
+        &self.hashes[..(self.tokens.len() - 1) / block_tokens]
+    }
+
+    /// Appends a generated token and, if it fills a block, the block's hash.
+    pub fn push(&mut self, token: u32, block_tokens: usize) {
+        self.tokens.push(token);
+        if self.tokens.len().is_multiple_of(block_tokens) {
+            let parent = self.hashes.last().unwrap_or(&self.start);
+            let block = &self.tokens[self.tokens.len() - block_tokens..];
+            self.hashes.push(parent.child(block));
+        }
+    }
+
+    /// Why the sequence ends with its last token, if it does.
+    #[must_use]
+    pub fn finish(&self, max_model_len: usize) -> Option<NodeFinish> {
+        let output = self.output();
+        let token = *output.last()?;
+        let may_stop = output.len() > self.sampling.min_tokens as usize;
+        if may_stop && self.sampling.eos_token_ids.contains(&token) {
+            Some(NodeFinish::EndOfSequence)
+        } else if may_stop && self.sampling.stop_token_ids.contains(&token) {
+            Some(NodeFinish::StopToken(token))
+        } else if output.len() >= self.sampling.max_tokens as usize
+            || self.tokens.len() >= max_model_len
+        {
+            Some(NodeFinish::Length)
+        } else {
+            None
+        }
+    }
+}
