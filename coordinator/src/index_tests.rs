@@ -77,7 +77,7 @@ fn apply(index: &mut Index, real: &mut BTreeMap<u8, Real>, op: &Op) {
             let r = real.entry(*node).or_default();
             r.sequence += 1;
             let change = |held: &mut BTreeSet<u8>| {
-                removed.iter().for_each(|block| drop(held.remove(block)));
+                held.retain(|block| !removed.contains(block));
                 held.extend(stored);
             };
             change(&mut r.held);

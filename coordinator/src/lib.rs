@@ -16,6 +16,7 @@ pub mod server;
 
 mod bits;
 mod join;
+mod life;
 mod metrics;
 mod request;
 #[cfg(test)]

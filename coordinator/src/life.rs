@@ -1,0 +1,280 @@
+//! What happens to one request: its attempts start, give tokens, fail and are repeated.
+
+use std::time::{Duration, Instant};
+
+use baton_proto::ids::TransferId;
+use baton_proto::message::{Command, Logprobs, NodeFinish, Peer, Retry, TokenEvent};
+
+use crate::cluster::NodeRef;
+use crate::core::{PlacementInfo, RequestError, Update};
+use crate::request::{Attempt, Broken, Leg, Phase, Request};
+use crate::requests::{Action, Context, MAX_FRUITLESS_ATTEMPTS, NODE_WAIT, Placed, Wanted};
+
+/// First pause before nodes that failed are used again; doubles each time.
+const FIRST_PAUSE: Duration = Duration::from_millis(50);
+/// Longest such pause.
+const LONGEST_PAUSE: Duration = Duration::from_secs(1);
+/// How long a request with all its tokens waits for the report of its transfer.
+const TRANSFER_REPORT_WAIT: Duration = Duration::from_millis(100);
+
+/// Whether the request goes on.
+pub(crate) enum Flow {
+    /// It does.
+    Go,
+    /// It ends with this.
+    End(Update),
+}
+
+/// Sends the request's next attempt to nodes, if there are any.
+pub(crate) fn start(request: &mut Request, avoid: &[NodeRef], cx: &mut Context<'_>) -> bool {
+    let id = TransferId { request: request.new.id, attempt: request.attempt + 1 };
+    let tokens = request.new.tokens.len();
+    request.extend_chain();
+    // Log-probabilities of the prompt have to be computed: the prefix cache is not read.
+    let chain = if request.wants_prompt_logprobs() { &[][..] } else { &request.chain };
+    let wanted = Wanted { id, model: &request.model, tokens, chain, avoid };
+    let Some(Placed { prefill, decode, reason }) = cx.placer.place(&wanted, cx.now) else {
+        return false;
+    };
+    request.attempt = id.attempt;
+    request.placement = Some(PlacementInfo {
+        prefill: prefill.as_ref().map(|peer| peer.node.clone()),
+        decode: decode.node.clone(),
+        reason,
+        attempts: id.attempt,
+    });
+    let life = |peer: &Peer| NodeRef { node: peer.node.clone(), epoch: peer.epoch };
+    let (source, target) = (prefill.as_ref().map(life), life(&decode));
+    let attempt = Attempt::new(source.clone(), target.clone(), request.emitted());
+    request.phase = Phase::Running(attempt);
+    // The reservation and the prefill start together: neither waits for the other.
+    let job = request.job(cx.now);
+    if let Some(to) = source {
+        let command = Command::Prefill { job: job.clone(), decode };
+        cx.out.push(Action::Send { to, command });
+    }
+    cx.out.push(Action::Send { to: target, command: Command::Decode { job, prefill } });
+    true
+}
+
+/// The same, with nodes where it failed before if there are no others.
+pub(crate) fn start_anywhere(request: &mut Request, cx: &mut Context<'_>) -> bool {
+    let avoid = std::mem::take(&mut request.avoid);
+    let started = start(request, &avoid, cx) || (!avoid.is_empty() && start(request, &[], cx));
+    request.avoid = avoid;
+    started
+}
+
+/// Ends what a node does for an attempt; `cancel`: it has to be told.
+fn close(leg: &mut Leg, id: TransferId, cancel: bool, cx: &mut Context<'_>) {
+    if !std::mem::take(&mut leg.open) {
+        return;
+    }
+    cx.placer.ended(&leg.node.node, id);
+    if cancel {
+        cx.out.push(Action::Send { to: leg.node.clone(), command: Command::Cancel(id) });
+    }
+}
+
+/// Ends the attempt on all nodes that still have a part in it.
+pub(crate) fn release(request: &mut Request, cx: &mut Context<'_>) {
+    let id = request.transfer();
+    if let Some(attempt) = request.on_nodes() {
+        attempt.legs().for_each(|leg| close(leg, id, true, cx));
+    }
+}
+
+fn close_leg(request: &mut Request, node: &NodeRef, cx: &mut Context<'_>) {
+    let id = request.transfer();
+    if let Some(leg) = request.on_nodes().and_then(|attempt| attempt.leg(node)) {
+        close(leg, id, false, cx);
+    }
+}
+
+/// The attempt is lost: try again, elsewhere if possible.
+fn again(
+    request: &mut Request,
+    failed: Option<&NodeRef>,
+    reason: String,
+    counts: bool,
+    cx: &mut Context<'_>,
+) -> Flow {
+    release(request, cx);
+    if request.is_late(cx.now) {
+        return Flow::End(Update::Failed(RequestError::DeadlineExceeded));
+    }
+    request.fruitless += u32::from(counts);
+    let since = *request.stalled.get_or_insert(cx.now);
+    let too_long = cx.now.saturating_duration_since(since) >= NODE_WAIT;
+    if too_long || request.fruitless >= MAX_FRUITLESS_ATTEMPTS {
+        let attempts = request.attempt;
+        return Flow::End(Update::Failed(RequestError::Exhausted { attempts, reason }));
+    }
+    if let Some(failed) = failed.filter(|&failed| !request.avoid.contains(failed)) {
+        request.avoid.push(failed.clone());
+    }
+    pause(request, cx.now);
+    let avoid = std::mem::take(&mut request.avoid);
+    start(request, &avoid, cx);
+    request.avoid = avoid;
+    Flow::Go
+}
+
+fn pause(request: &mut Request, now: Instant) {
+    let pause = FIRST_PAUSE * 2_u32.saturating_pow(request.pauses.min(16));
+    request.pauses += 1;
+    request.phase = Phase::Waiting { again: now + pause.min(LONGEST_PAUSE) };
+}
+
+pub(crate) fn take(
+    request: &mut Request,
+    from: &NodeRef,
+    event: TokenEvent,
+    cx: &mut Context<'_>,
+) -> Flow {
+    let id = event.id;
+    if event.prefill.is_some() {
+        cx.placer.prefilled(&from.node, id);
+    }
+    let tokens = match request.take(from, event, cx.now) {
+        Ok(tokens) => tokens,
+        Err(Broken(reason)) => return again(request, Some(from), reason.to_owned(), true, cx),
+    };
+    let finish = tokens.last().and_then(|token| token.finish);
+    if !tokens.is_empty() {
+        let update = Update::Tokens(tokens);
+        cx.out.push(Action::Update { request: id.request, update });
+    }
+    match finish {
+        Some(finish) => finished(request, finish, cx),
+        None => Flow::Go,
+    }
+}
+
+pub(crate) fn prompt_logprobs(
+    request: &mut Request,
+    from: &NodeRef,
+    tokens: Vec<(u32, Logprobs)>,
+    cx: &mut Context<'_>,
+) -> Flow {
+    if !request.wants_prompt_logprobs() {
+        return Flow::Go;
+    }
+    if tokens.len() + 1 != request.prompt_tokens {
+        let reason = "a node sent another number of prompt log-probabilities".to_owned();
+        return again(request, Some(from), reason, true, cx);
+    }
+    request.prompt_logprobs_sent = true;
+    let update = Update::PromptLogprobs(tokens);
+    cx.out.push(Action::Update { request: request.new.id, update });
+    Flow::Go
+}
+
+/// All tokens are emitted.
+fn finished(request: &mut Request, finish: NodeFinish, cx: &mut Context<'_>) -> Flow {
+    let now = cx.now;
+    let id = request.transfer();
+    let phase = std::mem::replace(&mut request.phase, Phase::Waiting { again: now });
+    let Phase::Running(mut attempt) = phase else {
+        return Flow::Go;
+    };
+    // A first token that is the last one comes from the prefill node: then the decode node still
+    // waits for KV, and everything is cancelled.
+    let by_decode = attempt.handed_over;
+    if by_decode {
+        close(&mut attempt.decode, id, false, cx);
+    }
+    let awaited = by_decode && attempt.prefill.as_ref().is_some_and(|leg| leg.open);
+    let until = now + TRANSFER_REPORT_WAIT;
+    request.phase = Phase::Finishing { attempt, finish, until };
+    if awaited { Flow::Go } else { Flow::End(Update::Done(request.summary(now))) }
+}
+
+pub(crate) fn transferred(
+    request: &mut Request,
+    from: &NodeRef,
+    (hidden, exposed, bytes): (Duration, Duration, u64),
+    cx: &mut Context<'_>,
+) -> Flow {
+    let Some(attempt) = request.on_nodes().filter(|attempt| attempt.is_prefill(from)) else {
+        return Flow::Go;
+    };
+    attempt.handed_over = true;
+    close_leg(request, from, cx);
+    let timings = &mut request.timings;
+    if timings.transfer_bytes == 0 {
+        timings.transfer_hidden = hidden;
+        timings.transfer_exposed = exposed;
+        timings.transfer_bytes = bytes;
+    }
+    done_if_finishing(request, cx)
+}
+
+fn done_if_finishing(request: &Request, cx: &Context<'_>) -> Flow {
+    match request.phase {
+        Phase::Finishing { .. } => Flow::End(Update::Done(request.summary(cx.now))),
+        _ => Flow::Go,
+    }
+}
+
+/// Whether the attempt can go on without this node.
+fn spares(request: &mut Request, node: &NodeRef) -> bool {
+    let running = matches!(request.phase, Phase::Running(_));
+    let attempt = request.on_nodes();
+    !running || attempt.is_some_and(|a| a.is_prefill(node) && !a.needs_prefill())
+}
+
+pub(crate) fn node_failed(
+    request: &mut Request,
+    from: &NodeRef,
+    reason: String,
+    retry: Retry,
+    cx: &mut Context<'_>,
+) -> Flow {
+    close_leg(request, from, cx);
+    if spares(request, from) {
+        return done_if_finishing(request, cx);
+    }
+    let reason = format!("{from_node}: {reason}", from_node = from.node);
+    match retry {
+        // A node's clock may see the deadline pass a little before ours does.
+        Retry::Never if request.is_late(cx.now + FIRST_PAUSE) => {
+            Flow::End(Update::Failed(RequestError::DeadlineExceeded))
+        }
+        Retry::Never => Flow::End(Update::Failed(RequestError::Rejected(reason))),
+        // A node that is full for now has not failed: only time limits how often it says so.
+        Retry::SameNode => again(request, Some(from), reason, false, cx),
+        Retry::OtherNode => again(request, Some(from), reason, true, cx),
+    }
+}
+
+pub(crate) fn node_gone(request: &mut Request, node: &NodeRef, cx: &mut Context<'_>) -> Flow {
+    close_leg(request, node, cx);
+    if spares(request, node) {
+        return done_if_finishing(request, cx);
+    }
+    again(request, None, format!("{} was lost", node.node), true, cx)
+}
+
+/// The request's timer ran out.
+pub(crate) fn due_now(request: &mut Request, cx: &mut Context<'_>) -> Flow {
+    if matches!(request.phase, Phase::Finishing { .. }) {
+        return done_if_finishing(request, cx);
+    }
+    if request.is_late(cx.now) {
+        return Flow::End(Update::Failed(RequestError::DeadlineExceeded));
+    }
+    let Phase::Waiting { again } = request.phase else {
+        return Flow::Go;
+    };
+    if again > cx.now || start_anywhere(request, cx) {
+        return Flow::Go;
+    }
+    let since = request.stalled.unwrap_or(cx.now);
+    let waited = cx.now.saturating_duration_since(since);
+    if waited >= NODE_WAIT {
+        return Flow::End(Update::Failed(RequestError::NoNodes { waited }));
+    }
+    pause(request, cx.now);
+    Flow::Go
+}
