@@ -16,7 +16,12 @@ const MAX_MESSAGE_BYTES: usize = 256 << 20;
 #[derive(clap::Args)]
 pub(crate) struct Target {
     /// Coordinator's gRPC address
-    #[arg(long, value_name = "HOST:PORT", env = "BATON_COORDINATOR", default_value = "127.0.0.1:7070")]
+    #[arg(
+        long,
+        value_name = "HOST:PORT",
+        env = "BATON_COORDINATOR",
+        default_value = "127.0.0.1:7401"
+    )]
     coordinator: String,
 }
 
@@ -29,9 +34,9 @@ impl Target {
     async fn channel(&self) -> Result<Channel, CommandError> {
         let address = &self.coordinator;
         let endpoint = Endpoint::from_shared(format!("http://{address}"))
-            .map_err(|_| format!("--coordinator {address:?} is no HOST:PORT"))?;
-        let connecting = endpoint.connect_timeout(CONNECT_TIMEOUT).connect();
-        connecting.await.map_err(|_| {
+            .map_err(|_| format!("--coordinator {address:?} is no HOST:PORT"))?
+            .connect_timeout(CONNECT_TIMEOUT);
+        endpoint.connect().await.map_err(|_| {
             format!("no coordinator answers at {address}; is one running? (`baton up` starts one)")
                 .into()
         })

@@ -99,8 +99,7 @@ fn message(role: &str, content: &str) -> ChatMessage {
 
 async fn ask(target: &Target, messages: &[ChatMessage]) -> Result<Completion, CommandError> {
     let chat = Chat { messages: messages.to_vec(), add_generation_prompt: None };
-    let sampling =
-        Sampling { temperature: Some(0.0), max_tokens: Some(64), ..Sampling::default() };
+    let sampling = Sampling { temperature: Some(0.0), max_tokens: Some(64), ..Sampling::default() };
     let request = GenerateRequest {
         input: Some(Input::Chat(chat)),
         sampling: Some(sampling),

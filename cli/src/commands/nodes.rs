@@ -28,8 +28,19 @@ async fn show(args: &NodesArgs) -> Result<String, CommandError> {
         return Ok(nodes.iter().map(as_json).collect::<Value>().to_string());
     }
     let head = [
-        "NODE", "ROLE", "STATE", "RUNNING", "WAITING", "BLOCKS", "FREE", "ACTIVE", "CACHED",
-        "LEASED", "PREFILL tok/s", "STEP ms", "KV ADDRESS",
+        "NODE",
+        "ROLE",
+        "STATE",
+        "RUNNING",
+        "WAITING",
+        "BLOCKS",
+        "FREE",
+        "ACTIVE",
+        "CACHED",
+        "LEASED",
+        "PREFILL tok/s",
+        "STEP ms",
+        "KV ADDRESS",
     ];
     Ok(table(&head, &nodes.iter().map(as_row).collect::<Vec<_>>()))
 }

@@ -47,7 +47,8 @@ fn as_json(status: &GetStatusResponse) -> String {
 }
 
 fn as_text(status: &GetStatusResponse) -> String {
-    let ready = if status.ready { "ready".to_owned() } else { format!("not ready: {}", status.reason) };
+    let ready =
+        if status.ready { "ready".to_owned() } else { format!("not ready: {}", status.reason) };
     let GetStatusResponse { prefill_nodes, decode_nodes, requests_active, .. } = status;
     let GetStatusResponse { requests_finished, requests_failed, requests_retried, .. } = status;
     format!(

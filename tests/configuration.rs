@@ -1,0 +1,40 @@
+//! docs/configuration.md says what the code says; `UPDATE=1 cargo test -p baton-tests --test
+//! configuration` writes it anew.
+
+use std::fmt::Write as _;
+use std::path::Path;
+
+use clap::{Args, Command};
+
+const HEAD: &str = "\
+# Configuration
+
+One TOML file per daemon, given with `--config FILE`. A flag wins over its `BATON_*` variable, which wins over the
+file. In the file a key has `_` where its flag has `-`. Unknown keys are refused with the nearest name; `baton check
+FILE` reads a file as the daemon would. This page is made from the code by `tests/configuration.rs`.
+";
+
+fn section<T: Args>(title: &str, page: &mut String) {
+    writeln!(page, "\n## {title}\n\n| key | flag | variable | meaning |\n|---|---|---|---|")
+        .unwrap();
+    for argument in T::augment_args(Command::new("daemon")).get_arguments() {
+        let (key, flag) = (argument.get_id(), argument.get_long().expect("every key is a flag"));
+        let variable = argument.get_env().expect("every key is a variable").to_string_lossy();
+        let help = argument.get_help().expect("every key is documented").to_string();
+        let help = help.replace('\n', " ").replace('|', "\\|");
+        writeln!(page, "| `{key}` | `--{flag}` | `{variable}` | {help} |").unwrap();
+    }
+}
+
+#[test]
+fn the_page_says_what_the_code_says() {
+    let mut page = HEAD.to_owned();
+    section::<baton_coordinator::config::Settings>("Coordinator", &mut page);
+    section::<baton_node::settings::Settings>("Prefill and decode nodes", &mut page);
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/configuration.md");
+    if std::env::var_os("UPDATE").is_some() {
+        std::fs::write(&path, &page).unwrap();
+    }
+    let written = std::fs::read_to_string(&path).unwrap_or_default();
+    assert_eq!(written, page, "docs/configuration.md is out of date: run with UPDATE=1");
+}
