@@ -8,19 +8,11 @@ const LEAST: f32 = -88.1;
 const MOST: f32 = 88.3;
 
 /// ln 2 in two parts; the first has so few bits that its product with n is exact.
-const LN_2: [f32; 2] = [0.693_359_375, -2.121_944_4e-4];
+const LN_2: [f32; 2] = [0.693_359_4, -2.121_944_4e-4];
 
 /// From Cephes' `expf`, for |r| <= ln 2 / 2.
-const COEFFICIENTS: [f32; 8] = [
-    1.987_569_2e-4,
-    1.398_199_9e-3,
-    8.333_452e-3,
-    4.166_579_6e-2,
-    1.666_666_5e-1,
-    5.000_000_1e-1,
-    1.0,
-    1.0,
-];
+const COEFFICIENTS: [f32; 8] =
+    [0.000_198_756_91, 0.001_398_2, 0.008_333_452, 0.041_665_796, 0.166_666_66, 0.5, 1.0, 1.0];
 
 /// `e^x` within two units in the last place; 0 below -87.7 (no denormal numbers), and as at 88.3
 /// above it.
