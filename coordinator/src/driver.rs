@@ -12,10 +12,10 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tonic::Status;
 
 use crate::cluster::{LinkId, Refusal};
-use crate::control::Control;
+use crate::control::{Control, Options};
 use crate::core::{Ask, Core, Models, SubmitError, Update};
 use crate::metrics;
-use crate::requests::{Action, Limits};
+use crate::requests::Action;
 
 /// Messages of nodes that wait for the driver; a node's stream stops being read beyond.
 const MAX_NODE_MESSAGES: usize = 4096;
@@ -49,15 +49,6 @@ pub(crate) struct Link {
     pub(crate) _open: oneshot::Sender<()>,
 }
 
-/// Bounds of a coordinator.
-#[derive(Clone, Copy, Debug)]
-pub struct Bounds {
-    /// Of requests.
-    pub limits: Limits,
-    /// Blocks in the index.
-    pub index_blocks: usize,
-}
-
 /// The task that owns the coordinator's state.
 #[derive(Debug)]
 pub(crate) struct Driver {
@@ -74,13 +65,13 @@ pub(crate) struct Driver {
 
 impl Driver {
     /// A driver, the handle for the front, and where nodes' streams report to.
-    pub(crate) fn new(bounds: Bounds) -> (Self, Core, mpsc::Sender<FromLink>) {
+    pub(crate) fn new(options: Options) -> (Self, Core, mpsc::Sender<FromLink>) {
         let (links_sender, from_links) = mpsc::channel(MAX_NODE_MESSAGES);
         let (asks_sender, asks) = mpsc::channel(MAX_ASKS);
         // Clients that have not read their last update still hold a slot.
-        let (dropped_sender, dropped) = mpsc::channel(2 * bounds.limits.requests);
+        let (dropped_sender, dropped) = mpsc::channel(2 * options.limits.requests);
         let (models, models_receiver) = watch::channel(Models::default());
-        let control = Control::new(bounds.limits, bounds.index_blocks, Instant::now());
+        let control = Control::new(options, Instant::now());
         let driver = Self {
             control,
             links: HashMap::new(),
@@ -247,3 +238,7 @@ impl Driver {
         self.models.send_replace(Arc::new(self.control.models()));
     }
 }
+
+#[cfg(test)]
+#[path = "driver_tests.rs"]
+mod tests;

@@ -142,3 +142,7 @@ async fn read(
     // If the driver is gone, so is what it knew of the node.
     let _ = driver.send(FromLink::Closed { node, link }).await;
 }
+
+#[cfg(test)]
+#[path = "join_tests.rs"]
+mod tests;

@@ -1,0 +1,173 @@
+//! The join service over real connections.
+
+use std::net::SocketAddr;
+
+use baton_identity::{COORDINATOR_SERVER_NAME, ClusterCa, Part};
+use baton_proto::hash::CacheSalt;
+use baton_proto::ids::{RequestId, Role};
+use baton_proto::message::Command;
+use baton_proto::sampling::SamplingParams;
+use baton_proto::wire::node::join_client::JoinClient;
+use tempfile::TempDir;
+use tokio::net::TcpStream;
+use tokio_stream::StreamExt;
+use tonic::transport::{ClientTlsConfig, Endpoint};
+
+use super::*;
+use crate::core::{Core, NewRequest, Updates};
+use crate::driver::{Bounds, Driver};
+use crate::requests::Limits;
+use crate::testing::{hello, node};
+
+struct World {
+    dir: TempDir,
+    ca: ClusterCa,
+    core: Core,
+    address: SocketAddr,
+}
+
+impl World {
+    async fn start() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let ca = ClusterCa::create(&dir.path().join("ca")).unwrap();
+        let limits = Limits { requests: 10, tokens: 1000 };
+        let (driver, core, links) = Driver::new(Bounds { limits, index_blocks: 100 });
+        tokio::spawn(driver.run());
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let world = Self { dir, ca, core, address };
+        let identity = world.issue(Part::Coordinator, "c", "c");
+        tokio::spawn(async move {
+            serve(listener, &identity, links, std::future::pending()).await.unwrap();
+        });
+        world
+    }
+
+    fn issue(&self, part: Part, name: &str, folder: &str) -> Identity {
+        let dir = self.dir.path().join(folder);
+        if !dir.exists() {
+            self.ca.issue(part, &node(name), &["127.0.0.1"], &dir).unwrap();
+        }
+        Identity::load(&dir).unwrap()
+    }
+
+    async fn join(&self, name: &str, hello: Hello) -> Result<Node, Status> {
+        let identity = self.issue(Part::Node, name, name);
+        dial(&identity, self.address, hello).await
+    }
+
+    async fn submit(&self) -> Updates {
+        let request = NewRequest {
+            id: RequestId(1),
+            model: "demo".to_owned(),
+            tokens: vec![1, 2, 3],
+            sampling: SamplingParams::default(),
+            salt: CacheSalt::default(),
+            deadline: None,
+        };
+        self.core.submit(request).await.unwrap()
+    }
+}
+
+/// A joined node; dropping it closes its connection.
+#[derive(Debug)]
+struct Node {
+    _events: mpsc::Sender<FromNode>,
+    commands: Streaming<ToNode>,
+}
+
+impl Node {
+    async fn command(&mut self) -> Command {
+        self.commands.message().await.unwrap().unwrap().try_into().unwrap()
+    }
+}
+
+async fn dial(identity: &Identity, address: SocketAddr, hello: Hello) -> Result<Node, Status> {
+    let tls = ClientTlsConfig::new()
+        .ca_certificate(Certificate::from_pem(identity.ca_pem()))
+        .identity(tonic::transport::Identity::from_pem(identity.cert_pem(), identity.key_pem()))
+        .domain_name(COORDINATOR_SERVER_NAME);
+    let endpoint = Endpoint::from_shared(format!("https://{address}")).unwrap();
+    let channel = endpoint.tls_config(tls).unwrap().connect().await.unwrap();
+    let (events, outgoing) = mpsc::channel(8);
+    let outgoing = tokio_stream::once(hello.into()).chain(ReceiverStream::new(outgoing));
+    let mut commands = JoinClient::new(channel).join(outgoing).await?.into_inner();
+    let welcome = commands.message().await?.unwrap().message;
+    assert!(matches!(welcome, Some(to_node::Message::Welcome(_))));
+    Ok(Node { _events: events, commands })
+}
+
+#[tokio::test]
+async fn a_node_is_who_its_certificate_says() {
+    let world = World::start().await;
+    let _p = world.join("p-1", hello(Role::Prefill, 1)).await.unwrap();
+    let names: Vec<_> = world.core.nodes().await.into_iter().map(|view| view.node).collect();
+    assert_eq!(names, [node("p-1")]);
+    // A coordinator's certificate is no node's.
+    let identity = world.issue(Part::Coordinator, "c2", "c2");
+    let error = dial(&identity, world.address, hello(Role::Decode, 1)).await.unwrap_err();
+    assert_eq!(error.code(), tonic::Code::PermissionDenied);
+}
+
+#[tokio::test]
+async fn an_older_life_and_an_unequal_model_are_refused_with_the_reason() {
+    let world = World::start().await;
+    let _d = world.join("d", hello(Role::Decode, 2)).await.unwrap();
+    let error = world.join("d", hello(Role::Decode, 1)).await.unwrap_err();
+    assert_eq!(error.code(), tonic::Code::FailedPrecondition);
+    assert!(error.message().starts_with("node d joined with epoch 2 before"), "{error}");
+    let mut other = hello(Role::Decode, 1);
+    other.geometry.layers += 1;
+    let error = world.join("e", other).await.unwrap_err();
+    assert!(error.message().contains("another KV geometry"), "{error}");
+    assert_eq!(world.core.status().await.decode_nodes, 1);
+}
+
+#[tokio::test]
+async fn a_killed_node_loses_no_request() {
+    let world = World::start().await;
+    let mut first = world.join("d-1", hello(Role::Decode, 1)).await.unwrap();
+    let mut updates = world.submit().await;
+    assert!(matches!(first.command().await, Command::Decode { .. }));
+    let mut second = world.join("d-2", hello(Role::Decode, 1)).await.unwrap();
+    drop(first);
+    let Command::Decode { job, .. } = second.command().await else { panic!("no job") };
+    assert_eq!(job.id.attempt, 2);
+    world.core.stop(updates.id()).await;
+    assert!(matches!(updates.recv().await, Some(crate::core::Update::Done(_))));
+}
+
+#[tokio::test]
+async fn a_hung_node_is_noticed() {
+    let world = World::start().await;
+    // Everything passes through here until the first command has; then nothing does, and no
+    // connection ends.
+    let proxy = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let (proxy_address, real) = (proxy.local_addr().unwrap(), world.address);
+    let (freeze, frozen) = oneshot::channel::<()>();
+    tokio::spawn(async move {
+        let (mut node, _) = proxy.accept().await.unwrap();
+        let mut coordinator = TcpStream::connect(real).await.unwrap();
+        tokio::select! {
+            _ = tokio::io::copy_bidirectional(&mut node, &mut coordinator) => {}
+            _ = frozen => std::future::pending().await,
+        }
+    });
+    let identity = world.issue(Part::Node, "d-1", "d-1");
+    let mut first = dial(&identity, proxy_address, hello(Role::Decode, 1)).await.unwrap();
+    let _updates = world.submit().await;
+    assert!(matches!(first.command().await, Command::Decode { .. }));
+    freeze.send(()).unwrap();
+    let mut second = world.join("d-2", hello(Role::Decode, 1)).await.unwrap();
+    assert!(matches!(second.command().await, Command::Decode { .. }));
+}
+
+#[tokio::test]
+async fn a_message_that_makes_no_sense_ends_the_stream() {
+    let world = World::start().await;
+    let identity = world.issue(Part::Node, "d", "d");
+    let mut d = dial(&identity, world.address, hello(Role::Decode, 1)).await.unwrap();
+    d._events.send(FromNode { message: None }).await.unwrap();
+    assert!(d.commands.message().await.unwrap().is_none());
+    assert_eq!(world.core.status().await.decode_nodes, 0);
+}
