@@ -3,17 +3,20 @@
 use std::io::Write;
 use std::time::{Duration, Instant};
 
-use baton_engine::model::{LoadError, LoadFormat, LoadOptions, Model};
+use baton_engine::model::{LoadError, LoadFormat, LoadOptions, LoadProgress, Model};
 
 use crate::config::{self, Config};
 
 /// The seed of made-up weights: equal on all nodes, which then can exchange KV.
 const DUMMY_SEED: u64 = 0;
 
+/// Least time between two lines of progress.
+const PROGRESS_PAUSE: Duration = Duration::from_millis(500);
+
 /// Loads the configured model. Blocks for as long as that takes.
 pub(crate) fn load(config: &Config) -> Result<Model, LoadError> {
     let begun = Instant::now();
-    let mut shown = None;
+    let mut shown = begun;
     Model::load(LoadOptions {
         dir: &config.model,
         format: match config.load_format {
@@ -23,16 +26,13 @@ pub(crate) fn load(config: &Config) -> Result<Model, LoadError> {
         threads: config.threads,
         max_model_len: config.max_model_len,
         kv_dtype: config.kv_dtype,
-        on_progress: &mut |progress| {
-            let percent = percent(progress.done_bytes, progress.total_bytes);
-            // At most a hundred lines, whatever the model's size.
-            if shown.replace(percent) != Some(percent) {
+        on_progress: &mut |LoadProgress { done_bytes, total_bytes }| {
+            if done_bytes == total_bytes || shown.elapsed() >= PROGRESS_PAUSE {
+                shown = Instant::now();
+                let percent = percent(done_bytes, total_bytes);
+                let line = line(percent, done_bytes, begun.elapsed());
                 // Nobody may be reading.
-                let _ = writeln!(
-                    std::io::stderr(),
-                    "{}",
-                    line(percent, progress.done_bytes, begun.elapsed())
-                );
+                let _ = writeln!(std::io::stderr(), "{line}");
             }
         },
     })
