@@ -9,8 +9,9 @@ use baton_proto::config::load_toml;
 use clap::{Args, Parser};
 use serde::Deserialize;
 
-use crate::driver::Bounds;
+use crate::control::Options;
 use crate::front::{PlaintextRefused, check_plaintext};
+use crate::placement::LocalPrefill;
 use crate::requests::Limits;
 
 /// Every key as it was given. In the file a key has `_` where its flag has `-`.
@@ -52,6 +53,10 @@ pub struct Settings {
     /// hold is best. Default: 4194304.
     #[arg(long, env = "BATON_INDEX_BLOCKS", value_name = "N")]
     pub index_blocks: Option<usize>,
+    /// When decode nodes compute prompts themselves: `auto`, when that is cheaper, or `never`, unless
+    /// there is no prefill node. Default: auto.
+    #[arg(long, env = "BATON_LOCAL_PREFILL", value_name = "WHEN")]
+    pub local_prefill: Option<LocalPrefill>,
     /// Seconds that running requests get to finish after SIGTERM. Default: 60.
     #[arg(long, env = "BATON_DRAIN_TIMEOUT_S", value_name = "SECONDS")]
     pub drain_timeout_s: Option<u64>,
@@ -110,8 +115,8 @@ pub struct Config {
     pub identity: PathBuf,
     /// Names and folders of the models.
     pub models: Vec<(String, PathBuf)>,
-    /// Bounds on what is held.
-    pub bounds: Bounds,
+    /// Bounds on what is held, and how requests are placed.
+    pub options: Options,
     /// What running requests get after SIGTERM.
     pub drain_timeout: Duration,
     /// Log filter.
@@ -152,6 +157,7 @@ impl Settings {
             max_requests: self.max_requests.or(other.max_requests),
             max_held_tokens: self.max_held_tokens.or(other.max_held_tokens),
             index_blocks: self.index_blocks.or(other.index_blocks),
+            local_prefill: self.local_prefill.or(other.local_prefill),
             drain_timeout_s: self.drain_timeout_s.or(other.drain_timeout_s),
             log: self.log.or(other.log),
             log_format: self.log_format.or(other.log_format),
@@ -202,6 +208,7 @@ impl TryFrom<Settings> for Config {
             tokens: above_0("max_held_tokens", settings.max_held_tokens.unwrap_or(64 << 20))?,
         };
         let index_blocks = above_0("index_blocks", settings.index_blocks.unwrap_or(4 << 20))?;
+        let local_prefill = settings.local_prefill.unwrap_or_default();
         let log_json = match settings.log_format.as_deref() {
             None | Some("text") => false,
             Some("json") => true,
@@ -216,7 +223,7 @@ impl TryFrom<Settings> for Config {
             http,
             identity: settings.identity.ok_or(ConfigError::Missing("identity"))?,
             models,
-            bounds: Bounds { limits, index_blocks },
+            options: Options { limits, index_blocks, local_prefill },
             drain_timeout: Duration::from_secs(settings.drain_timeout_s.unwrap_or(60)),
             log: settings.log.unwrap_or_else(|| "info".to_owned()),
             log_json,

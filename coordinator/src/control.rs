@@ -13,11 +13,23 @@ use crate::core::{
 };
 use crate::index::{BYTES_PER_BLOCK, Heard, Index};
 use crate::ledger::Ledger;
+use crate::placement::LocalPrefill;
 use crate::placing::Placing;
 use crate::requests::{Action, Context, Limits, Requests, Totals};
 
 /// Index entries of nodes that left, cleared per report.
 const SWEEP_PER_REPORT: usize = 4096;
+
+/// What an operator may choose.
+#[derive(Clone, Copy, Debug)]
+pub struct Options {
+    /// Bounds on requests.
+    pub limits: Limits,
+    /// Blocks in the index.
+    pub index_blocks: usize,
+    /// Whether decode nodes may compute prompts.
+    pub local_prefill: LocalPrefill,
+}
 
 /// The coordinator's state. See the module's description.
 #[derive(Debug)]
@@ -30,10 +42,14 @@ pub struct Control {
 impl Control {
     /// Without nodes and requests.
     #[must_use]
-    pub fn new(limits: Limits, index_blocks: usize, now: Instant) -> Self {
-        let (cluster, ledger) = (Cluster::default(), Ledger::default());
-        let nodes = Placing { cluster, index: Index::new(index_blocks), ledger };
-        Self { nodes, requests: Requests::new(limits), started: now }
+    pub fn new(options: Options, now: Instant) -> Self {
+        let nodes = Placing {
+            cluster: Cluster::default(),
+            index: Index::new(options.index_blocks),
+            ledger: Ledger::default(),
+            local_prefill: options.local_prefill,
+        };
+        Self { nodes, requests: Requests::new(options.limits), started: now }
     }
 
     /// A node says hello on a new stream. An earlier stream of it is over with this.

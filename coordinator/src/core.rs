@@ -269,6 +269,7 @@ pub struct CacheQuery {
 
 /// What the handle asks of the driver.
 #[derive(Debug)]
+#[expect(clippy::large_enum_variant, reason = "the large one is the frequent one")]
 pub(crate) enum Ask {
     Submit {
         request: NewRequest,

@@ -7,6 +7,8 @@ use baton_proto::sampling::SamplingParams;
 
 use super::*;
 use crate::core::{NewRequest, OutputToken, RequestError, Updates};
+use crate::placement::LocalPrefill;
+use crate::requests::Limits;
 use crate::testing::{hello, node};
 
 struct Node {
@@ -47,7 +49,8 @@ impl Node {
 
 fn start() -> (Core, mpsc::Sender<FromLink>) {
     let limits = Limits { requests: 2, tokens: 1000 };
-    let (driver, core, links) = Driver::new(Bounds { limits, index_blocks: 100 });
+    let (driver, core, links) =
+        Driver::new(Options { limits, index_blocks: 100, local_prefill: LocalPrefill::Auto });
     tokio::spawn(driver.run());
     (core, links)
 }

@@ -14,8 +14,10 @@ use tokio_stream::StreamExt;
 use tonic::transport::{ClientTlsConfig, Endpoint};
 
 use super::*;
+use crate::control::Options;
 use crate::core::{Core, NewRequest, Updates};
-use crate::driver::{Bounds, Driver};
+use crate::driver::Driver;
+use crate::placement::LocalPrefill;
 use crate::requests::Limits;
 use crate::testing::{hello, node};
 
@@ -31,7 +33,8 @@ impl World {
         let dir = tempfile::tempdir().unwrap();
         let ca = ClusterCa::create(&dir.path().join("ca")).unwrap();
         let limits = Limits { requests: 10, tokens: 1000 };
-        let (driver, core, links) = Driver::new(Bounds { limits, index_blocks: 100 });
+        let (driver, core, links) =
+            Driver::new(Options { limits, index_blocks: 100, local_prefill: LocalPrefill::Auto });
         tokio::spawn(driver.run());
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();

@@ -18,6 +18,7 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 const TRANSFER_REPORT_WAIT: Duration = Duration::from_millis(100);
 
 /// Whether the request goes on.
+#[expect(clippy::large_enum_variant, reason = "moved once, from function to caller")]
 pub(crate) enum Flow {
     /// It does.
     Go,

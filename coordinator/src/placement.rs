@@ -1,7 +1,8 @@
 //! Which nodes a request goes to: the cheapest of all (prefill, decode) pairs and of all decode
 //! nodes by themselves, in milliseconds.
 //!
-//! With `L` tokens in all, `m_x` of them cached on node `x`, and `S_x = a + b_x (L - m_x)`:
+//! With `L` tokens in all, `m_x` of them cached on node `x`, and
+//! `S_x = a + b_x (L - m_x) + c_x (L^2 - m_x^2)`:
 //!
 //! - `remote(p, d) = queue_p + S_p + w (S_p - best S) + transfer(d) + decode(d)`
 //! - `local(d) = queue_d + S_d + decode(d) + harm (1 + sequences_d) S_d`
@@ -14,9 +15,12 @@
 use std::cmp::Ordering;
 
 use baton_proto::ids::NodeId;
+use serde::Deserialize;
 
 /// Fixed cost of a prefill, `a`.
 const PREFILL_START_MS: f64 = 1.0;
+/// Tokens of context at which attending to them costs a token as much as all else: `b / 2c`.
+const ATTENTION_PARITY_TOKENS: f64 = 16384.0;
 /// Prefill speed of nodes before any was measured.
 const DEFAULT_TOKENS_PER_SECOND: f64 = 2000.0;
 /// Duration of a decode step before it was measured.
@@ -45,6 +49,19 @@ pub struct Demand {
     pub token_bytes: usize,
     /// Blocks that the decode node needs.
     pub blocks: u64,
+    /// Whether a decode node may compute the prompt.
+    pub local_prefill: LocalPrefill,
+}
+
+/// When decode nodes compute prompts themselves.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum LocalPrefill {
+    /// When that is cheaper, or no prefill node is there.
+    #[default]
+    Auto,
+    /// Only when no prefill node is there.
+    Never,
 }
 
 /// A node that may take a request.
@@ -122,8 +139,9 @@ pub fn choose(
         .map(|(p, cost)| (p, add(cost, receiver.1)));
     let runners_up = (prefill.len() + 1) * decode.len() - 1;
     let local_ms = alone.1.total();
+    let never = demand.local_prefill == LocalPrefill::Never;
     Some(match remote {
-        Some((p, cost)) if cost.total() < local_ms => {
+        Some((p, cost)) if never || cost.total() < local_ms => {
             let reason = format!(
                 "remote: {:.1} ms, {}% cached on {}; local would be {local_ms:.1} ms",
                 cost.total(),
@@ -214,8 +232,9 @@ impl View {
 
     /// `S`.
     fn prefill(&self, node: &Candidate<'_>) -> f64 {
-        let rest = self.demand.tokens - self.cached(node);
-        PREFILL_START_MS + self.compute(node, rest as f64)
+        let (all, cached) = (self.demand.tokens as f64, self.cached(node) as f64);
+        let attention = (all * all - cached * cached) / (2.0 * ATTENTION_PARITY_TOKENS);
+        PREFILL_START_MS + self.compute(node, all - cached + attention)
     }
 
     fn queue(&self, node: &Candidate<'_>) -> f64 {

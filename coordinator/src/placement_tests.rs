@@ -5,7 +5,8 @@ use proptest::prelude::*;
 use super::*;
 use crate::testing::node;
 
-const DEMAND: Demand = Demand { tokens: 1000, token_bytes: 1000, blocks: 63 };
+const DEMAND: Demand =
+    Demand { tokens: 1000, token_bytes: 1000, blocks: 63, local_prefill: LocalPrefill::Auto };
 
 fn idle(node: &NodeId) -> Candidate<'_> {
     Candidate {
@@ -116,4 +117,17 @@ proptest! {
         }
         prop_assert!(!any_fits || view.fits(&d[choice.decode]));
     }
+}
+
+#[test]
+fn local_prefill_can_be_forbidden() {
+    let names = [node("p"), node("d")];
+    let demand = Demand { tokens: 1, local_prefill: LocalPrefill::Never, ..DEMAND };
+    let (p, d) = ([idle(&names[0])], [idle(&names[1])]);
+    assert_eq!(
+        choose(Demand { local_prefill: LocalPrefill::Auto, ..demand }, &p, &d).unwrap().prefill,
+        None
+    );
+    assert_eq!(choose(demand, &p, &d).unwrap().prefill, Some(0));
+    assert_eq!(choose(demand, &[], &d).unwrap().prefill, None);
 }

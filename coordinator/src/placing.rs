@@ -9,7 +9,7 @@ use baton_proto::message::Report;
 use crate::cluster::{Cluster, Member, NodeRef};
 use crate::index::Index;
 use crate::ledger::Ledger;
-use crate::placement::{Candidate, Demand, choose};
+use crate::placement::{Candidate, Demand, LocalPrefill, choose};
 use crate::requests::{Placed, Placer, Wanted};
 
 /// What is known of the nodes.
@@ -21,6 +21,8 @@ pub struct Placing {
     pub index: Index,
     /// What they were asked to do.
     pub ledger: Ledger,
+    /// Whether decode nodes may compute prompts.
+    pub local_prefill: LocalPrefill,
 }
 
 impl Placer for Placing {
@@ -30,6 +32,7 @@ impl Placer for Placing {
             tokens: wanted.tokens,
             token_bytes: geometry.token_bytes(),
             blocks: geometry.blocks_for(wanted.tokens + 1) as u64,
+            local_prefill: self.local_prefill,
         };
         let matched: HashMap<NodeId, usize> =
             self.index.longest(wanted.chain).into_iter().collect();

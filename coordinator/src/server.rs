@@ -79,7 +79,7 @@ impl Coordinator {
         let (http_listener, http) = bind("http", config.http).await?;
         let (cluster_listener, cluster) = bind("cluster_listen", config.cluster_listen).await?;
 
-        let (driver, core, links) = Driver::new(config.bounds);
+        let (driver, core, links) = Driver::new(config.options);
         let front = Front::new(core.clone(), models);
         let (closing, closed) = watch::channel(false);
         let (mut servers, mut nodes) = (JoinSet::new(), JoinSet::new());

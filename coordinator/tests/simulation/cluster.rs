@@ -4,8 +4,9 @@ use std::collections::{BTreeMap, VecDeque};
 use std::time::{Duration, Instant};
 
 use baton_coordinator::cluster::LinkId;
-use baton_coordinator::control::Control;
+use baton_coordinator::control::{Control, Options};
 use baton_coordinator::core::{NewRequest, RequestError, StatusView, SubmitError, Update};
+use baton_coordinator::placement::LocalPrefill;
 use baton_coordinator::requests::{Action, Limits};
 use baton_proto::geometry::{KvDtype, KvGeometry};
 use baton_proto::hash::{CacheSalt, ModelRoot};
@@ -100,9 +101,13 @@ fn pick<T: Clone>(mut all: impl Iterator<Item = T> + Clone, number: u16) -> Opti
 impl Sim {
     pub(crate) fn new(prefill: usize, decode: usize) -> Self {
         let now = Instant::now();
-        let limits = Limits { requests: 100, tokens: 100_000 };
+        let options = Options {
+            limits: Limits { requests: 100, tokens: 100_000 },
+            index_blocks: 1000,
+            local_prefill: LocalPrefill::Auto,
+        };
         let mut sim = Self {
-            control: Control::new(limits, 1000, now),
+            control: Control::new(options, now),
             nodes: BTreeMap::new(),
             clients: BTreeMap::new(),
             streams: BTreeMap::new(),
