@@ -118,12 +118,17 @@ impl Sim {
         };
         for (role, count) in [(Role::Prefill, prefill), (Role::Decode, decode)] {
             for number in 0..count {
-                let name: NodeId = format!("{}-{number}", role.as_str()).parse().unwrap();
+                let name: NodeId =
+                    format!("{}-{number}", role.as_str()).parse().expect("a node name");
                 sim.nodes.insert(name.clone(), Node::new(role));
                 sim.join(&name);
             }
         }
         sim
+    }
+
+    fn node(&mut self, name: &NodeId) -> &mut Node {
+        self.nodes.get_mut(name).expect("nodes are never removed")
     }
 
     pub(crate) fn status(&self) -> StatusView {
@@ -288,7 +293,7 @@ impl Sim {
         let ready = self.streams.iter().filter(|(_, s)| !s.broken && !s.down.is_empty());
         let Some(name) = pick(ready.map(|(name, _)| name.clone()), n) else { return };
         let command = self.streams.get_mut(&name).and_then(|stream| stream.down.pop_front());
-        self.nodes.get_mut(&name).unwrap().command(command.unwrap());
+        self.node(&name).command(command.expect("it was not empty"));
     }
 
     fn deliver_up(&mut self, n: u16) -> Option<()> {
@@ -309,14 +314,14 @@ impl Sim {
 
     /// A node's events enter its stream, if it has one.
     fn collect(&mut self, name: &NodeId) {
-        let sent = std::mem::take(&mut self.nodes.get_mut(name).unwrap().sent);
+        let sent = std::mem::take(&mut self.node(name).sent);
         if let Some(stream) = self.streams.get_mut(name).filter(|stream| !stream.broken) {
             stream.up.extend(sent);
         }
     }
 
     fn say(&mut self, name: &NodeId, event: NodeEvent) {
-        self.nodes.get_mut(name).unwrap().sent.push(event);
+        self.node(name).sent.push(event);
         self.collect(name);
     }
 
@@ -330,7 +335,7 @@ impl Sim {
 
     fn work(&mut self, n: u16) {
         let Some((name, id)) = self.any_job(n) else { return };
-        let kv = self.nodes.get_mut(&name).unwrap().work(&name, id);
+        let kv = self.node(&name).work(&name, id);
         self.kv.extend(kv);
         self.collect(&name);
     }
@@ -344,7 +349,7 @@ impl Sim {
             self.kv.swap_remove(at);
             return;
         }
-        let receiver = self.nodes.get_mut(&target).unwrap();
+        let receiver = self.nodes.get_mut(&target).expect("nodes are never removed");
         if receiver.epoch != to.epoch.0 || !receiver.alive {
             self.kv.swap_remove(at);
             let reason = "the peer is gone".to_owned();
@@ -360,7 +365,7 @@ impl Sim {
     }
 
     fn end(&mut self, name: &NodeId, id: TransferId, event: NodeEvent) {
-        self.nodes.get_mut(name).unwrap().jobs.remove(&id);
+        self.node(name).jobs.remove(&id);
         self.say(name, event);
     }
 
@@ -379,12 +384,12 @@ impl Sim {
             stream.down.clear();
             stream.up.truncate(usize::from(n >> 8) % (stream.up.len() + 1));
         }
-        self.nodes.get_mut(name).unwrap().jobs.clear();
+        self.node(name).jobs.clear();
     }
 
     fn kill(&mut self, n: u16) {
         let Some(name) = pick(self.nodes.keys().cloned(), n) else { return };
-        self.nodes.get_mut(&name).unwrap().alive = false;
+        self.node(&name).alive = false;
         self.break_stream(&name, n);
     }
 
@@ -401,7 +406,7 @@ impl Sim {
 
     /// A dead node starts again, and one without a stream joins.
     fn restart_node(&mut self, name: &NodeId) {
-        let node = self.nodes.get_mut(name).unwrap();
+        let node = self.node(name);
         if !node.alive {
             node.alive = true;
             node.epoch += 1;
@@ -423,7 +428,7 @@ impl Sim {
     /// A node says its last word twice.
     fn repeat(&mut self, n: u16) {
         let Some(name) = pick(self.streams.keys().cloned(), n) else { return };
-        let stream = self.streams.get_mut(&name).unwrap();
+        let stream = self.streams.get_mut(&name).expect("it was picked");
         stream.up.extend(stream.up.back().cloned());
     }
 
