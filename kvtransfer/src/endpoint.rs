@@ -76,7 +76,7 @@ impl Endpoint {
             timing,
             runtime: Handle::current(),
             last_link: AtomicU64::new(0),
-            inbox: Mutex::new(Inbox::new(timing.grant)),
+            inbox: Mutex::new(Inbox::new(timing.begin)),
             inbound_links: Mutex::default(),
             outbound: Mutex::default(),
             dialers: Mutex::default(),

@@ -56,9 +56,12 @@ pub const SEND_WINDOW: u64 = 64 << 20;
 pub struct Timing {
     /// For the other end to say anything while a transfer runs; the other end is told.
     pub lease: Duration,
-    /// For the receiver to grant an offer: it may have to wait for free blocks.
-    pub grant: Duration,
-    /// For the owner of a transfer to have the next piece, or the first token, ready.
+    /// For the other end to begin: the sender's wait for a grant, and the receiver's for an offer.
+    /// Long, because either may stand in its node's queue; when a node is lost meanwhile, it is
+    /// the coordinator that cancels.
+    pub begin: Duration,
+    /// For the owner of a transfer to have the next piece, or the first token, ready; the receiver
+    /// waits as long for a piece to land.
     pub producer: Duration,
     /// For `Complete` after the last unit was handed to the transport.
     pub complete: Duration,
@@ -74,7 +77,7 @@ impl Default for Timing {
     fn default() -> Self {
         Self {
             lease: Duration::from_secs(10),
-            grant: Duration::from_secs(120),
+            begin: Duration::from_secs(120),
             producer: Duration::from_secs(600),
             complete: Duration::from_secs(30),
             reconnect: Duration::from_secs(5),

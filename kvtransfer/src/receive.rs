@@ -38,8 +38,8 @@ pub struct Incoming {
     pub held: u32,
     /// Where the blocks go.
     pub sink: Arc<dyn BlockSink>,
-    /// How long the blocks are kept without a sign of life from the sender: also the wait for
-    /// its offer.
+    /// How long the blocks are kept without a sign of life from the sender, once it has offered;
+    /// its offer is awaited for [`Timing::begin`](crate::Timing::begin).
     pub lease: Duration,
 }
 
@@ -95,8 +95,8 @@ fn begin(shared: &Arc<Shared>, incoming: Incoming) -> Result<Arc<Inbound>, Recei
         blocks: incoming.blocks,
         hashes: incoming.hashes,
     };
-    let (now, patience) = (Instant::now(), shared.timing.producer);
-    let machine = Receiver::new(now, manifest, incoming.held, incoming.lease, patience)?;
+    let (now, timing) = (Instant::now(), &shared.timing);
+    let machine = Receiver::new(now, manifest, incoming.held, incoming.lease, timing)?;
     let piece_bytes = incoming.geometry.piece_bytes();
     let transfer = Arc::new(Inbound {
         piece_bytes,

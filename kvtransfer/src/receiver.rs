@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use crate::error::ReceiveError;
 use crate::frame::{FirstToken, Frame, Grant, LayerRun, Manifest, Offer, Reason, Run, UnitHeader};
 use crate::grid::Grid;
-use crate::limits::{MAX_LANDED_RUNS, MAX_RETRIES};
+use crate::limits::{MAX_LANDED_RUNS, MAX_RETRIES, Timing};
 use crate::sender::{LinkId, check};
 
 /// Receives one transfer.
@@ -45,14 +45,14 @@ pub struct Receiver {
 }
 
 impl Receiver {
-    /// Expects `manifest`, of whose blocks the first `held` are here. The blocks are kept for
-    /// `lease` after each sign of life, and for `patience` after each piece that lands.
+    /// Expects `manifest`, of whose blocks the first `held` are here. Once offered, the blocks are
+    /// kept for `lease` after each sign of life.
     pub fn new(
         now: Instant,
         manifest: Manifest,
         held: u32,
         lease: Duration,
-        patience: Duration,
+        timing: &Timing,
     ) -> Result<Self, ReceiveError> {
         check(&manifest).map_err(ReceiveError::Invalid)?;
         if held > manifest.blocks {
@@ -61,7 +61,7 @@ impl Receiver {
         Ok(Self {
             held,
             lease,
-            patience,
+            patience: timing.producer,
             link: None,
             outcome: None,
             landed: Grid::new(manifest.geometry.layers, manifest.blocks),
@@ -71,8 +71,8 @@ impl Receiver {
             frames: VecDeque::new(),
             beat: lease,
             beat_at: now,
-            silent_by: now + lease,
-            progress_by: now + patience,
+            silent_by: now + timing.begin,
+            progress_by: now + timing.begin.max(timing.producer),
             manifest,
         })
     }
@@ -197,7 +197,7 @@ impl Receiver {
         }
         if now >= self.silent_by {
             return self.fail(ReceiveError::Timeout(match self.link {
-                None => "the sender to connect",
+                None => "the sender",
                 Some(_) => "a sign of life from the sender",
             }));
         }

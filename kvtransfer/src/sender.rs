@@ -141,7 +141,7 @@ impl Sender {
         self.unlink();
         self.link = Some(link);
         self.phase = Phase::Offered;
-        self.phase_by = now + self.timing.grant;
+        self.phase_by = now + self.timing.begin;
         self.frames.push_back(Frame::Offer(Offer {
             manifest: self.manifest.clone(),
             lease: self.timing.lease,

@@ -243,17 +243,14 @@ async fn a_node_that_stops_ends_its_transfers_at_the_other() {
 #[tokio::test]
 async fn waits_that_nobody_ends_have_a_deadline() {
     let pair = Pair::new();
-    let timing = Timing { grant: Duration::from_millis(50), ..common::timing() };
+    let timing = Timing { begin: Duration::from_millis(50), ..common::timing() };
     let listen = "127.0.0.1:0".parse().unwrap();
     let hasty = Endpoint::bind(listen, &pair.ca.node("p1"), EPOCH, timing).unwrap();
     let send = hasty.send(pair.outgoing(transfer(1), &Pool::source()));
     assert!(matches!(send.outcome().await, Err(SendError::Timeout(_))));
 
     let sink = Pool::sink();
-    let receive = pair.decode.expect(Incoming {
-        lease: Duration::from_millis(50),
-        ..pair.incoming(transfer(2), 0, &sink)
-    });
+    let receive = hasty.expect(pair.incoming(transfer(2), 0, &sink));
     assert!(matches!(receive.outcome().await, Err(ReceiveError::Timeout(_))));
     assert_eq!(Arc::strong_count(&sink), 1);
 }

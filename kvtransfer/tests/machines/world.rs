@@ -13,7 +13,6 @@ use crc32c::crc32c;
 
 pub(crate) const LAYERS: u32 = 3;
 pub(crate) const LEASE: Duration = Duration::from_secs(10);
-pub(crate) const PATIENCE: Duration = Duration::from_secs(600);
 
 /// A piece has 8 bytes.
 pub(crate) fn geometry() -> KvGeometry {
@@ -111,7 +110,7 @@ impl World {
             blocks,
             held,
             sender: Sender::new(now, manifest(blocks), timing).unwrap(),
-            receiver: Receiver::new(now, manifest(blocks), held, LEASE, PATIENCE).unwrap(),
+            receiver: Receiver::new(now, manifest(blocks), held, LEASE, &timing).unwrap(),
             links: 0,
             up: false,
             to_receiver: VecDeque::new(),
