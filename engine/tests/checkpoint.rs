@@ -1,5 +1,7 @@
 //! Loading: what a folder must hold, how broken ones are refused, random weights.
 
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
 mod common;
 
 use std::fs;

@@ -1,5 +1,7 @@
 //! Which configurations are served, what they mean, and how the others are refused.
 
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
 use baton_engine::config::{Family, ModelConfig};
 use serde_json::{Value, json};
 

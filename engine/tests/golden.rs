@@ -1,5 +1,7 @@
 //! Every fixture of `tests/golden` gives what transformers computes from it, however it is run.
 
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
 mod common;
 
 use std::path::Path;

@@ -1,6 +1,8 @@
 //! Models of awkward shapes, against a naive forward pass in double precision that shares nothing
 //! with the engine: no cache, no blocks, no packing, no kernels.
 
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
 mod common;
 
 use std::iter::zip;
@@ -72,18 +74,16 @@ impl Naive<'_> {
         let (q, k, v): (Vec<_>, Vec<_>, Vec<_>) = (all("q"), all("k"), all("v"));
         let group = self.shape.heads / self.shape.kv_heads;
         let scale = 1.0 / (self.shape.head_dim as f64).sqrt();
-        let row = |position: usize| {
-            let mut mixed = Vec::new();
-            for (head, q) in q[position].iter().enumerate() {
-                let key =
-                    |p: usize| -> f64 { zip(q, &k[p][head / group]).map(|(q, k)| q * k).sum() };
-                let weights: Vec<f64> = (0..=position).map(|p| (key(p) * scale).exp()).collect();
-                let sum: f64 = weights.iter().sum();
-                for i in 0..self.shape.head_dim {
-                    let value = |(p, w): (usize, &f64)| w * v[p][head / group][i];
-                    mixed.push(weights.iter().enumerate().map(value).sum::<f64>() / sum);
-                }
-            }
+        let head = |position: usize, head: usize| -> Vec<f64> {
+            let (q, kv) = (&q[position][head], head / group);
+            let score = |k: &Vec<Vec<f64>>| -> f64 { zip(q, &k[kv]).map(|(q, k)| q * k).sum() };
+            let weights: Vec<_> = k[..=position].iter().map(|k| (score(k) * scale).exp()).collect();
+            let sum: f64 = weights.iter().sum();
+            let element = |i| zip(&weights, &v).map(|(w, v)| w * v[kv][i]).sum::<f64>() / sum;
+            (0..self.shape.head_dim).map(element).collect()
+        };
+        let row = |position| {
+            let mixed: Vec<_> = (0..self.shape.heads).flat_map(|h| head(position, h)).collect();
             self.linear(&format!("{at}.self_attn.o_proj"), &mixed)
         };
         (0..rows.len()).map(row).collect()
