@@ -25,7 +25,7 @@ pub struct TestCluster {
 }
 
 /// The folder with the daemons that were built with this test.
-fn daemons() -> PathBuf {
+pub fn daemons() -> PathBuf {
     let test = std::env::current_exe().expect("a test has a path");
     test.ancestors().nth(2).expect("target/PROFILE/deps/TEST").to_owned()
 }
@@ -37,6 +37,7 @@ pub fn options(prefill: u32, decode: u32) -> ClusterOptions {
         decode,
         threads: Some(1),
         daemons: Some(daemons()),
+        quiet: true,
         ..ClusterOptions::default()
     }
 }
