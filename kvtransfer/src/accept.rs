@@ -180,7 +180,7 @@ async fn accept_payload(shared: &Arc<Shared>, link: &Arc<Link>) -> LinkError {
             },
             Some(Ok(read)) = streams.join_next() => {
                 if let Err(error) = read {
-                    return error.into();
+                    return error;
                 }
             }
         }

@@ -146,7 +146,7 @@ async fn connect(shared: &Shared, peer: &Peer) -> Result<Connected, LinkError> {
 async fn handshake(shared: &Shared, peer: &Peer) -> Result<Connection, LinkError> {
     let address = resolve(&peer.kv_address).await?;
     if is_refused(address) {
-        return Err(LinkError::Dial(format!("nothing listens on {address}")));
+        return Err(LinkError::Refused(address));
     }
     let name = node_server_name(&peer.node);
     let dial = |error: quinn::ConnectError| LinkError::Dial(error.to_string());

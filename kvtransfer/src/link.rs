@@ -1,5 +1,6 @@
 //! One connection to another node: its control stream, and how it ends.
 
+use std::net::SocketAddr;
 use std::time::Duration;
 
 use baton_identity::peer_node_id;
@@ -64,6 +65,8 @@ pub(crate) enum LinkError {
     Version(u32, u32),
     #[error("it is in epoch {theirs}, not {expected}")]
     Epoch { expected: u64, theirs: u64 },
+    #[error("nothing listens on {0}")]
+    Refused(SocketAddr),
     #[error("{0}")]
     Dial(String),
 }
@@ -80,7 +83,8 @@ impl LinkError {
             Self::Frame(_) | Self::Unexpected(_) => {
                 Some(SendError::Protocol("what it sent is not in the protocol"))
             }
-            Self::Version(..) => Some(SendError::Unreachable(self.to_string())),
+            // A life of a node that does not listen is over.
+            Self::Version(..) | Self::Refused(_) => Some(SendError::Unreachable(self.to_string())),
             Self::ControlEnded | Self::Slow(_) | Self::Dial(_) => None,
         }
     }
@@ -108,6 +112,7 @@ fn fatal(error: &ConnectionError) -> Option<SendError> {
             }
             let passing = code.into_inner() == 0
                 || CloseCode::Replaced.matches(code)
+                || CloseCode::Stuck.matches(code)
                 || CloseCode::Busy.matches(code);
             return (!passing).then(|| SendError::Unreachable(error.to_string()));
         }

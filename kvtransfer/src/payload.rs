@@ -11,7 +11,7 @@ use tokio::time::timeout;
 
 use crate::endpoint::{Shared, lock};
 use crate::frame::{FrameError, LayerRun, UnitHeader};
-use crate::link::{Link, STREAM_ABANDONED};
+use crate::link::{Link, LinkError, STREAM_ABANDONED};
 use crate::memory::BlockSource;
 use crate::receive::Inbound;
 use crate::sender::LinkId;
@@ -78,13 +78,13 @@ fn unit(transfer: TransferId, pieces: LayerRun, source: &dyn BlockSource) -> Vec
 enum Stop {
     /// Its transfer has ended, or is not known, or the stream or connection is lost.
     Over,
-    /// The peer breaks the protocol.
-    Violation(FrameError),
+    /// The connection cannot be trusted to carry the rest.
+    Link(LinkError),
 }
 
 impl From<FrameError> for Stop {
     fn from(error: FrameError) -> Self {
-        Self::Violation(error)
+        Self::Link(error.into())
     }
 }
 
@@ -93,7 +93,7 @@ pub(crate) async fn read_units(
     shared: Arc<Shared>,
     link: Arc<Link>,
     mut stream: RecvStream,
-) -> Result<(), FrameError> {
+) -> Result<(), LinkError> {
     let stop = match read_first(&shared, &link, &mut stream).await {
         Ok((header, inbound)) => read_rest(&shared, &link, &mut stream, header, &inbound).await,
         Err(stop) => stop,
@@ -101,11 +101,12 @@ pub(crate) async fn read_units(
     let _ = stream.stop(STREAM_ABANDONED);
     match stop {
         Stop::Over => Ok(()),
-        Stop::Violation(error) => Err(error),
+        Stop::Link(error) => Err(error),
     }
 }
 
-/// The first unit's header names the transfer of the stream.
+/// The first unit's header names the transfer of the stream. It comes with the stream's opening;
+/// to stop one that is merely slow would lose a unit, so then the connection is made anew.
 async fn read_first(
     shared: &Shared,
     link: &Arc<Link>,
@@ -113,7 +114,7 @@ async fn read_first(
 ) -> Result<(UnitHeader, Arc<Inbound>), Stop> {
     let patience: Duration = shared.timing.message;
     let header = timeout(patience, read_header(stream)).await;
-    let header = header.map_err(|_| Stop::Over)??;
+    let header = header.map_err(|_| Stop::Link(LinkError::Slow("a payload header")))??;
     let inbound = lock(&shared.inbox).find(header.transfer, link);
     Ok((header, inbound.ok_or(Stop::Over)?))
 }
