@@ -1,9 +1,9 @@
 //! Moves the KV blocks of one sequence from the pool of one node to the pool of another.
 //!
 //! The decisions are two state machines without I/O, clock or memory of their own: [`Sender`] and
-//! [`Receiver`]. They speak in [`frame::Frame`]s (control) and [`frame::Unit`]s (payload). An
-//! [`Endpoint`] drives them over QUIC; each end reads and writes its pool through [`BlockSource`]
-//! and [`BlockSink`]. This crate knows no model and no engine.
+//! [`Receiver`]. They speak in control frames ([`frame::Frame`]) and payload units (pieces behind
+//! a [`frame::UnitHeader`]). An [`Endpoint`] drives them over QUIC; each end reads and writes its
+//! pool through [`BlockSource`] and [`BlockSink`]. This crate knows no model and no engine.
 //!
 //! ```text
 //! sender                                              receiver

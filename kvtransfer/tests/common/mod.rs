@@ -24,7 +24,12 @@ pub const EPOCH: Epoch = Epoch(7);
 
 /// Short waits, so that a test of one ends soon; long enough for a busy machine.
 pub fn timing() -> Timing {
-    Timing { lease: Duration::from_secs(5), idle: Duration::from_millis(600), ..Timing::default() }
+    Timing {
+        lease: Duration::from_secs(5),
+        idle: Duration::from_millis(600),
+        reconnect: Duration::from_secs(3),
+        ..Timing::default()
+    }
 }
 
 pub struct Ca(ClusterCa, tempfile::TempDir);
