@@ -129,9 +129,7 @@ impl Inbox {
         while state.inputs.is_empty() {
             state = match wait {
                 Wait::No => break,
-                Wait::Forever => {
-                    self.filled.wait(state).unwrap_or_else(PoisonError::into_inner)
-                }
+                Wait::Forever => self.filled.wait(state).unwrap_or_else(PoisonError::into_inner),
                 Wait::Until(then) => {
                     let left = then.saturating_duration_since(Instant::now());
                     if left.is_zero() {

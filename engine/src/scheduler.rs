@@ -265,6 +265,12 @@ impl Scheduler {
         self.running.len() + self.importing.len()
     }
 
+    /// Whether the next step has sequences that generate.
+    #[must_use]
+    pub fn decodes(&self) -> bool {
+        self.running.iter().any(|number| self.sequences[number].decoding())
+    }
+
     /// Tokens of prompts that are to be computed here.
     #[must_use]
     pub fn queued_tokens(&self) -> usize {

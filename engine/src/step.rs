@@ -13,7 +13,7 @@ use baton_proto::message::{Report, Retry};
 
 use crate::engine::Sink;
 use crate::events::{EngineEvent, Kind};
-use crate::forward::{Chunk, Forward};
+use crate::forward::{Chunk, Forward, Wanted};
 use crate::inbox::{Inbox, Inputs, Wait};
 use crate::lease::{BlockLease, Gate};
 use crate::pace::Pace;
@@ -78,7 +78,8 @@ impl Device {
                 return;
             }
             let (snapshot, returned) = self.apply(inputs);
-            self.scheduler.set_prefill_limit(self.pace.prefill_limit(true));
+            let limit = self.pace.prefill_limit(self.scheduler.decodes());
+            self.scheduler.set_prefill_limit(limit);
             let plan = self.scheduler.plan(Instant::now());
             self.tell(&returned, snapshot);
             if plan.chunks.is_empty() {
@@ -240,7 +241,6 @@ fn chunk<'a>(scheduler: &'a Scheduler, planned: &PlannedChunk) -> Chunk<'a> {
 
 /// Of every row with logits, which chunk it is of and which position.
 fn wanted_rows(plan: &Plan) -> Vec<(usize, usize)> {
-    use crate::forward::Wanted;
     let rows = |chunk: &PlannedChunk| match chunk.logits {
         Wanted::None => 0..0,
         Wanted::Last => chunk.end() - 1..chunk.end(),

@@ -58,9 +58,11 @@ impl Filter {
         self.candidates.clear();
         let all = (0_u32..).zip(logits.iter().zip(weights));
         let possible = all.filter(|(_, (_, weight))| **weight > 0.0);
-        self.candidates.extend(
-            possible.map(|(token, (&logit, &weight))| Candidate { logit, weight, token }),
-        );
+        self.candidates.extend(possible.map(|(token, (&logit, &weight))| Candidate {
+            logit,
+            weight,
+            token,
+        }));
         if k > 0 && k < self.candidates.len() {
             self.candidates.select_nth_unstable_by(k - 1, order);
             self.candidates.truncate(k);

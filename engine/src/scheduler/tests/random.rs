@@ -1,0 +1,155 @@
+//! Any order of inputs.
+
+use super::*;
+
+#[derive(Clone, Debug)]
+enum Op {
+    Add { kind: Kind, prompt: Vec<u32>, max_tokens: u32, deadline: Option<u64> },
+    Cancel(usize),
+    Imported(usize),
+    ReturnLease(usize),
+    Limit(usize),
+    Step,
+}
+
+fn op() -> impl Strategy<Value = Op> {
+    let kind = prop_oneof![Just(Kind::Local), Just(Kind::Export), Just(Kind::Import)];
+    // Few different tokens, so that prompts share prefixes.
+    let tokens = prop::collection::vec(0..2_u32, 1..30);
+    let add = (kind, tokens, 1..12_u32, prop::option::weighted(0.2, 1..40_u64));
+    prop_oneof![
+        3 => add.prop_map(|(kind, prompt, max_tokens, deadline)| {
+            Op::Add { kind, prompt, max_tokens, deadline }
+        }),
+        1 => any::<usize>().prop_map(Op::Cancel),
+        2 => any::<usize>().prop_map(Op::Imported),
+        2 => any::<usize>().prop_map(Op::ReturnLease),
+        1 => (1..12_usize).prop_map(Op::Limit),
+        8 => Just(Op::Step),
+    ]
+}
+
+struct World {
+    rig: Rig,
+    prompts: BTreeMap<TransferId, (Vec<u32>, Kind)>,
+    cancelled: BTreeSet<TransferId>,
+    leased: Vec<TransferId>,
+    seen: usize,
+}
+
+impl World {
+    fn apply(&mut self, op: Op) {
+        match op {
+            Op::Add { kind, prompt, max_tokens, deadline } => {
+                let n = self.prompts.len() as u128;
+                self.prompts.insert(id(n), (prompt.clone(), kind));
+                let deadline = deadline.map(Duration::from_millis);
+                self.rig.add(Job { deadline, ..job(n, prompt, max_tokens) }, kind);
+            }
+            Op::Cancel(i) if !self.prompts.is_empty() => {
+                let id = id((i % self.prompts.len()) as u128);
+                self.cancelled.insert(id);
+                self.rig.scheduler.cancel(id);
+            }
+            Op::Imported(i) if !self.prompts.is_empty() => {
+                self.imported(id((i % self.prompts.len()) as u128));
+            }
+            Op::ReturnLease(i) if !self.leased.is_empty() => {
+                let id = self.leased.swap_remove(i % self.leased.len());
+                self.rig.scheduler.lease_returned(id);
+            }
+            Op::Limit(tokens) => self.rig.scheduler.set_prefill_limit(tokens),
+            _ => {
+                self.rig.now += Duration::from_millis(1);
+                self.rig.step();
+                let plan = self.rig.steps.last().unwrap();
+                assert!(plan.tokens() <= limits().max_batch_tokens);
+                let ids: BTreeSet<_> = plan.chunks.iter().map(|chunk| chunk.id).collect();
+                assert_eq!(ids.len(), plan.chunks.len(), "one chunk for a sequence");
+            }
+        }
+        self.rig.scheduler.check();
+        self.see();
+    }
+
+    fn imported(&mut self, id: TransferId) {
+        let token = next_token(&self.prompts[&id].0);
+        let first = FirstToken { token, logprobs: None, finish: None };
+        self.rig.scheduler.imported(id, &first);
+    }
+
+    fn see(&mut self) {
+        self.rig.events.extend(self.rig.scheduler.take_events());
+        for event in &self.rig.events[self.seen..] {
+            if let Event::Admitted { id, kind: Kind::Export | Kind::Import, lease, .. } = event {
+                self.leased.push(*id);
+                let blocks = self.prompts[id].0.len().div_ceil(BLOCK_TOKENS);
+                assert_eq!(lease.len(), blocks, "a lease covers the prompt");
+            }
+        }
+        self.seen = self.rig.events.len();
+    }
+
+    /// Everyone gets what he waits for; then nothing may be left.
+    fn drain(&mut self) {
+        for _ in 0..2_000 {
+            for id in self.prompts.keys().copied().collect::<Vec<_>>() {
+                self.imported(id);
+            }
+            while let Some(id) = self.leased.pop() {
+                self.rig.scheduler.lease_returned(id);
+            }
+            self.apply(Op::Step);
+            if self.rig.scheduler.sequences.is_empty() && self.leased.is_empty() {
+                return;
+            }
+        }
+        panic!("it does not come to an end");
+    }
+
+    fn judge(&self) {
+        let positions: BTreeMap<TransferId, Vec<(u32, u32)>> =
+            self.rig.events.iter().fold(BTreeMap::new(), |mut all, event| {
+                if let Event::Tokens(tokens) = event {
+                    for t in tokens {
+                        all.entry(t.id).or_insert_with(Vec::new).push((t.position, t.token));
+                    }
+                }
+                all
+            });
+        for (id, (prompt, kind)) in &self.prompts {
+            assert_eq!(self.rig.ends(*id), 1, "{id} ends once");
+            let told = positions.get(id).cloned().unwrap_or_default();
+            let first = u32::from(*kind == Kind::Import);
+            let right = continuation(prompt, 40);
+            for (i, (position, token)) in (first..).zip(&told) {
+                assert_eq!((*position, *token), (i, right[i as usize]), "{id} goes its own way");
+            }
+            if *kind == Kind::Export {
+                assert!(told.len() <= 1, "an export has one token");
+            }
+        }
+        let BlockCounts { active, leased, .. } = self.rig.scheduler.blocks();
+        assert_eq!((active, leased), (0, 0));
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(300))]
+
+    #[test]
+    fn budget_queues_blocks_and_tokens_hold(ops in prop::collection::vec(op(), 1..120)) {
+        let mut world = World {
+            rig: Rig::new(limits()),
+            prompts: BTreeMap::new(),
+            cancelled: BTreeSet::new(),
+            leased: Vec::new(),
+            seen: 0,
+        };
+        for op in ops {
+            world.apply(op);
+        }
+        world.drain();
+        world.judge();
+    }
+}
