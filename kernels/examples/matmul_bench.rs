@@ -12,6 +12,8 @@ use baton_kernels::cpu::{PackedMatrix, ThreadPool, matmul};
 const ROWS: [usize; 9] = [1, 2, 4, 8, 16, 32, 64, 128, 512];
 /// Weights of a benchmark are spread over so many bytes, as a model's are: no cache holds them.
 const WORKING_SET: usize = 600 << 20;
+/// How often a limit is measured: the best counts, as for the products.
+const ROUNDS: usize = 60;
 const TIME: Duration = Duration::from_millis(400);
 
 fn main() {
@@ -49,26 +51,23 @@ fn main() {
     }
 }
 
-/// The median over rounds, each through all matrices for a while.
+/// The best of many: whatever else runs on the machine only slows it down.
 fn seconds_per_product(pool: &ThreadPool, rows: usize, matrices: &[PackedMatrix]) -> f64 {
     let (inputs, outputs) = (matrices[0].inputs(), matrices[0].outputs());
     let x: Vec<f32> = (0..rows * inputs).map(|i| (i % 13) as f32 / 16.0).collect();
     let mut y = vec![0.0; rows * outputs];
-    let mut next = (0..matrices.len()).cycle();
-    let mut rounds: Vec<f64> = (0..5)
-        .map(|_| {
-            let (start, mut products) = (Instant::now(), 0);
-            while start.elapsed() < TIME / 5 {
-                let matrix = &matrices[next.next().expect("endless")];
-                matmul(pool, &x, matrix, &mut y);
-                products += 1;
-            }
-            black_box(&y);
-            start.elapsed().as_secs_f64() / f64::from(products)
-        })
-        .collect();
-    rounds.sort_by(f64::total_cmp);
-    rounds[rounds.len() / 2]
+    let mut best = f64::INFINITY;
+    let begin = Instant::now();
+    for matrix in matrices.iter().cycle() {
+        let start = Instant::now();
+        matmul(pool, &x, matrix, &mut y);
+        best = best.min(start.elapsed().as_secs_f64());
+        if begin.elapsed() > TIME {
+            break;
+        }
+    }
+    black_box(&y);
+    best
 }
 
 /// The greatest sum over all threads of what `work` did per second, of several rounds. `work` does
@@ -90,13 +89,14 @@ fn best_rate(threads: usize, work: impl Fn(usize) -> f64 + Sync) -> f64 {
             all.into_iter().map(|t| t.join().expect("no panic")).sum()
         })
     };
-    (0..5).map(|_| round()).fold(0.0, f64::max)
+    (0..ROUNDS).map(|_| round()).fold(0.0, f64::max)
 }
 
 fn peak_bandwidth(threads: usize) -> f64 {
     // Read in several places at a time, as one stream does not fill the memory's queues.
     const STREAMS: usize = 4;
-    let data: Vec<Vec<u64>> = (0..threads as u64).map(|i| vec![i + 1; 256 << 17]).collect();
+    const WORDS: usize = 8 << 20;
+    let data: Vec<Vec<u64>> = (0..threads as u64).map(|i| vec![i + 1; WORDS]).collect();
     best_rate(threads, |thread| {
         let parts: Vec<&[u64]> = data[thread].chunks(data[thread].len() / STREAMS).collect();
         let mut sums = [0_u64; 8 * STREAMS];
@@ -113,7 +113,7 @@ fn peak_bandwidth(threads: usize) -> f64 {
 }
 
 fn peak_flops(threads: usize) -> f64 {
-    const STEPS: usize = 4_000_000;
+    const STEPS: usize = 50_000;
     best_rate(threads, |_| {
         #[cfg(target_arch = "x86_64")]
         if is_x86_feature_detected!("avx512f") {

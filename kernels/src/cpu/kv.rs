@@ -160,19 +160,20 @@ pub unsafe fn write_kv(
     }
     let size = grain(2 * k.width());
     pool.for_each(rows.len().div_ceil(size), &|task| {
-        for row in task * size..rows.len().min((task + 1) * size) {
-            let KvRow { block, slot } = rows[row];
-            assert!((slot as usize) < layout.block_tokens, "no slot {slot}");
-            let keys_and_values =
-                k.of(matrix, row).chunks(k.dim).chain(v.of(matrix, row).chunks(v.dim));
-            for (head, values) in keys_and_values.enumerate() {
-                let at = head * layout.head_bytes() + slot as usize * layout.row_bytes();
+        let first = task * size;
+        for (i, KvRow { block, slot }) in rows[first..].iter().take(size).enumerate() {
+            let (slot, row) = (*slot as usize, first + i);
+            assert!(slot < layout.block_tokens, "no slot {slot}");
+            let keys = k.of(matrix, row).chunks_exact(k.dim);
+            let values = v.of(matrix, row).chunks_exact(v.dim);
+            for (head, numbers) in keys.chain(values).enumerate() {
+                let at = head * layout.head_bytes() + slot * layout.row_bytes();
                 // SAFETY: inside the piece, as head and slot exist, and only this task's.
                 let bytes = unsafe {
-                    let start = store.piece_ptr(layer, block).add(at);
+                    let start = store.piece_ptr(layer, *block).add(at);
                     std::slice::from_raw_parts_mut(start, layout.row_bytes())
                 };
-                layout.dtype.narrow(values, bytes);
+                layout.dtype.narrow(numbers, bytes);
             }
         }
     });

@@ -3,8 +3,7 @@
 //! A task takes a group of panels and all rows. Few rows: the weights stream from memory once,
 //! several panels at a time, and each sum runs over all inputs at once. More rows: the inputs are
 //! taken [`DEPTH`] at a time, so that what is being multiplied stays in the nearest caches, and sums
-//! wait in `y` in between, which is exact. Many rows: the weights of a group are widened once for
-//! all rows. In all three every sum adds its products in the same order.
+//! wait in `y` in between, which is exact. In both every sum adds its products in the same order.
 #![expect(unsafe_code, reason = "raw memory and vector instructions")]
 
 use std::marker::PhantomData;
@@ -12,19 +11,16 @@ use std::marker::PhantomData;
 use super::element::{Bf16Pairs, Element, F16, F32, LINE};
 use super::packed::PackedMatrix;
 use super::pool::{SendPtr, ThreadPool};
-use super::scratch::with_scratch;
 use super::simd::{F32x16, Kernel, run};
 use super::tile::{DEPTH, Left, MAX_ROWS, ROW_STRIDE, Right, RowsTile, Sums, for_tiles, tile};
 use crate::Dtype;
 
 /// Up to here rows are "few".
 const FEW_ROWS: usize = 4;
-/// From here rows are "many": widening pays.
-const MANY_ROWS: usize = 32;
-/// Most panels of a task: what is widened at a time fits the second-level cache.
+/// Most panels of a task.
 const GROUP: usize = 8;
-/// Elements of a panel that is widened at a time.
-const WIDE_PANEL: usize = DEPTH * LINE;
+/// Panels that one row takes at a time: so many streams fill the memory's queues.
+const PANELS: usize = 4;
 
 /// `y[m][o] = sum over i of x[m][i] * w[o][i]`, for `x: [m, inputs]` and `y: [m, outputs]`.
 ///
@@ -37,22 +33,21 @@ pub fn matmul(pool: &ThreadPool, x: &[f32], w: &PackedMatrix, y: &mut [f32]) {
     let (inputs, outputs) = (w.inputs(), w.outputs());
     let rows = y.len().checked_div(outputs).unwrap_or(0);
     assert!(y.len() == rows * outputs && x.len() == rows * inputs, "the same number of rows");
-    let group = w.panels().div_ceil(4 * pool.threads()).next_multiple_of(2).min(GROUP);
+    let group = w.panels().div_ceil(4 * pool.threads()).next_multiple_of(PANELS).min(GROUP);
     let target = SendPtr(y.as_mut_ptr());
     pool.for_each(w.panels().div_ceil(group.max(1)), &|task| {
         let panels = task * group..((task + 1) * group).min(w.panels());
         let (first, end) = (panels.start, panels.end);
         let block = Block { x, rows, w, y: target.get(), first, end };
-        let widened = if rows < MANY_ROWS || w.dtype() == Dtype::F32 { 0 } else { end - first };
         // SAFETY: the pool's instructions exist. The block lies inside `x`, `w` and `y`, as their
         // sizes were checked, and no other task writes to its columns.
-        with_scratch(widened * WIDE_PANEL, |wide| unsafe {
+        unsafe {
             match w.dtype() {
-                Dtype::F32 => run(pool.isa(), Product::<F32>(block, wide, PhantomData)),
-                Dtype::Bf16 => run(pool.isa(), Product::<Bf16Pairs>(block, wide, PhantomData)),
-                Dtype::F16 => run(pool.isa(), Product::<F16>(block, wide, PhantomData)),
+                Dtype::F32 => run(pool.isa(), Product::<F32>(block, PhantomData)),
+                Dtype::Bf16 => run(pool.isa(), Product::<Bf16Pairs>(block, PhantomData)),
+                Dtype::F16 => run(pool.isa(), Product::<F16>(block, PhantomData)),
             }
-        });
+        }
     });
 }
 
@@ -67,8 +62,7 @@ struct Block<'a> {
     end: usize,
 }
 
-/// The product of a block; with memory for its widened panels, if there are many rows.
-struct Product<'a, E>(Block<'a>, &'a mut [f32], PhantomData<E>);
+struct Product<'a, E>(Block<'a>, PhantomData<E>);
 
 impl<E: Element> Kernel for Product<'_, E> {
     #[inline(always)]
@@ -78,10 +72,8 @@ impl<E: Element> Kernel for Product<'_, E> {
         unsafe {
             if block.rows <= FEW_ROWS {
                 block.few_rows::<V, E>();
-            } else if self.1.is_empty() {
-                block.some_rows::<V, E>();
             } else {
-                block.many_rows::<V, E>(self.1);
+                block.many_rows::<V, E>();
             }
         }
     }
@@ -110,7 +102,7 @@ impl Block<'_> {
         unsafe {
             match self.rows {
                 0 => {}
-                1 => self.whole::<V, E, 1, 4>(),
+                1 => self.whole::<V, E, 1, PANELS>(),
                 2 => self.whole::<V, E, 2, 2>(),
                 3 => self.whole::<V, E, 3, 2>(),
                 _ => self.whole::<V, E, 4, 2>(),
@@ -139,7 +131,7 @@ impl Block<'_> {
     }
 
     #[inline(always)]
-    unsafe fn some_rows<V: F32x16, E: Element>(&self) {
+    unsafe fn many_rows<V: F32x16, E: Element>(&self) {
         let mut left = [0.0; MAX_ROWS * ROW_STRIDE];
         for input in (0..self.w.inputs()).step_by(DEPTH) {
             let depth = DEPTH.min(self.w.inputs() - input);
@@ -157,54 +149,12 @@ impl Block<'_> {
         }
     }
 
-    #[inline(always)]
-    unsafe fn many_rows<V: F32x16, E: Element>(&self, wide: &mut [f32]) {
-        let mut left = [0.0; MAX_ROWS * ROW_STRIDE];
-        for input in (0..self.w.inputs()).step_by(DEPTH) {
-            let depth = DEPTH.min(self.w.inputs() - input);
-            for (panel, wide) in (self.first..self.end).zip(wide.chunks_exact_mut(WIDE_PANEL)) {
-                // SAFETY: the panel exists, and `wide` holds `DEPTH` lines.
-                unsafe { widen::<V, E>(self.right(panel, input), depth, wide) };
-            }
-            for_tiles::<V>(self.rows, |row, count| {
-                self.copy_left(row, count, input, depth, &mut left);
-                for (panel, wide) in (self.first..self.end).zip(wide.chunks_exact(WIDE_PANEL)) {
-                    let right = Right { start: wide.as_ptr().cast(), line: LINE * 4, panel: 0 };
-                    // SAFETY: rows and panels exist, and `left` and `wide` hold their parts.
-                    unsafe {
-                        let sums = self.sums(row, panel, input == 0);
-                        V::call(RowsTile::<F32, false>::new(
-                            count,
-                            left.as_ptr(),
-                            right,
-                            depth,
-                            sums,
-                        ));
-                    }
-                }
-            });
-        }
-    }
-
     /// Copies inputs `input..input + depth` of `count` rows to `left`.
     #[inline(always)]
     fn copy_left(&self, row: usize, count: usize, input: usize, depth: usize, left: &mut [f32]) {
         for (m, left) in left.chunks_exact_mut(ROW_STRIDE).take(count).enumerate() {
             let start = (row + m) * self.w.inputs() + input;
             left[..depth].copy_from_slice(&self.x[start..start + depth]);
-        }
-    }
-}
-
-/// Copies `depth` lines to `wide`, in single precision.
-#[inline(always)]
-unsafe fn widen<V: F32x16, E: Element>(right: Right, depth: usize, wide: &mut [f32]) {
-    for (k, wide) in wide.chunks_exact_mut(LINE).take(depth).enumerate() {
-        // SAFETY: the line exists, and `wide` is one.
-        unsafe {
-            let [a, b] = E::load_line::<V>(right.start.add(k * right.line));
-            a.store(wide.as_mut_ptr());
-            b.store(wide.as_mut_ptr().add(LINE / 2));
         }
     }
 }

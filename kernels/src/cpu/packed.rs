@@ -21,7 +21,7 @@ impl PackedMatrix {
     /// Packs a matrix that comes as row-major little-endian pieces, stacked by rows.
     ///
     /// # Panics
-    /// If the pieces are not whole rows of `inputs` elements, `outputs` in all.
+    /// If the pieces are not whole rows of `inputs > 0` elements, `outputs` in all.
     #[must_use]
     pub fn pack(
         pool: &ThreadPool,
@@ -31,9 +31,10 @@ impl PackedMatrix {
         pieces: &[&[u8]],
     ) -> Self {
         let row_bytes = inputs * dtype.bytes();
-        let rows: usize = pieces.iter().map(|p| p.len().checked_div(row_bytes).unwrap_or(0)).sum();
+        assert!(inputs > 0, "a matrix has inputs");
+        let rows: usize = pieces.iter().map(|p| p.len() / row_bytes).sum();
         assert!(
-            rows == outputs && pieces.iter().all(|p| p.len() == p.len() / row_bytes * row_bytes),
+            rows == outputs && pieces.iter().all(|p| p.len().is_multiple_of(row_bytes)),
             "{outputs} rows of {inputs} elements in whole rows"
         );
         let panel_bytes = LINE * row_bytes;
