@@ -101,7 +101,7 @@ pub struct ModelConfig {
 }
 
 /// Keys that change the computation in other architectures, with the value that means "not here".
-fn neutral_keys() -> [(&'static str, Value); 12] {
+fn neutral_keys() -> [(&'static str, Value); 13] {
     [
         ("attn_logit_softcapping", Value::Null),
         ("final_logit_softcapping", Value::Null),
@@ -114,6 +114,7 @@ fn neutral_keys() -> [(&'static str, Value); 12] {
         ("is_encoder_decoder", json!(false)),
         ("use_bidirectional_attention", json!(false)),
         ("no_rope_layers", Value::Null),
+        ("rope_interleaved", json!(false)),
         ("qk_layernorm", json!(false)),
     ]
 }

@@ -10,9 +10,11 @@ use std::path::Path;
 use baton_engine::model::{LoadError, LoadFormat, LoadOptions, LoadProgress, Model};
 use baton_engine::{Forward, Wanted};
 use baton_proto::geometry::KvDtype;
+use half::bf16;
+use safetensors::Dtype;
 use serde_json::json;
 
-use common::tiny::{PLAIN, Shape, Tensors, checkpoint, write_config, write_tensors};
+use common::tiny::{PLAIN, Shape, Tensors, checkpoint, write_config, write_tensors, write_typed};
 use common::{Part, Runner, bits, golden, load};
 
 const SINGLE: &str = "model.safetensors";
@@ -103,6 +105,36 @@ fn wrong_tensors_are_named() {
         with(&|t| drop(t.insert(bias.0.clone(), bias.1.clone()))),
         "model.safetensors: tensor model.layers.0.self_attn.q_proj.bias is not part of this model"
     );
+}
+
+#[test]
+fn a_type_that_is_no_float_of_ours_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    write_config(dir.path(), &PLAIN.config());
+    let double = |name: &str| if name == "model.norm.weight" { Dtype::F64 } else { Dtype::F32 };
+    write_typed(&dir.path().join(SINGLE), &PLAIN.tensors(1), double);
+    assert_eq!(
+        refusal(dir.path()),
+        "model.safetensors: tensor model.norm.weight is F64; expected F32, BF16 or F16"
+    );
+}
+
+#[test]
+fn tensors_may_differ_in_precision() {
+    let mut tensors = PLAIN.tensors(1);
+    for value in tensors.values_mut().flat_map(|(_, values)| values) {
+        *value = bf16::from_f32(*value).to_f32();
+    }
+    let plain = logits(checkpoint(&PLAIN, &tensors).path(), LoadFormat::Safetensors);
+    let dir = tempfile::tempdir().unwrap();
+    write_config(dir.path(), &PLAIN.config());
+    // Of the matrices that are stacked into one, only one; and all of the MLP.
+    let mixed = |name: &str| match name {
+        name if name.contains("k_proj") || name.contains("mlp") => Dtype::BF16,
+        _ => Dtype::F32,
+    };
+    write_typed(&dir.path().join(SINGLE), &tensors, mixed);
+    assert!(bits(&logits(dir.path(), LoadFormat::Safetensors)) == bits(&plain));
 }
 
 #[test]

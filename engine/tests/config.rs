@@ -176,6 +176,45 @@ fn a_long_value_is_cut() {
     assert!(text.len() < 250 && !text.contains('\n'), "{text}");
 }
 
+/// The keys that count, as on the hub.
+#[test]
+fn published_models_are_served() {
+    let llama = json!({
+        "architectures": ["LlamaForCausalLM"], "attention_bias": false, "bos_token_id": 128000,
+        "eos_token_id": [128001, 128008, 128009], "hidden_act": "silu", "hidden_size": 2048,
+        "intermediate_size": 8192, "max_position_embeddings": 131072, "mlp_bias": false,
+        "model_type": "llama", "num_attention_heads": 32, "num_hidden_layers": 16,
+        "num_key_value_heads": 8, "pretraining_tp": 1, "rms_norm_eps": 1e-5, "head_dim": 64,
+        "rope_scaling": {"factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
+            "original_max_position_embeddings": 8192, "rope_type": "llama3"},
+        "rope_theta": 500000.0, "tie_word_embeddings": true, "torch_dtype": "bfloat16",
+        "use_cache": true, "vocab_size": 128256
+    });
+    let qwen = json!({
+        "architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 151643,
+        "eos_token_id": 151645, "hidden_act": "silu", "hidden_size": 3584,
+        "intermediate_size": 18944, "max_position_embeddings": 32768, "max_window_layers": 28,
+        "model_type": "qwen2", "num_attention_heads": 28, "num_hidden_layers": 28,
+        "num_key_value_heads": 4, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0,
+        "sliding_window": 131072, "tie_word_embeddings": false, "torch_dtype": "bfloat16",
+        "use_cache": true, "use_sliding_window": false, "vocab_size": 152064
+    });
+    let mistral = json!({
+        "architectures": ["MistralForCausalLM"], "bos_token_id": 1, "eos_token_id": 2,
+        "hidden_act": "silu", "hidden_size": 5120, "intermediate_size": 14336, "head_dim": 128,
+        "max_position_embeddings": 131072, "model_type": "mistral", "num_attention_heads": 32,
+        "num_hidden_layers": 40, "num_key_value_heads": 8, "rms_norm_eps": 1e-5,
+        "rope_theta": 1000000.0, "sliding_window": null, "tie_word_embeddings": false,
+        "torch_dtype": "bfloat16", "use_cache": true, "vocab_size": 131072
+    });
+    for config in [llama, qwen, mistral] {
+        let c = parse(&config);
+        assert!(c.windows.iter().all(Option::is_none));
+        assert_eq!(c.windows.len() as u64, config["num_hidden_layers"].as_u64().unwrap());
+        assert_eq!(c.rope.frequencies.len() * 2, c.head_dim);
+    }
+}
+
 #[test]
 fn families_differ_in_biases_and_norms() {
     let facts = |config: Value| {

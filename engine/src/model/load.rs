@@ -103,17 +103,12 @@ impl Model {
             .ok_or(LoadError::Io { file: CONFIG, source: ErrorKind::NotFound.into() })?;
         let config = ModelConfig::parse(&json(CONFIG, &text)?)
             .map_err(|source| LoadError::Config { file: CONFIG, source })?;
-        let most = config.max_positions;
-        let max_model_len = options.max_model_len.unwrap_or(most);
-        if !(1..=most).contains(&max_model_len) {
-            return Err(LoadError::BadLength { asked: max_model_len, most });
-        }
+        let max_model_len = max_model_len(options.max_model_len, &config)?;
         let eos_token_ids = eos_token_ids(options.dir, &config)?;
         let weights = match options.format {
             LoadFormat::Safetensors => Weights::open(options.dir, &config)?,
             LoadFormat::Dummy { seed } => Weights::dummy(&config, seed),
         };
-        let revision = revision(&text, &weights);
         let pool = ThreadPool::new(options.threads);
         let mut loader = Loader {
             total_bytes: weights.total_bytes(&config),
@@ -125,23 +120,26 @@ impl Model {
         let table = loader.matrix(&["model.embed_tokens.weight".to_owned()], config.hidden);
         let kv_dtype = options.kv_dtype.unwrap_or(kv_dtype(table.dtype()));
         let layers = (0..config.layers()).map(|i| Layer::load(&mut loader, i, &config)).collect();
+        let norm = loader.vector("model.norm.weight");
         let (embedding, head) = if config.tied {
             (None, table)
         } else {
             (Some(table), loader.matrix(&["lm_head.weight".to_owned()], config.hidden))
         };
+        let revision = revision(&text, &weights);
+        let scratch = Scratch::default();
         Ok(Self {
-            embedding,
-            head,
-            layers,
-            norm: loader.vector("model.norm.weight"),
+            config,
             max_model_len,
             kv_dtype,
             revision,
             eos_token_ids,
-            scratch: Scratch::default(),
-            config,
             pool,
+            embedding,
+            layers,
+            norm,
+            head,
+            scratch,
         })
     }
 }
@@ -155,33 +153,34 @@ pub(super) struct Loader<'a> {
     on_progress: &'a mut dyn FnMut(LoadProgress),
 }
 
-impl<'a> Loader<'a> {
-    fn tensor(&mut self, name: &str) -> Tensor<'a> {
-        let tensor = self.weights.tensor(self.pool, name);
-        self.done_bytes += tensor.bytes.len();
-        (self.on_progress)(LoadProgress {
-            done_bytes: self.done_bytes,
-            total_bytes: self.total_bytes,
-        });
-        tensor
-    }
-
+impl Loader<'_> {
     /// A tensor in single precision.
     pub(super) fn vector(&mut self, name: &str) -> Vec<f32> {
-        self.tensor(name).to_f32()
+        let tensor = self.weights.tensor(self.pool, name);
+        self.advance(tensor.bytes.len());
+        tensor.to_f32()
     }
 
     /// The matrices `names` of `inputs` columns, stacked.
     pub(super) fn matrix(&mut self, names: &[String], inputs: usize) -> PackedMatrix {
-        let mut parts: Vec<_> = names.iter().map(|name| self.tensor(name)).collect();
-        let dtype = parts[0].dtype;
-        if parts.iter().any(|part| part.dtype != dtype) {
+        let tensor = |name: &String| self.weights.tensor(self.pool, name);
+        let mut parts: Vec<_> = names.iter().map(tensor).collect();
+        let read_bytes = parts.iter().map(|part| part.bytes.len()).sum();
+        if parts.iter().any(|part| part.dtype != parts[0].dtype) {
             parts = parts.iter().map(Tensor::widened).collect();
         }
         let dtype = parts[0].dtype;
         let bytes: Vec<&[u8]> = parts.iter().map(|part| &part.bytes[..]).collect();
         let outputs = bytes.iter().map(|b| b.len()).sum::<usize>() / (inputs * dtype.bytes());
-        PackedMatrix::pack(self.pool, outputs, inputs, dtype, &bytes)
+        let packed = PackedMatrix::pack(self.pool, outputs, inputs, dtype, &bytes);
+        self.advance(read_bytes);
+        packed
+    }
+
+    fn advance(&mut self, bytes: usize) {
+        self.done_bytes += bytes;
+        let Self { done_bytes, total_bytes, .. } = *self;
+        (self.on_progress)(LoadProgress { done_bytes, total_bytes });
     }
 
     /// The linear maps `names` of one input, stacked.
@@ -191,6 +190,12 @@ impl<'a> Loader<'a> {
         let bias = bias.then(|| of("bias").iter().flat_map(|name| self.vector(name)).collect());
         Linear { matrix, bias }
     }
+}
+
+fn max_model_len(asked: Option<usize>, config: &ModelConfig) -> Result<usize, LoadError> {
+    let most = config.max_positions;
+    let asked = asked.unwrap_or(most);
+    if (1..=most).contains(&asked) { Ok(asked) } else { Err(LoadError::BadLength { asked, most }) }
 }
 
 fn kv_dtype(weights: Dtype) -> KvDtype {

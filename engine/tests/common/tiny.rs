@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use half::bf16;
 use safetensors::{Dtype, tensor::TensorView};
 use serde_json::{Value, json};
 
@@ -106,12 +107,22 @@ pub fn write_config(dir: &Path, config: &Value) {
 
 /// Writes one safetensors file in single precision.
 pub fn write_tensors(path: &Path, tensors: &Tensors) {
-    let bytes: BTreeMap<_, Vec<u8>> = tensors
-        .iter()
-        .map(|(name, (_, values))| (name, values.iter().flat_map(|x| x.to_le_bytes()).collect()))
-        .collect();
+    write_typed(path, tensors, |_| Dtype::F32);
+}
+
+/// Writes one safetensors file, each tensor in its own type: F32, BF16 or F64.
+pub fn write_typed(path: &Path, tensors: &Tensors, dtype: impl Fn(&str) -> Dtype) {
+    let encode = |name: &str, values: &[f32]| -> Vec<u8> {
+        match dtype(name) {
+            Dtype::F32 => values.iter().flat_map(|x| x.to_le_bytes()).collect(),
+            Dtype::BF16 => values.iter().flat_map(|x| bf16::from_f32(*x).to_le_bytes()).collect(),
+            _ => values.iter().flat_map(|x| f64::from(*x).to_le_bytes()).collect(),
+        }
+    };
+    let bytes: BTreeMap<_, Vec<u8>> =
+        tensors.iter().map(|(name, (_, values))| (name, encode(name, values))).collect();
     let views = tensors.iter().map(|(name, (shape, _))| {
-        (name, TensorView::new(Dtype::F32, shape.clone(), &bytes[name]).unwrap())
+        (name, TensorView::new(dtype(name), shape.clone(), &bytes[name]).unwrap())
     });
     safetensors::serialize_to_file(views, None, path).unwrap();
 }
