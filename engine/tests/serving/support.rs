@@ -67,7 +67,7 @@ impl Node {
         let (permits, gate) = channel();
         let gate = Mutex::new(gate);
         let wait = move |_: &[baton_engine::Chunk<'_>]| {
-            let _ = gate.lock().unwrap().recv();
+            let _ = gate.lock().expect("one thread waits here").recv();
         };
         (permits, Self::with(config, model().on_step(Box::new(wait))))
     }
@@ -79,7 +79,8 @@ impl Node {
     }
 
     pub(crate) fn submit(&self, job: &Job, kind: Kind) {
-        self.engine.submit(Submission { job: job.clone(), kind }).unwrap();
+        let submitted = self.engine.submit(Submission { job: job.clone(), kind });
+        submitted.expect("the engine takes the job");
     }
 
     pub(crate) fn next(&self) -> EngineEvent {
