@@ -1,4 +1,4 @@
-//! Speed of attention, and of handing an operation to the thread pool:
+//! Speed of attention, and what an operation of the thread pool costs by itself:
 //! `cargo run --release -p baton-kernels --example attention_bench -- [threads]`.
 //! The shape is that of Qwen3-0.6B: 16 heads, 8 key/value heads of 128 elements.
 #![expect(unsafe_code, reason = "the cache is shared memory")]
@@ -21,7 +21,7 @@ fn main() {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let threads = std::env::args().nth(1).and_then(|a| a.parse().ok()).unwrap_or(cores);
     let pool = ThreadPool::new(threads);
-    println!("{threads} threads; handing over takes {:.2} us", best(|| hand_over(&pool)) * 1e6);
+    println!("{threads} threads; an empty operation takes {:.2} us", best(|| empty(&pool)) * 1e6);
     println!("type  batch  chunk  context  GFLOP/s   GB/s of keys and values");
     for dtype in [Dtype::Bf16, Dtype::F16, Dtype::F32] {
         for (batch, chunk, context) in
@@ -41,7 +41,7 @@ fn main() {
     }
 }
 
-fn hand_over(pool: &ThreadPool) {
+fn empty(pool: &ThreadPool) {
     pool.for_each(pool.threads(), &|i| {
         black_box(i);
     });
