@@ -121,43 +121,43 @@ async fn a_cancel_in_any_phase_frees_both_nodes() {
         cancel(&prefill, &decode, job.id).await;
         pair.idle().await;
     }
-    // Only one end is told: the other fails, and says that another node may do better.
-    let job = job(id(90), 90, 800, 100);
-    hand_over(&prefill, &decode, &job).await;
-    started(&mut decode, job.id).await;
-    prefill.command(Command::Cancel(job.id)).await;
-    match decode.next().await {
-        NodeEvent::Failed { id, retry, .. } => assert_eq!((id, retry), (job.id, Retry::OtherNode)),
-        other => panic!("unexpected {other:?}"),
-    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_prefill_node_whose_peer_has_given_up_says_that_another_may_do_better() {
+    let mut pair = Pair::start().await;
+    let (mut prefill, decode) = pair.streams().await;
+    let job = job(id(1), 1, 200, 100);
+    let from = Some(peer(&prefill, "prefill-0"));
+    decode.command(Command::Decode { job: job.clone(), prefill: from }).await;
+    pair.decode.expects(1).await;
+    decode.command(Command::Cancel(job.id)).await;
+    pair.decode.idle().await;
+    let to = peer(&decode, "decode-0");
+    prefill.command(Command::Prefill { job: job.clone(), decode: to }).await;
+    let (retry, _) = prefill.failure(job.id).await;
+    assert_eq!(retry, Retry::OtherNode);
     pair.idle().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_transfer_that_fails_frees_both_nodes_and_says_so_once() {
+async fn a_transfer_that_fails_says_so_once_and_frees_everything() {
     let mut pair = Pair::start().await;
     let (mut prefill, mut decode) = pair.streams().await;
     let job = job(id(1), 1, 40, 10);
-    // The decode node expects an earlier life of the prefill node.
-    let mut old = peer(&prefill, "prefill-0");
-    old.epoch = Epoch(6);
-    decode.command(Command::Decode { job: job.clone(), prefill: Some(old) }).await;
-    let to = peer(&decode, "decode-0");
+    // The prefill node is to find an earlier life of the decode node.
+    let mut to = peer(&decode, "decode-0");
+    to.epoch = Epoch(6);
     prefill.command(Command::Prefill { job: job.clone(), decode: to }).await;
-    for node in [&mut prefill, &mut decode] {
-        let mut failed = 0;
-        // The prefill node may have computed the prompt before it hears of it.
-        while failed == 0 {
-            match node.next().await {
-                NodeEvent::Failed { id, retry, .. } => {
-                    assert_eq!((id, retry), (job.id, Retry::OtherNode));
-                    failed += 1;
-                }
-                NodeEvent::Started { .. } | NodeEvent::Tokens(_) => {}
-                other => panic!("unexpected {other:?}"),
-            }
-        }
-    }
+    let from = Some(peer(&prefill, "prefill-0"));
+    decode.command(Command::Decode { job: job.clone(), prefill: from }).await;
+    let (retry, reason) = prefill.failure(job.id).await;
+    assert_eq!(retry, Retry::OtherNode);
+    assert!(reason.contains("epoch 7, not 6"), "{reason}");
+    pair.prefill.idle().await;
+    // The decode node still waits for an offer; a coordinator ends that.
+    pair.decode.expects(1).await;
+    decode.command(Command::Cancel(job.id)).await;
     pair.idle().await;
     // `idle` panics if either says it again.
     prefill.idle().await;

@@ -1,15 +1,15 @@
 //! Where a node's inputs meet: what coordinators command, what the engine and the transfers
 //! report. One task owns it, so that nothing here needs a lock.
 //!
-//! The hub knows which coordinator owns which job. It checks commands before a role sees them,
-//! turns a lost coordinator into the cancellation of its jobs, and tells every coordinator what
-//! the prefix cache holds.
+//! The hub knows which coordinator owns which job. It drops commands that are void, turns a lost
+//! coordinator into the cancellation of its jobs, and tells every coordinator what the prefix cache
+//! holds.
 
 use std::collections::HashMap;
 
 use baton_engine::{Engine, EngineEvent};
 use baton_proto::ids::TransferId;
-use baton_proto::message::{Command, Hello, Job, NodeEvent, Peer, Retry, TokenEvent};
+use baton_proto::message::{Command, Job, NodeEvent, Peer, Retry, TokenEvent};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::streams::{StreamId, Streams};
@@ -56,7 +56,7 @@ pub enum Input<J, T> {
     Begin {
         /// Who asks.
         stream: StreamId,
-        /// The job; its token ids and parameters fit the model.
+        /// The job; whether it fits the model is for the engine to say.
         job: Box<Job>,
         /// What is to be done.
         kind: JobKind,
@@ -112,7 +112,6 @@ pub struct Hub<J, T> {
     /// Jobs whose coordinator is lost, still to be cancelled.
     orphans: Vec<TransferId>,
     engine: Engine,
-    hello: Hello,
     draining: watch::Sender<bool>,
 }
 
@@ -126,11 +125,10 @@ impl<J, T> Hub<J, T> {
     pub fn new(
         events: mpsc::Receiver<Event<T>>,
         engine: Engine,
-        hello: Hello,
         draining: watch::Sender<bool>,
     ) -> Self {
         let (streams, jobs, orphans) = (Streams::default(), HashMap::new(), Vec::new());
-        Self { events, streams, jobs, orphans, engine, hello, draining }
+        Self { events, streams, jobs, orphans, engine, draining }
     }
 
     /// The next input; `None` when the node has drained.
@@ -199,25 +197,11 @@ impl<J, T> Hub<J, T> {
             tracing::warn!(id = %job.id, "ignoring a second command for a running attempt");
             return None;
         }
-        match self.check(&job) {
-            Ok(()) => Some(Input::Begin { stream, job: Box::new(job), kind }),
-            Err(refusal) => {
-                self.refuse(stream, job.id, refusal);
-                None
-            }
-        }
-    }
-
-    fn check(&self, job: &Job) -> Result<(), Refusal> {
         if *self.draining.borrow() {
-            return Err(Refusal::new("the node is draining", Retry::OtherNode));
+            self.refuse(stream, job.id, Refusal::new("the node is draining", Retry::OtherNode));
+            return None;
         }
-        let vocab_size = self.hello.vocab_size;
-        if let Some(token) = job.tokens.iter().find(|token| **token >= vocab_size) {
-            let reason = format!("token id {token} is outside the vocabulary of {vocab_size}");
-            return Err(Refusal::new(reason, Retry::Never));
-        }
-        job.sampling.check(vocab_size).map_err(|error| Refusal::new(error, Retry::Never))
+        Some(Input::Begin { stream, job: Box::new(job), kind })
     }
 
     /// The job of `stream` runs; `job` is what the role keeps of it.

@@ -67,7 +67,7 @@ impl<J, T: Send + 'static> Node<J, T> {
         );
         let hello = hello(&setup, &engine.info());
         let (draining, is_draining) = watch::channel(false);
-        let hub = Hub::new(received, engine.clone(), hello.clone(), draining);
+        let hub = Hub::new(received, engine.clone(), draining);
         let joiner = Arc::new(Joiner {
             identity: setup.identity,
             hello: hello.clone(),

@@ -11,7 +11,7 @@ use baton_node::hub::Event;
 use baton_node::node::{Node, Setup};
 use baton_proto::hash::CacheSalt;
 use baton_proto::ids::{Epoch, RequestId, Role, TransferId};
-use baton_proto::message::{Command, Hello, Job, NodeEvent, Peer, Report, TokenEvent};
+use baton_proto::message::{Command, Hello, Job, NodeEvent, Peer, Report, Retry, TokenEvent};
 use baton_proto::sampling::SamplingParams;
 use baton_proto::wire::node::join_server::{Join, JoinServer};
 use baton_proto::wire::node::{FromNode, ToNode, Welcome, to_node};
@@ -83,6 +83,17 @@ impl Joined {
         tokens
     }
 
+    /// Skips to the failure of `wanted`, which may have started or even have its first token.
+    pub(crate) async fn failure(&mut self, wanted: TransferId) -> (Retry, String) {
+        loop {
+            match self.next().await {
+                NodeEvent::Failed { id, reason, retry } if id == wanted => return (retry, reason),
+                NodeEvent::Started { .. } | NodeEvent::Tokens(_) => {}
+                other => panic!("unexpected {other:?}"),
+            }
+        }
+    }
+
     /// Skips to a report of a node that holds nothing for any job; asserts that none failed.
     pub(crate) async fn idle(&mut self) -> Report {
         loop {
@@ -134,6 +145,16 @@ pub(crate) struct TestNode<T> {
 }
 
 impl<T> TestNode<T> {
+    /// So many transfers are expected here.
+    pub(crate) async fn expects(&self, count: usize) {
+        let expects = async {
+            while self.endpoint.transfers() != (0, count) {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+        };
+        patiently("the blocks are reserved", expects).await;
+    }
+
     /// Neither the engine nor the endpoint holds anything for a job.
     pub(crate) async fn idle(&self) {
         let idle = async {
@@ -228,10 +249,8 @@ async fn serve(identity: &Identity, joined: mpsc::Sender<Joined>) -> SocketAddr 
 
 fn setup(role: Role, identity: Identity, coordinator: SocketAddr) -> Setup {
     let epoch = Epoch(7);
-    // Short waits, so that what must fail fails soon.
-    let timing = Timing { grant: Duration::from_millis(300), ..Timing::default() };
     let any = SocketAddr::from(([127, 0, 0, 1], 0));
-    let endpoint = Endpoint::bind(any, &identity, epoch, timing).expect("a port");
+    let endpoint = Endpoint::bind(any, &identity, epoch, Timing::default()).expect("a port");
     Setup {
         role,
         identity,
