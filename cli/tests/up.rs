@@ -10,11 +10,12 @@ const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Runs `baton up` with a coordinator that leaves its process id behind and then hangs.
 fn up(folder: &Path) -> Child {
-    std::fs::write(folder.join("config.json"), "{}").unwrap();
+    std::fs::write(folder.join("config.json"), "{}").expect("writable");
     let daemon = folder.join("baton-coordinator");
     let script = format!("#!/bin/sh\necho $$ >{}/pid\nexec sleep 1000\n", folder.display());
-    std::fs::write(&daemon, script).unwrap();
-    std::fs::set_permissions(&daemon, std::fs::Permissions::from_mode(0o755)).unwrap();
+    std::fs::write(&daemon, script).expect("writable");
+    std::fs::set_permissions(&daemon, std::fs::Permissions::from_mode(0o755))
+        .expect("its owner may");
     Command::new(env!("CARGO_BIN_EXE_baton"))
         .args(["up", "--quiet", "--model"])
         .arg(folder)
@@ -24,7 +25,7 @@ fn up(folder: &Path) -> Child {
         .arg(folder.join("state"))
         .stdout(Stdio::piped())
         .spawn()
-        .unwrap()
+        .expect("it was built with this test")
 }
 
 fn eventually<T>(what: &str, mut attempt: impl FnMut() -> Option<T>) -> T {
@@ -46,12 +47,12 @@ fn daemon_pid(folder: &Path) -> u32 {
 /// Gone, or dead and not yet waited for by whoever inherited it.
 fn has_ended(pid: u32) -> bool {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status"));
-    status.is_err() || status.unwrap().contains("State:\tZ")
+    status.map_or(true, |status| status.contains("State:\tZ"))
 }
 
 fn send(signal: &str, pid: u32) {
     let status = Command::new("sh").args(["-c", &format!("kill -{signal} {pid}")]).status();
-    assert!(status.unwrap().success());
+    assert!(status.expect("there is a shell").success());
 }
 
 #[test]
