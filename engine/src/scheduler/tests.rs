@@ -274,9 +274,14 @@ fn sequences_end_as_their_parameters_say() {
     let end = answer[2];
     let place = answer.iter().position(|token| *token == end).unwrap();
     type Change = Box<dyn Fn(&mut SamplingParams)>;
-    let cases: [(Change, usize, NodeFinish); 4] = [
+    let cases: [(Change, usize, NodeFinish); 5] = [
         (Box::new(move |p| p.eos_token_ids = vec![end]), place + 1, NodeFinish::EndOfSequence),
         (Box::new(move |p| p.stop_token_ids = vec![end]), place + 1, NodeFinish::StopToken(end)),
+        (
+            Box::new(move |p| (p.eos_token_ids, p.min_tokens) = (vec![end], 9)),
+            9,
+            NodeFinish::Length,
+        ),
         (Box::new(|p| p.max_tokens = 4), 4, NodeFinish::Length),
         (Box::new(|p| p.max_tokens = 100), 35, NodeFinish::Length),
     ];

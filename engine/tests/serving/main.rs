@@ -59,7 +59,9 @@ fn preempted_sequences_give_the_same_tokens() {
 
 #[test]
 fn a_sequence_goes_on_with_copied_blocks_as_if_computed_there() {
-    let (prefill, decode) = (Node::start(config()), Node::start(config()));
+    // Chunks that end within blocks.
+    let prefill = Node::start(EngineConfig { max_batch_tokens: 7, ..config() });
+    let decode = Node::start(config());
     // A partial, a full and a single last block; the last two find blocks at both ends.
     for (n, length, held) in [(1, 13, 0), (2, 16, 0), (3, 1, 0), (4, 40, 0)] {
         let job = job(n, prompt(n, length), 9);
