@@ -208,7 +208,7 @@ async fn read_control(shared: &Shared, link: &Link, mut stream: RecvStream) -> L
             return LinkError::Unexpected(frame.to_string());
         };
         // A frame about a transfer that has ended is late, and dropped.
-        let transfer = lock(&shared.outbound).get(&id).cloned();
+        let transfer = shared.outbound.get(&id).map(|transfer| transfer.clone());
         if let Some(transfer) = transfer {
             transfer.input(|sender, now| sender.handle_frame(now, link.id, frame));
         }

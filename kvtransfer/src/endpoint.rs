@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use baton_identity::Identity;
 use baton_proto::ids::{Epoch, NodeId, TransferId};
+use dashmap::DashMap;
 use tokio::runtime::Handle;
 use tokio::time::timeout;
 
@@ -78,7 +79,7 @@ impl Endpoint {
             last_link: AtomicU64::new(0),
             inbox: Mutex::new(Inbox::new(timing.begin)),
             inbound_links: Mutex::default(),
-            outbound: Mutex::default(),
+            outbound: DashMap::new(),
             dialers: Mutex::default(),
         });
         shared.runtime.spawn(accept::accept_links(shared.clone()));
@@ -104,8 +105,7 @@ impl Endpoint {
     /// Transfers under way: `(outgoing, incoming)`.
     #[must_use]
     pub fn transfers(&self) -> (usize, usize) {
-        let outgoing = lock(&self.shared.outbound).len();
-        (outgoing, lock(&self.shared.inbox).len())
+        (self.shared.outbound.len(), lock(&self.shared.inbox).len())
     }
 
     /// Cancels every transfer and closes every connection; returns when peers have been told, or
@@ -128,7 +128,8 @@ pub(crate) struct Shared {
     pub(crate) inbox: Mutex<Inbox<Arc<Inbound>, Arc<Link>>>,
     /// The one connection that each sender may have here.
     pub(crate) inbound_links: Mutex<HashMap<NodeId, Arc<Link>>>,
-    pub(crate) outbound: Mutex<HashMap<TransferId, Arc<Outbound>>>,
+    /// Looked up by every control frame of every link.
+    pub(crate) outbound: DashMap<TransferId, Arc<Outbound>>,
     /// The one connection to each receiver.
     pub(crate) dialers: Mutex<HashMap<NodeId, Arc<Dialer>>>,
 }
@@ -139,7 +140,7 @@ impl Shared {
     }
 
     fn stop(&self) {
-        let outbound: Vec<_> = lock(&self.outbound).values().cloned().collect();
+        let outbound: Vec<_> = self.outbound.iter().map(|transfer| transfer.clone()).collect();
         for transfer in outbound {
             transfer.input(|sender, _| sender.cancel());
         }

@@ -8,6 +8,7 @@ use baton_proto::geometry::KvGeometry;
 use baton_proto::hash::{BlockHash, ModelRoot};
 use baton_proto::ids::TransferId;
 use baton_proto::message::Peer;
+use dashmap::Entry;
 use tokio::sync::{Notify, watch};
 use tokio::time::sleep_until;
 
@@ -128,18 +129,18 @@ fn begin(
         deadline: Notify::new(),
         payload: Notify::new(),
     });
-    {
-        let mut outbound = lock(&shared.outbound);
-        if outbound.len() >= MAX_OUTGOING || outbound.contains_key(&id) {
-            return Err(SendError::Busy);
-        }
-        outbound.insert(id, transfer.clone());
+    if shared.outbound.len() >= MAX_OUTGOING {
+        return Err(SendError::Busy);
+    }
+    match shared.outbound.entry(id) {
+        Entry::Occupied(_) => return Err(SendError::Busy),
+        Entry::Vacant(place) => drop(place.insert(transfer.clone())),
     }
     let task = {
         let (shared, transfer, tell) = (shared.clone(), transfer.clone(), tell.clone());
         async move {
             let outcome = run(&shared, &transfer, &outgoing.peer, outgoing.source).await;
-            lock(&shared.outbound).remove(&id);
+            shared.outbound.remove(&id);
             tracing::debug!(transfer = %id, to = %outgoing.peer.node, ?outcome, "sent");
             tell.send_replace(Some(outcome));
         }

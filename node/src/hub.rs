@@ -112,7 +112,16 @@ pub struct Hub<J, T> {
     /// Jobs whose coordinator is lost, still to be cancelled.
     orphans: Vec<TransferId>,
     engine: Engine,
-    draining: watch::Sender<bool>,
+    news: watch::Sender<News>,
+}
+
+/// What sessions report without waiting for their interval.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct News {
+    /// The node takes nothing new.
+    pub draining: bool,
+    /// Jobs whose blocks have come back since the start.
+    pub ended: u64,
 }
 
 struct Owned<J> {
@@ -121,14 +130,14 @@ struct Owned<J> {
 }
 
 impl<J, T> Hub<J, T> {
-    /// A hub fed by `events`; `draining` tells the sessions' reports.
+    /// A hub fed by `events`; `news` tells the sessions when to report.
     pub fn new(
         events: mpsc::Receiver<Event<T>>,
         engine: Engine,
-        draining: watch::Sender<bool>,
+        news: watch::Sender<News>,
     ) -> Self {
         let (streams, jobs, orphans) = (Streams::default(), HashMap::new(), Vec::new());
-        Self { events, streams, jobs, orphans, engine, draining }
+        Self { events, streams, jobs, orphans, engine, news }
     }
 
     /// The next input; `None` when the node has drained.
@@ -139,7 +148,7 @@ impl<J, T> Hub<J, T> {
                     return Some(Input::Cancelled { id, job });
                 }
             }
-            if *self.draining.borrow() && self.jobs.is_empty() {
+            if self.news.borrow().draining && self.jobs.is_empty() {
                 return None;
             }
             let event = self.events.recv().await?;
@@ -165,10 +174,15 @@ impl<J, T> Hub<J, T> {
                 self.streams.cache_changed(&stored, &removed);
             }
             Event::Engine(EngineEvent::Snapshot(hashes)) => self.streams.snapshot(&hashes),
-            Event::Engine(event) => return Some(Input::Engine(event)),
+            Event::Engine(event) => {
+                if matches!(event, EngineEvent::Ended { .. } | EngineEvent::Failed { .. }) {
+                    self.news.send_modify(|news| news.ended += 1);
+                }
+                return Some(Input::Engine(event));
+            }
             Event::Transfer { id, outcome } => return Some(Input::Transfer { id, outcome }),
             Event::Drain => {
-                self.draining.send_replace(true);
+                self.news.send_modify(|news| news.draining = true);
             }
         }
         None
@@ -197,7 +211,7 @@ impl<J, T> Hub<J, T> {
             tracing::warn!(id = %job.id, "ignoring a second command for a running attempt");
             return None;
         }
-        if *self.draining.borrow() {
+        if self.news.borrow().draining {
             self.refuse(stream, job.id, Refusal::new("the node is draining", Retry::OtherNode));
             return None;
         }

@@ -18,7 +18,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::Streaming;
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint};
 
-use crate::hub::Event;
+use crate::hub::{Event, News};
 use crate::streams::{MAX_OUTBOX, StreamId};
 
 /// A coordinator that takes longer to answer a dial or a hello is dialled again.
@@ -33,6 +33,8 @@ const LEAST_PAUSE: Duration = Duration::from_millis(50);
 const MOST_PAUSE: Duration = Duration::from_secs(1);
 /// Largest message: a prompt of ten million tokens.
 const MAX_MESSAGE_BYTES: usize = 64 << 20;
+/// Blocks that come back within this time are one report.
+const LEAST_REPORT_PAUSE: Duration = Duration::from_millis(5);
 /// What a coordinator may choose as the pause between reports.
 const REPORT_INTERVAL: std::ops::RangeInclusive<Duration> =
     Duration::from_millis(10)..=Duration::from_secs(10);
@@ -47,8 +49,8 @@ pub struct Joiner<T> {
     pub engine: Engine,
     /// Where commands go.
     pub hub: mpsc::Sender<Event<T>>,
-    /// Whether it takes nothing new.
-    pub draining: watch::Receiver<bool>,
+    /// What is reported at once.
+    pub news: watch::Receiver<News>,
     /// Streams opened so far, to all coordinators.
     pub streams: AtomicU64,
 }
@@ -166,7 +168,7 @@ impl<T: Send + 'static> Joiner<T> {
         Err(SessionError::Closed)
     }
 
-    /// Reports the load every `interval`, and at once when draining begins.
+    /// Reports the load every `interval`, and at once when blocks come back or draining begins.
     async fn report(
         &self,
         interval: Duration,
@@ -174,14 +176,14 @@ impl<T: Send + 'static> Joiner<T> {
     ) -> Result<std::convert::Infallible, SessionError> {
         let mut ticks = tokio::time::interval(interval);
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        let mut draining = self.draining.clone();
+        let mut news = self.news.clone();
         loop {
             tokio::select! {
                 _ = ticks.tick() => {}
-                Ok(()) = draining.changed() => {}
+                Ok(()) = news.changed() => tokio::time::sleep(LEAST_REPORT_PAUSE).await,
             }
             let mut report = self.engine.report();
-            report.draining |= *draining.borrow();
+            report.draining |= news.borrow_and_update().draining;
             outbox.try_send(NodeEvent::Report(report)).map_err(|_| SessionError::Slow)?;
         }
     }

@@ -12,7 +12,7 @@ use baton_proto::ids::{Epoch, Role};
 use baton_proto::message::Hello;
 use tokio::sync::{mpsc, watch};
 
-use crate::hub::{Event, Hub, MAX_EVENTS};
+use crate::hub::{Event, Hub, MAX_EVENTS, News};
 use crate::join::Joiner;
 
 /// How long leaving may take, a second to carry what is queued included.
@@ -66,14 +66,14 @@ impl<J, T: Send + 'static> Node<J, T> {
             Box::new(move |event| drop(sink.blocking_send(Event::Engine(event)))),
         );
         let hello = hello(&setup, &engine.info());
-        let (draining, is_draining) = watch::channel(false);
-        let hub = Hub::new(received, engine.clone(), draining);
+        let (news, reported) = watch::channel(News::default());
+        let hub = Hub::new(received, engine.clone(), news);
         let joiner = Arc::new(Joiner {
             identity: setup.identity,
             hello: hello.clone(),
             engine: engine.clone(),
             hub: events.clone(),
-            draining: is_draining,
+            news: reported,
             streams: AtomicU64::new(0),
         });
         let mut sessions = tokio::task::JoinSet::new();

@@ -30,9 +30,7 @@ fn required<T>(value: Option<T>, field: &str) -> Result<T, InvalidMessage> {
 
 fn bytes16(bytes: &[u8], field: &str) -> Result<[u8; 16], InvalidMessage> {
     let length = bytes.len();
-    bytes
-        .try_into()
-        .map_err(|_| InvalidMessage(format!("{field} has {length} bytes, not 16")))
+    bytes.try_into().map_err(|_| InvalidMessage(format!("{field} has {length} bytes, not 16")))
 }
 
 fn duration_ms(ms: f64, field: &str) -> Result<Duration, InvalidMessage> {
@@ -60,29 +58,19 @@ fn hash_bytes(hashes: &[BlockHash]) -> Vec<u8> {
 
 impl From<TransferId> for wire::TransferId {
     fn from(id: TransferId) -> Self {
-        Self {
-            request: id.request.0.to_be_bytes().to_vec(),
-            attempt: id.attempt,
-        }
+        Self { request: id.request.0.to_be_bytes().to_vec(), attempt: id.attempt }
     }
 }
 
 fn transfer_id(id: Option<wire::TransferId>) -> Result<TransferId, InvalidMessage> {
     let id = required(id, "id")?;
     let request = RequestId(u128::from_be_bytes(bytes16(&id.request, "id.request")?));
-    Ok(TransferId {
-        request,
-        attempt: id.attempt,
-    })
+    Ok(TransferId { request, attempt: id.attempt })
 }
 
 impl From<Peer> for wire::Peer {
     fn from(peer: Peer) -> Self {
-        Self {
-            node: peer.node.to_string(),
-            epoch: peer.epoch.0,
-            kv_address: peer.kv_address,
-        }
+        Self { node: peer.node.to_string(), epoch: peer.epoch.0, kv_address: peer.kv_address }
     }
 }
 
@@ -90,15 +78,9 @@ impl TryFrom<wire::Peer> for Peer {
     type Error = InvalidMessage;
 
     fn try_from(peer: wire::Peer) -> Result<Self, InvalidMessage> {
-        let node: NodeId = peer
-            .node
-            .parse()
-            .map_err(|e| InvalidMessage(format!("peer.node: {e}")))?;
-        Ok(Self {
-            node,
-            epoch: Epoch(peer.epoch),
-            kv_address: peer.kv_address,
-        })
+        let node: NodeId =
+            peer.node.parse().map_err(|e| InvalidMessage(format!("peer.node: {e}")))?;
+        Ok(Self { node, epoch: Epoch(peer.epoch), kv_address: peer.kv_address })
     }
 }
 
@@ -192,18 +174,14 @@ impl TryFrom<wire::Sampling> for SamplingParams {
             prompt_logprobs: p.prompt_logprobs,
         };
         // The node compares token ids with its own vocabulary.
-        params
-            .check(u32::MAX)
-            .map_err(|e| InvalidMessage(e.to_string()))?;
+        params.check(u32::MAX).map_err(|e| InvalidMessage(e.to_string()))?;
         Ok(params)
     }
 }
 
 impl From<Job> for wire::Job {
     fn from(job: Job) -> Self {
-        let deadline = job
-            .deadline
-            .map_or(0, |d| d.as_millis().clamp(1, u32::MAX.into()));
+        let deadline = job.deadline.map_or(0, |d| d.as_millis().clamp(1, u32::MAX.into()));
         Self {
             id: Some(job.id.into()),
             tokens: job.tokens,
@@ -244,22 +222,17 @@ impl TryFrom<wire::Job> for Job {
 impl From<Command> for wire::ToNode {
     fn from(command: Command) -> Self {
         let message = match command {
-            Command::Prefill { job, decode } => Down::Prefill(wire::Prefill {
-                job: Some(job.into()),
-                decode: Some(decode.into()),
-            }),
+            Command::Prefill { job, decode } => {
+                Down::Prefill(wire::Prefill { job: Some(job.into()), decode: Some(decode.into()) })
+            }
             Command::Decode { job, prefill } => Down::Decode(wire::Decode {
                 job: Some(job.into()),
                 prefill: prefill.map(Into::into),
             }),
-            Command::Cancel(id) => Down::Cancel(wire::Cancel {
-                id: Some(id.into()),
-            }),
+            Command::Cancel(id) => Down::Cancel(wire::Cancel { id: Some(id.into()) }),
             Command::SendSnapshot => Down::SendSnapshot(wire::SendSnapshot {}),
         };
-        Self {
-            message: Some(message),
-        }
+        Self { message: Some(message) }
     }
 }
 
@@ -300,9 +273,7 @@ impl From<Hello> for wire::FromNode {
             kv_address: hello.kv_address,
             transports: hello.transports,
         };
-        Self {
-            message: Some(Up::Hello(hello)),
-        }
+        Self { message: Some(Up::Hello(hello)) }
     }
 }
 
@@ -315,13 +286,9 @@ impl TryFrom<wire::FromNode> for Hello {
         };
         if hello.protocol != PROTOCOL {
             let theirs = hello.protocol;
-            return invalid(format!(
-                "the node speaks protocol {theirs}, this one {PROTOCOL}"
-            ));
+            return invalid(format!("the node speaks protocol {theirs}, this one {PROTOCOL}"));
         }
-        let role = [Role::Prefill, Role::Decode]
-            .into_iter()
-            .find(|r| r.as_str() == hello.role);
+        let role = [Role::Prefill, Role::Decode].into_iter().find(|r| r.as_str() == hello.role);
         if hello.model.is_empty() || hello.model.len() > 256 || hello.transports.len() > 8 {
             return invalid("hello.model must have 1 to 256 bytes, hello.transports at most 8");
         }
@@ -346,38 +313,22 @@ impl TryFrom<wire::FromNode> for Hello {
 impl From<Logprobs> for wire::Logprobs {
     fn from(l: Logprobs) -> Self {
         let (top_tokens, top_logprobs) = l.top.into_iter().unzip();
-        Self {
-            logprob: l.logprob,
-            top_tokens,
-            top_logprobs,
-        }
+        Self { logprob: l.logprob, top_tokens, top_logprobs }
     }
 }
 
 impl From<wire::Logprobs> for Logprobs {
     fn from(l: wire::Logprobs) -> Self {
-        Self {
-            logprob: l.logprob,
-            top: l.top_tokens.into_iter().zip(l.top_logprobs).collect(),
-        }
+        Self { logprob: l.logprob, top: l.top_tokens.into_iter().zip(l.top_logprobs).collect() }
     }
 }
 
 impl From<NodeFinish> for wire::Finish {
     fn from(finish: NodeFinish) -> Self {
         match finish {
-            NodeFinish::EndOfSequence => Self {
-                length: false,
-                stop_token: None,
-            },
-            NodeFinish::StopToken(token) => Self {
-                length: false,
-                stop_token: Some(token),
-            },
-            NodeFinish::Length => Self {
-                length: true,
-                stop_token: None,
-            },
+            NodeFinish::EndOfSequence => Self { length: false, stop_token: None },
+            NodeFinish::StopToken(token) => Self { length: false, stop_token: Some(token) },
+            NodeFinish::Length => Self { length: true, stop_token: None },
         }
     }
 }
@@ -386,10 +337,7 @@ impl From<wire::Finish> for NodeFinish {
     fn from(finish: wire::Finish) -> Self {
         match finish {
             wire::Finish { length: true, .. } => Self::Length,
-            wire::Finish {
-                stop_token: Some(token),
-                ..
-            } => Self::StopToken(token),
+            wire::Finish { stop_token: Some(token), .. } => Self::StopToken(token),
             wire::Finish { .. } => Self::EndOfSequence,
         }
     }
@@ -418,10 +366,7 @@ impl TryFrom<wire::Token> for TokenEvent {
             token: token.token,
             logprobs: token.logprobs.map(Into::into),
             finish: token.finish.map(Into::into),
-            prefill: token
-                .prefill_ms
-                .map(|ms| duration_ms(ms, "token.prefill_ms"))
-                .transpose()?,
+            prefill: token.prefill_ms.map(|ms| duration_ms(ms, "token.prefill_ms")).transpose()?,
         })
     }
 }
@@ -468,10 +413,7 @@ impl TryFrom<wire::Report> for Report {
 
     fn try_from(r: wire::Report) -> Result<Self, InvalidMessage> {
         for (value, field) in [
-            (
-                r.prefill_tokens_per_second,
-                "report.prefill_tokens_per_second",
-            ),
+            (r.prefill_tokens_per_second, "report.prefill_tokens_per_second"),
             (r.decode_step_ms, "report.decode_step_ms"),
         ] {
             if !value.is_finite() || value < 0.0 {
@@ -499,71 +441,45 @@ impl From<NodeEvent> for wire::FromNode {
     fn from(event: NodeEvent) -> Self {
         let message = match event {
             NodeEvent::Report(report) => Up::Report(report.into()),
-            NodeEvent::Cache {
-                sequence,
-                stored,
-                removed,
-            } => Up::Cache(wire::CacheEvents {
+            NodeEvent::Cache { sequence, stored, removed } => Up::Cache(wire::CacheEvents {
                 sequence,
                 stored: hash_bytes(&stored),
                 removed: hash_bytes(&removed),
             }),
-            NodeEvent::Snapshot {
-                sequence,
-                hashes,
-                last,
-            } => Up::Snapshot(wire::CacheSnapshot {
-                sequence,
-                hashes: hash_bytes(&hashes),
-                last,
-            }),
-            NodeEvent::Started {
-                id,
-                cached_tokens,
-                queued,
-            } => Up::Started(wire::Started {
+            NodeEvent::Snapshot { sequence, hashes, last } => {
+                Up::Snapshot(wire::CacheSnapshot { sequence, hashes: hash_bytes(&hashes), last })
+            }
+            NodeEvent::Started { id, cached_tokens, queued } => Up::Started(wire::Started {
                 id: Some(id.into()),
                 cached_tokens,
                 queue_ms: as_ms(queued),
             }),
-            NodeEvent::Tokens(tokens) => Up::Tokens(wire::Tokens {
-                tokens: tokens.into_iter().map(Into::into).collect(),
-            }),
+            NodeEvent::Tokens(tokens) => {
+                Up::Tokens(wire::Tokens { tokens: tokens.into_iter().map(Into::into).collect() })
+            }
             NodeEvent::PromptLogprobs { id, tokens } => {
                 let tokens = tokens
                     .into_iter()
-                    .map(|(token, l)| wire::PromptLogprob {
-                        token,
-                        logprobs: Some(l.into()),
-                    })
+                    .map(|(token, l)| wire::PromptLogprob { token, logprobs: Some(l.into()) })
                     .collect();
-                Up::PromptLogprobs(wire::PromptLogprobs {
+                Up::PromptLogprobs(wire::PromptLogprobs { id: Some(id.into()), tokens })
+            }
+            NodeEvent::Transferred { id, hidden, exposed, bytes, blocks } => {
+                Up::Transferred(wire::Transferred {
                     id: Some(id.into()),
-                    tokens,
+                    hidden_ms: as_ms(hidden),
+                    exposed_ms: as_ms(exposed),
+                    bytes,
+                    blocks,
                 })
             }
-            NodeEvent::Transferred {
-                id,
-                hidden,
-                exposed,
-                bytes,
-                blocks,
-            } => Up::Transferred(wire::Transferred {
-                id: Some(id.into()),
-                hidden_ms: as_ms(hidden),
-                exposed_ms: as_ms(exposed),
-                bytes,
-                blocks,
-            }),
             NodeEvent::Failed { id, reason, retry } => Up::Failed(wire::Failed {
                 id: Some(id.into()),
                 reason,
                 retry: wire::Retry::from(retry).into(),
             }),
         };
-        Self {
-            message: Some(message),
-        }
+        Self { message: Some(message) }
     }
 }
 
@@ -624,10 +540,7 @@ mod tests {
 
     fn job() -> Job {
         Job {
-            id: TransferId {
-                request: RequestId(1 << 100),
-                attempt: 3,
-            },
+            id: TransferId { request: RequestId(1 << 100), attempt: 3 },
             tokens: vec![5, 6, 7],
             prompt_tokens: 2,
             sampling: SamplingParams {
@@ -643,31 +556,15 @@ mod tests {
 
     fn peer() -> Peer {
         let node = "decode-0".parse().unwrap();
-        Peer {
-            node,
-            epoch: Epoch(7),
-            kv_address: "127.0.0.1:1".into(),
-        }
+        Peer { node, epoch: Epoch(7), kv_address: "127.0.0.1:1".into() }
     }
 
     #[test]
     fn commands_survive_the_wire() {
         let commands = [
-            Command::Prefill {
-                job: job(),
-                decode: peer(),
-            },
-            Command::Decode {
-                job: job(),
-                prefill: Some(peer()),
-            },
-            Command::Decode {
-                job: Job {
-                    deadline: None,
-                    ..job()
-                },
-                prefill: None,
-            },
+            Command::Prefill { job: job(), decode: peer() },
+            Command::Decode { job: job(), prefill: Some(peer()) },
+            Command::Decode { job: Job { deadline: None, ..job() }, prefill: None },
             Command::Cancel(job().id),
             Command::SendSnapshot,
         ];
@@ -680,10 +577,7 @@ mod tests {
     #[test]
     fn events_survive_the_wire() {
         let id = job().id;
-        let logprobs = Logprobs {
-            logprob: -0.5,
-            top: vec![(1, -0.5), (2, -1.0)],
-        };
+        let logprobs = Logprobs { logprob: -0.5, top: vec![(1, -0.5), (2, -1.0)] };
         let token = TokenEvent {
             id,
             position: 4,
@@ -694,47 +588,21 @@ mod tests {
         };
         let hash = |n| BlockHash([n; 16]);
         let events = [
-            NodeEvent::Report(Report {
-                waiting: 1,
-                decode_step_ms: 2.5,
-                ..Report::default()
-            }),
+            NodeEvent::Report(Report { waiting: 1, decode_step_ms: 2.5, ..Report::default() }),
             NodeEvent::Cache {
                 sequence: 1,
                 stored: vec![hash(1), hash(2)],
                 removed: vec![hash(3)],
             },
-            NodeEvent::Snapshot {
-                sequence: 9,
-                hashes: vec![hash(4)],
-                last: true,
-            },
-            NodeEvent::Started {
-                id,
-                cached_tokens: 3,
-                queued: Duration::from_millis(5),
-            },
+            NodeEvent::Snapshot { sequence: 9, hashes: vec![hash(4)], last: true },
+            NodeEvent::Started { id, cached_tokens: 3, queued: Duration::from_millis(5) },
             NodeEvent::Tokens(vec![
-                TokenEvent {
-                    finish: Some(NodeFinish::Length),
-                    ..token.clone()
-                },
-                TokenEvent {
-                    finish: Some(NodeFinish::EndOfSequence),
-                    ..token.clone()
-                },
-                TokenEvent {
-                    finish: None,
-                    logprobs: None,
-                    prefill: None,
-                    ..token.clone()
-                },
+                TokenEvent { finish: Some(NodeFinish::Length), ..token.clone() },
+                TokenEvent { finish: Some(NodeFinish::EndOfSequence), ..token.clone() },
+                TokenEvent { finish: None, logprobs: None, prefill: None, ..token.clone() },
                 token,
             ]),
-            NodeEvent::PromptLogprobs {
-                id,
-                tokens: vec![(8, logprobs)],
-            },
+            NodeEvent::PromptLogprobs { id, tokens: vec![(8, logprobs)] },
             NodeEvent::Transferred {
                 id,
                 hidden: Duration::from_millis(8),
@@ -742,11 +610,7 @@ mod tests {
                 bytes: 1 << 40,
                 blocks: 3,
             },
-            NodeEvent::Failed {
-                id,
-                reason: "gone".into(),
-                retry: Retry::OtherNode,
-            },
+            NodeEvent::Failed { id, reason: "gone".into(), retry: Retry::OtherNode },
         ];
         for event in events {
             let wire = wire::FromNode::from(event.clone());
@@ -759,18 +623,9 @@ mod tests {
         let mut bad = wire::Job::from(job());
         bad.prompt_tokens = 4;
         let error = Job::try_from(bad).unwrap_err();
-        assert_eq!(
-            error.to_string(),
-            "invalid message: job.prompt_tokens is 4 of 3 tokens"
-        );
-        let cache = wire::CacheEvents {
-            sequence: 1,
-            stored: vec![0; 17],
-            removed: Vec::new(),
-        };
-        let error = NodeEvent::try_from(wire::FromNode {
-            message: Some(Up::Cache(cache)),
-        });
+        assert_eq!(error.to_string(), "invalid message: job.prompt_tokens is 4 of 3 tokens");
+        let cache = wire::CacheEvents { sequence: 1, stored: vec![0; 17], removed: Vec::new() };
+        let error = NodeEvent::try_from(wire::FromNode { message: Some(Up::Cache(cache)) });
         assert!(error.unwrap_err().to_string().contains("cache.stored"));
         assert!(NodeEvent::try_from(wire::FromNode { message: None }).is_err());
     }

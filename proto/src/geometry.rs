@@ -34,9 +34,7 @@ impl KvDtype {
     /// The inverse of [`Self::as_str`].
     #[must_use]
     pub fn parse(text: &str) -> Option<Self> {
-        [Self::F32, Self::Bf16, Self::F16]
-            .into_iter()
-            .find(|d| d.as_str() == text)
+        [Self::F32, Self::Bf16, Self::F16].into_iter().find(|d| d.as_str() == text)
     }
 }
 

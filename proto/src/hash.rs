@@ -34,13 +34,7 @@ impl ModelRoot {
     pub fn new(revision: &[u8; 32], geometry: &KvGeometry) -> Self {
         let mut hasher = blake3::Hasher::new_derive_key("baton 1 model root");
         hasher.update(revision);
-        let KvGeometry {
-            layers,
-            kv_heads,
-            head_dim,
-            dtype,
-            block_tokens,
-        } = *geometry;
+        let KvGeometry { layers, kv_heads, head_dim, dtype, block_tokens } = *geometry;
         for number in [layers, kv_heads, head_dim, dtype as u32, block_tokens] {
             hasher.update(&number.to_le_bytes());
         }
@@ -97,13 +91,8 @@ mod tests {
     use crate::geometry::KvDtype;
 
     fn root(layers: u32) -> ModelRoot {
-        let geometry = KvGeometry {
-            layers,
-            kv_heads: 2,
-            head_dim: 8,
-            dtype: KvDtype::F32,
-            block_tokens: 4,
-        };
+        let geometry =
+            KvGeometry { layers, kv_heads: 2, head_dim: 8, dtype: KvDtype::F32, block_tokens: 4 };
         ModelRoot::new(&[7; 32], &geometry)
     }
 
@@ -115,10 +104,7 @@ mod tests {
             root(2).chain(CacheSalt::default(), &b, 4),
         );
         assert_eq!((a.len(), b.len()), (2, 2));
-        assert_ne!(
-            a[1], b[1],
-            "same tokens after another prefix are another block"
-        );
+        assert_ne!(a[1], b[1], "same tokens after another prefix are another block");
     }
 
     #[test]

@@ -83,22 +83,13 @@ impl SamplingParams {
             if fine && value.is_finite() {
                 return Ok(());
             }
-            Err(InvalidSampling {
-                field,
-                value: value.to_string(),
-                limit: limit.to_owned(),
-            })
+            Err(InvalidSampling { field, value: value.to_string(), limit: limit.to_owned() })
         };
         let t = self.temperature;
         number("temperature", t, (0.0..=2.0).contains(&t), "from 0 to 2")?;
         let p = self.top_p;
         number("top_p", p, p > 0.0 && p <= 1.0, "above 0 and at most 1")?;
-        number(
-            "min_p",
-            self.min_p,
-            (0.0..=1.0).contains(&self.min_p),
-            "from 0 to 1",
-        )?;
+        number("min_p", self.min_p, (0.0..=1.0).contains(&self.min_p), "from 0 to 1")?;
         let r = self.repetition_penalty;
         number("repetition_penalty", r, r > 0.0, "above 0")?;
         for (field, value) in [
@@ -116,53 +107,29 @@ impl SamplingParams {
             if fine {
                 return Ok(());
             }
-            Err(InvalidSampling {
-                field,
-                value: value.to_string(),
-                limit,
-            })
+            Err(InvalidSampling { field, value: value.to_string(), limit })
         };
-        count(
-            "max_tokens",
-            self.max_tokens.into(),
-            self.max_tokens > 0,
-            "at least 1".into(),
-        )?;
+        count("max_tokens", self.max_tokens.into(), self.max_tokens > 0, "at least 1".into())?;
         let fine = self.min_tokens <= self.max_tokens;
         let limit = format!("at most max_tokens ({})", self.max_tokens);
         count("min_tokens", self.min_tokens.into(), fine, limit)?;
-        for (field, value) in [
-            ("logprobs", self.logprobs),
-            ("prompt_logprobs", self.prompt_logprobs),
-        ] {
+        for (field, value) in
+            [("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)]
+        {
             let value = value.unwrap_or(0);
             let fine = value <= MAX_LOGPROBS;
             count(field, value.into(), fine, format!("at most {MAX_LOGPROBS}"))?;
         }
         let (length, most) = (self.logit_bias.len(), MAX_LOGIT_BIAS);
-        count(
-            "logit_bias",
-            length as u64,
-            length <= most,
-            format!("at most {most} entries"),
-        )?;
+        count("logit_bias", length as u64, length <= most, format!("at most {most} entries"))?;
         let (length, most) = (self.stop_token_ids.len(), MAX_STOP_TOKENS);
-        count(
-            "stop_token_ids",
-            length as u64,
-            length <= most,
-            format!("at most {most} ids"),
-        )
+        count("stop_token_ids", length as u64, length <= most, format!("at most {most} ids"))
     }
 
     fn check_tokens(&self, vocab_size: u32) -> Result<(), InvalidSampling> {
         let below = format!("token ids below the vocabulary size ({vocab_size})");
         let outside = |field, token: u32| {
-            Err(InvalidSampling {
-                field,
-                value: token.to_string(),
-                limit: below.clone(),
-            })
+            Err(InvalidSampling { field, value: token.to_string(), limit: below.clone() })
         };
         for &(token, bias) in &self.logit_bias {
             if token >= vocab_size {
@@ -177,11 +144,7 @@ impl SamplingParams {
                 });
             }
         }
-        match self
-            .stop_token_ids
-            .iter()
-            .find(|&&token| token >= vocab_size)
-        {
+        match self.stop_token_ids.iter().find(|&&token| token >= vocab_size) {
             Some(&token) => outside("stop_token_ids", token),
             None => Ok(()),
         }
@@ -194,35 +157,18 @@ mod tests {
 
     #[test]
     fn names_the_field_and_the_limit() {
-        let cases: [(fn(&mut SamplingParams), &str); 8] = [
-            (
-                |p| p.temperature = 2.5,
-                "temperature is 2.5; it must be from 0 to 2",
-            ),
-            (
-                |p| p.temperature = f32::NAN,
-                "temperature is NaN; it must be from 0 to 2",
-            ),
-            (
-                |p| p.top_p = 0.0,
-                "top_p is 0; it must be above 0 and at most 1",
-            ),
+        type Change = fn(&mut SamplingParams);
+        let cases: [(Change, &str); 8] = [
+            (|p| p.temperature = 2.5, "temperature is 2.5; it must be from 0 to 2"),
+            (|p| p.temperature = f32::NAN, "temperature is NaN; it must be from 0 to 2"),
+            (|p| p.top_p = 0.0, "top_p is 0; it must be above 0 and at most 1"),
             (
                 |p| p.repetition_penalty = f32::INFINITY,
                 "repetition_penalty is inf; it must be above 0",
             ),
-            (
-                |p| p.max_tokens = 0,
-                "max_tokens is 0; it must be at least 1",
-            ),
-            (
-                |p| p.min_tokens = 17,
-                "min_tokens is 17; it must be at most max_tokens (16)",
-            ),
-            (
-                |p| p.logprobs = Some(21),
-                "logprobs is 21; it must be at most 20",
-            ),
+            (|p| p.max_tokens = 0, "max_tokens is 0; it must be at least 1"),
+            (|p| p.min_tokens = 17, "min_tokens is 17; it must be at most max_tokens (16)"),
+            (|p| p.logprobs = Some(21), "logprobs is 21; it must be at most 20"),
             (
                 |p| p.logit_bias = vec![(10, 1.0)],
                 "logit_bias is 10; it must be token ids below the vocabulary size (10)",
