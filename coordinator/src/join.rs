@@ -10,7 +10,7 @@ use baton_proto::message::{Hello, NodeEvent};
 use baton_proto::wire::node::join_server::{Join, JoinServer};
 use baton_proto::wire::node::{FromNode, ToNode, Welcome, to_node};
 use tokio::net::TcpListener;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{Semaphore, mpsc, oneshot};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::server::TcpIncoming;
 use tonic::transport::{Certificate, Server, ServerTlsConfig};
@@ -19,10 +19,12 @@ use tonic::{Request, Response, Status, Streaming};
 use crate::cluster::LinkId;
 use crate::driver::{FromLink, Link};
 
-/// Commands on their way to one node; one that lets them pile up is disconnected.
-const MAX_OUTBOX: usize = 1024;
-/// Largest message of a node: a snapshot part of a million blocks.
-const MAX_MESSAGE_BYTES: usize = 16 << 20;
+/// Commands on their way to one node, per request that the coordinator may hold; a node that lets
+/// more pile up is disconnected. When a node is lost, each of its requests may have to be cancelled
+/// on another one and sent there again, all at once.
+const OUTBOX_PER_REQUEST: usize = 4;
+/// Largest message of a node: log-probabilities of a prompt of 250,000 tokens, with 20 others each.
+const MAX_MESSAGE_BYTES: usize = 64 << 20;
 /// A hung node is noticed after both; a killed one when its connection ends.
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(1);
 const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(2);
@@ -33,10 +35,11 @@ const MAX_STREAMS_PER_CONNECTION: u32 = 4;
 /// How often nodes report their load.
 const REPORT_INTERVAL: Duration = Duration::from_millis(100);
 
-/// Serves nodes until `shutdown`.
+/// Serves nodes until `shutdown`; they have a part in at most `requests` requests at a time.
 pub(crate) async fn serve(
     listener: TcpListener,
     identity: &Identity,
+    requests: usize,
     driver: mpsc::Sender<FromLink>,
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), tonic::transport::Error> {
@@ -45,7 +48,8 @@ pub(crate) async fn serve(
         .identity(own)
         .client_ca_root(Certificate::from_pem(identity.ca_pem()))
         .timeout(GREETING_TIMEOUT);
-    let service = Service { name: identity.node_id().clone(), driver };
+    let max_outbox = requests.saturating_mul(OUTBOX_PER_REQUEST).min(Semaphore::MAX_PERMITS);
+    let service = Service { name: identity.node_id().clone(), max_outbox, driver };
     let service = JoinServer::new(service).max_decoding_message_size(MAX_MESSAGE_BYTES);
     Server::builder()
         .tls_config(tls)?
@@ -62,6 +66,7 @@ pub(crate) async fn serve(
 
 struct Service {
     name: NodeId,
+    max_outbox: usize,
     driver: mpsc::Sender<FromLink>,
 }
 
@@ -80,7 +85,7 @@ impl Join for Service {
         let hello = hello.ok_or_else(|| Status::invalid_argument("the stream ended at once"))?;
         let hello = Hello::try_from(hello).map_err(|e| Status::invalid_argument(e.to_string()))?;
 
-        let (outbox, commands) = mpsc::channel(MAX_OUTBOX);
+        let (outbox, commands) = mpsc::channel(self.max_outbox);
         let report_interval_ms = REPORT_INTERVAL.as_millis() as u32;
         let welcome = Welcome { coordinator: self.name.to_string(), report_interval_ms };
         let welcome = ToNode { message: Some(to_node::Message::Welcome(welcome)) };
@@ -90,15 +95,28 @@ impl Join for Service {
         let (open, closed) = oneshot::channel();
         let (reply, answer) = oneshot::channel();
         let link = Link { outbox, _open: open };
+        let hello = FromLink::Hello { node: node.clone(), hello, link, reply };
+        let driver = self.driver.clone();
+        // A task of its own: a node that hangs up now ends this call, but what the driver was told
+        // of it must be taken back.
+        let (admit, admitted) = oneshot::channel();
+        tokio::spawn(async move {
+            if driver.send(hello).await.is_err() {
+                return;
+            }
+            let Ok(answer) = answer.await else { return };
+            let link = answer.as_ref().ok().copied();
+            // If nobody waits any more, the stream has ended, as `read` will see.
+            let _ = admit.send(answer.map(|_| ()));
+            if let Some(link) = link {
+                read(node, link, stream, driver, closed).await;
+            }
+        });
         let going = |_| Status::unavailable("the coordinator is shutting down");
-        let message = FromLink::Hello { node: node.clone(), hello, link, reply };
-        self.driver.send(message).await.map_err(|_| going(()))?;
-        let answer = answer.await.map_err(|_| going(()))?;
-        let link = answer.map_err(|refusal| {
-            tracing::warn!(%node, %refusal, "refused");
+        admitted.await.map_err(going)?.map_err(|refusal| {
+            tracing::warn!(%refusal, "refused");
             Status::failed_precondition(refusal.to_string())
         })?;
-        tokio::spawn(read(node, link, stream, self.driver.clone(), closed));
         Ok(Response::new(ReceiverStream::new(commands)))
     }
 }

@@ -41,7 +41,9 @@ impl World {
         let world = Self { dir, ca, core, address };
         let identity = world.issue(Part::Coordinator, "c", "c");
         tokio::spawn(async move {
-            serve(listener, &identity, links, std::future::pending()).await.unwrap();
+            serve(listener, &identity, limits.requests, links, std::future::pending())
+                .await
+                .unwrap();
         });
         world
     }
@@ -173,4 +175,22 @@ async fn a_message_that_makes_no_sense_ends_the_stream() {
     d._events.send(FromNode { message: None }).await.unwrap();
     assert!(d.commands.message().await.unwrap().is_none());
     assert_eq!(world.core.status().await.decode_nodes, 0);
+}
+
+#[tokio::test]
+async fn a_node_that_hangs_up_while_it_is_admitted_is_reported_gone() {
+    let world = World::start().await;
+    let identity = world.issue(Part::Coordinator, "c2", "c2");
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let (links, mut heard) = mpsc::channel(8);
+    tokio::spawn(async move { serve(listener, &identity, 1, links, std::future::pending()).await });
+    let identity = world.issue(Part::Node, "d", "d");
+    let dialling =
+        tokio::spawn(async move { dial(&identity, address, hello(Role::Decode, 1)).await });
+    let Some(FromLink::Hello { link, reply, .. }) = heard.recv().await else { panic!("no hello") };
+    dialling.abort();
+    link.outbox.closed().await;
+    reply.send(Ok(LinkId(1))).unwrap();
+    assert!(matches!(heard.recv().await, Some(FromLink::Closed { link: LinkId(1), .. })));
 }

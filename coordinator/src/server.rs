@@ -92,9 +92,11 @@ impl Coordinator {
         servers.spawn(async move {
             serve_http(front, metrics, http_listener, stop).await.map_err(|e| e.to_string())
         });
+        let requests = config.options.limits.requests;
         nodes.spawn(async move {
             let never = std::future::pending();
-            join::serve(cluster_listener, &identity, links, never).await.map_err(|e| e.to_string())
+            let served = join::serve(cluster_listener, &identity, requests, links, never);
+            served.await.map_err(|e| e.to_string())
         });
         Ok(Self { grpc, http, cluster, core, closing, servers, nodes })
     }
