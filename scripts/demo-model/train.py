@@ -253,7 +253,7 @@ def save(model, tokenizer, out):
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("out")
-    ap.add_argument("--minutes", type=float, default=64, help="wall time for the whole schedule")
+    ap.add_argument("--minutes", type=float, default=45, help="wall time for the whole schedule")
     ap.add_argument("--resume", help="a checkpoint of this script to start from")
     ap.add_argument("--stage", type=int, default=0, help="the stage to start at, counted from 0")
     ap.add_argument("--tokenizer", help="a tokenizer.json to use instead of making one")
