@@ -158,7 +158,9 @@ pub(crate) fn prompt_logprobs(
     tokens: Vec<(u32, Logprobs)>,
     cx: &mut Context<'_>,
 ) -> Flow {
-    if !request.wants_prompt_logprobs() {
+    let computes = request.on_nodes().is_some_and(|attempt| attempt.computes(from));
+    let running = matches!(request.phase, Phase::Running(_));
+    if !(running && computes && request.wants_prompt_logprobs()) {
         return Flow::Go;
     }
     if tokens.len() + 1 != request.prompt_tokens {

@@ -247,6 +247,9 @@ impl Request {
         event: TokenEvent,
         now: Instant,
     ) -> Result<Vec<OutputToken>, Broken> {
+        let Phase::Running(attempt) = &mut self.phase else {
+            return Ok(Vec::new());
+        };
         let limit = self.new.sampling.max_tokens as usize;
         if event.token >= self.model.vocab_size {
             return Err(Broken("a node sent a token outside the vocabulary"));
@@ -255,9 +258,6 @@ impl Request {
         if left == 0 || (left == 1 && event.finish.is_none()) {
             return Err(Broken("a node did not end at max_tokens"));
         }
-        let Phase::Running(attempt) = &mut self.phase else {
-            return Ok(Vec::new());
-        };
         let mut ready = Vec::new();
         attempt.take(from, event, &mut ready)?;
         if let Some(last) = ready.iter().position(|event| event.finish.is_some()) {

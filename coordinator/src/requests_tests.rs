@@ -363,6 +363,26 @@ fn nodes_that_break_the_rules_lose_the_attempt() {
 }
 
 #[test]
+fn what_nodes_say_after_the_last_token_changes_nothing() {
+    let late = [
+        ("p", token(1, 1, 10, None)),
+        ("d", token(1, 2, 1000, None)),
+        ("p", NodeEvent::PromptLogprobs { id: id(1), tokens: Vec::new() }),
+    ];
+    for (from, event) in late {
+        let mut world = World::new();
+        world.arrive(REQUEST, |new| new.sampling.prompt_logprobs = Some(0)).unwrap();
+        world.hear("p", token(1, 0, 10, None));
+        world.hear("d", token(1, 1, 11, Some(NodeFinish::EndOfSequence)));
+        world.sent();
+        world.hear(from, event.clone());
+        assert!(world.sent().is_empty(), "{event:?}");
+        world.hear("p", transferred(1));
+        assert!(matches!(world.told(), (tokens, Some(Update::Done(_))) if tokens == [10, 11]));
+    }
+}
+
+#[test]
 fn log_probabilities_of_the_prompt_come_once() {
     let mut world = World::new();
     world.arrive(REQUEST, |new| new.sampling.prompt_logprobs = Some(0)).unwrap();
