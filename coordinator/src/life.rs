@@ -33,7 +33,9 @@ pub(crate) fn start(request: &mut Request, avoid: &[NodeRef], cx: &mut Context<'
     request.extend_chain();
     // Log-probabilities of the prompt have to be computed: the prefix cache is not read.
     let chain = if request.wants_prompt_logprobs() { &[][..] } else { &request.chain };
-    let wanted = Wanted { id, model: &request.model, tokens, chain, avoid };
+    let most = request.prompt_tokens.saturating_add(request.new.sampling.max_tokens as usize);
+    let longest = most.min(request.model.max_model_len as usize);
+    let wanted = Wanted { id, model: &request.model, tokens, longest, chain, avoid };
     let Some(Placed { prefill, decode, reason }) = cx.placer.place(&wanted, cx.now) else {
         return false;
     };

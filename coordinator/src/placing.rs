@@ -38,7 +38,9 @@ impl Placer for Placing {
             self.index.longest(wanted.chain).into_iter().collect();
         let (mut prefill, mut decode) = (Vec::new(), Vec::new());
         for (node, member) in self.cluster.serving(wanted.model.root) {
-            if wanted.avoid.iter().any(|avoid| is(avoid, node, member)) {
+            // A node with less room would end the output earlier than the others.
+            let too_small = (member.hello.max_model_len as usize) < wanted.longest;
+            if too_small || wanted.avoid.iter().any(|avoid| is(avoid, node, member)) {
                 continue;
             }
             let blocks = matched.get(node).copied().unwrap_or(0);
@@ -103,5 +105,43 @@ fn candidate<'a>(
         step_ms: member.report.decode_step_ms,
         room: room.saturating_sub(load.blocks),
         total_blocks: member.hello.total_blocks,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use baton_proto::ids::RequestId;
+
+    use super::*;
+    use crate::cluster::LinkId;
+    use crate::core::ModelInfo;
+    use crate::testing::{GEOMETRY, hello, node};
+
+    #[test]
+    fn nodes_that_would_end_the_output_early_are_left_out() {
+        let now = Instant::now();
+        let mut placing = Placing {
+            cluster: Cluster::default(),
+            index: Index::new(1),
+            ledger: Ledger::default(),
+            local_prefill: LocalPrefill::Auto,
+        };
+        let mut small = hello(Role::Decode, 1);
+        small.max_model_len = 20;
+        let model = ModelInfo {
+            name: small.model.clone(),
+            root: small.root,
+            geometry: GEOMETRY,
+            max_model_len: 100,
+            vocab_size: small.vocab_size,
+        };
+        placing.cluster.join(&node("d"), small, LinkId(1), now).unwrap();
+        let mut placed = |longest| {
+            let id = TransferId { request: RequestId(1), attempt: 1 };
+            let wanted = Wanted { id, model: &model, tokens: 10, longest, chain: &[], avoid: &[] };
+            placing.place(&wanted, now).is_some()
+        };
+        assert!(placed(20));
+        assert!(!placed(21));
     }
 }

@@ -50,6 +50,8 @@ pub struct Wanted<'a> {
     pub model: &'a ModelInfo,
     /// Tokens of prompt and output so far.
     pub tokens: usize,
+    /// Most tokens that it can come to.
+    pub longest: usize,
     /// Hashes of their full blocks.
     pub chain: &'a [BlockHash],
     /// Lives of nodes that must not be used.

@@ -188,8 +188,12 @@ impl Scheduler {
         let Limits { block_tokens, max_model_len, .. } = self.limits;
         let sequence = self.sequences.get_mut(&number).expect("every number has a sequence");
         sequence.push(first.token, block_tokens);
-        if first.finish.is_some() || sequence.finish(max_model_len).is_some() {
+        if first.finish.is_some() {
             self.end(number);
+        } else if sequence.finish(max_model_len).is_some() {
+            // The exporter told that the sequence goes on: nobody knows that it cannot here.
+            let reason = format!("the exporter takes more than {max_model_len} tokens");
+            self.fail(number, reason, Retry::OtherNode);
         }
     }
 

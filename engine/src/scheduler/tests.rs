@@ -269,6 +269,18 @@ fn an_import_goes_on_after_its_first_token() {
 }
 
 #[test]
+fn an_import_that_has_no_room_to_go_on_fails() {
+    let mut rig = Rig::new(limits());
+    rig.add(job(1, prompt(1, 39), 9), Kind::Import);
+    rig.step();
+    rig.scheduler.imported(id(1), &FirstToken { token: 1, logprobs: None, finish: None });
+    rig.scheduler.lease_returned(id(1));
+    rig.step();
+    assert!(matches!(rig.events.last(), Some(Event::Failed { retry: Retry::OtherNode, .. })));
+    assert_eq!(rig.scheduler.blocks().active, 0);
+}
+
+#[test]
 fn sequences_end_as_their_parameters_say() {
     let answer = continuation(&prompt(1, 5), 6);
     let end = answer[2];
