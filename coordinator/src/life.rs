@@ -40,6 +40,8 @@ pub(crate) fn start(request: &mut Request, avoid: &[NodeRef], cx: &mut Context<'
         return false;
     };
     request.attempt = id.attempt;
+    request.waited = waited(request, cx.now);
+    request.idle_since = None;
     request.placement = Some(PlacementInfo {
         prefill: prefill.as_ref().map(|peer| peer.node.clone()),
         decode: decode.node.clone(),
@@ -107,9 +109,7 @@ fn again(
         return Flow::End(Update::Failed(RequestError::DeadlineExceeded));
     }
     request.fruitless += u32::from(counts);
-    let since = *request.stalled.get_or_insert(cx.now);
-    let too_long = cx.now.saturating_duration_since(since) >= NODE_WAIT;
-    if too_long || request.fruitless >= MAX_FRUITLESS_ATTEMPTS {
+    if request.waited >= NODE_WAIT || request.fruitless >= MAX_FRUITLESS_ATTEMPTS {
         let attempts = request.attempt;
         return Flow::End(Update::Failed(RequestError::Exhausted { attempts, reason }));
     }
@@ -126,7 +126,14 @@ fn again(
 fn pause(request: &mut Request, now: Instant) {
     let pause = FIRST_PAUSE * 2_u32.saturating_pow(request.pauses.min(16));
     request.pauses += 1;
+    request.idle_since.get_or_insert(now);
     request.phase = Phase::Waiting { again: now + pause.min(LONGEST_PAUSE) };
+}
+
+/// How long it was on no node since it last got on.
+fn waited(request: &Request, now: Instant) -> Duration {
+    let idle = request.idle_since.map(|since| now.saturating_duration_since(since));
+    request.waited + idle.unwrap_or_default()
 }
 
 pub(crate) fn take(
@@ -275,8 +282,7 @@ pub(crate) fn due_now(request: &mut Request, cx: &mut Context<'_>) -> Flow {
     if again > cx.now || start_anywhere(request, cx) {
         return Flow::Go;
     }
-    let since = request.stalled.unwrap_or(cx.now);
-    let waited = cx.now.saturating_duration_since(since);
+    let waited = waited(request, cx.now);
     if waited >= NODE_WAIT {
         return Flow::End(Update::Failed(RequestError::NoNodes { waited }));
     }

@@ -29,8 +29,10 @@ pub(crate) struct Request {
     pub(crate) pauses: u32,
     /// Where attempts failed since then.
     pub(crate) avoid: Vec<NodeRef>,
-    /// When the first of them failed.
-    pub(crate) stalled: Option<Instant>,
+    /// Time since then that it was on no node, up to `idle_since`.
+    pub(crate) waited: Duration,
+    /// Since when it is on no node.
+    pub(crate) idle_since: Option<Instant>,
     pub(crate) phase: Phase,
     pub(crate) timings: Timings,
     pub(crate) cached_tokens: Option<u32>,
@@ -173,7 +175,8 @@ impl Request {
             fruitless: 0,
             pauses: 0,
             avoid: Vec::new(),
-            stalled: None,
+            waited: Duration::ZERO,
+            idle_since: None,
             phase: Phase::Waiting { again: now },
             timings: Timings::default(),
             cached_tokens: None,
@@ -270,7 +273,7 @@ impl Request {
             self.timings.first_token = now.saturating_duration_since(self.arrived);
             self.timings.prefill = ready[0].prefill.unwrap_or_default();
         }
-        (self.fruitless, self.pauses, self.stalled) = (0, 0, None);
+        (self.fruitless, self.pauses, self.waited) = (0, 0, Duration::ZERO);
         self.avoid.clear();
         self.new.tokens.extend(ready.iter().map(|event| event.token));
         let output =

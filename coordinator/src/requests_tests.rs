@@ -327,6 +327,31 @@ fn a_full_node_is_asked_again_until_time_is_over() {
 }
 
 #[test]
+fn time_on_nodes_is_not_time_without() {
+    let mut world = World::new();
+    world.script.next = [Some((Some("p"), "d")), Some((Some("p"), "d")), None, None].into();
+    world.arrive(REQUEST, |_| {}).unwrap();
+    world.lose("p");
+    // The prompt is long.
+    world.now += 2 * NODE_WAIT;
+    world.lose("p");
+    let due = world.requests.poll_timeout().unwrap();
+    world.wait(due - world.now);
+    assert_eq!(world.told(), (Vec::new(), None));
+    world.act(Requests::node_joined);
+    assert_eq!(world.jobs().last().map(|job| job.id.attempt), Some(3));
+    // Then without any node.
+    world.script.next = vec![None; 1000].into();
+    world.lose("p");
+    let start = world.now;
+    while let Some(due) = world.requests.poll_timeout() {
+        world.wait(due - world.now);
+    }
+    assert!(world.now - start <= NODE_WAIT + Duration::from_secs(1));
+    assert!(matches!(world.told().1, Some(Update::Failed(RequestError::NoNodes { .. }))));
+}
+
+#[test]
 fn a_deadline_ends_everything() {
     let mut world = World::new();
     let deadline = Duration::from_secs(1);
