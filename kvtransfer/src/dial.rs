@@ -101,7 +101,6 @@ async fn keep_link(shared: &Arc<Shared>, dialer: &Arc<Dialer>) -> Option<SendErr
             Err(error) => error,
         };
         tracing::debug!(to = %dialer.peer.node, %error, "no KV connection");
-        tracing::debug!(to = %dialer.peer.node, %error, "no KV connection");
         if let Some(error) = error.fatal() {
             return Some(error);
         }

@@ -26,10 +26,11 @@ pub const MAX_CONNECTIONS: u32 = 16;
 pub const MAX_OUTGOING: usize = 4096;
 /// Transfers that one endpoint receives at a time.
 pub const MAX_INCOMING: usize = 4096;
-/// Offers that may wait for [`Endpoint::expect`](crate::Endpoint::expect), of all peers.
-pub const MAX_PENDING_OFFERS: usize = 1024;
+/// Offers that may wait for [`Endpoint::expect`](crate::Endpoint::expect), of all peers: all
+/// transfers whose blocks wait in the receiving node's queue.
+pub const MAX_PENDING_OFFERS: usize = 4096;
 /// The same, of one peer.
-pub const MAX_PENDING_OFFERS_PER_PEER: usize = 256;
+pub const MAX_PENDING_OFFERS_PER_PEER: usize = 2048;
 /// Hashes in all waiting offers together.
 pub const MAX_PENDING_HASHES: usize = 1 << 21;
 /// Ended transfers that are remembered, so that a repeated offer gets the same answer.
@@ -41,8 +42,9 @@ pub const MAX_LINKS: usize = 1024;
 pub const MAX_HANDSHAKES: usize = 64;
 /// Payload streams that one peer may have open.
 pub const MAX_PAYLOAD_STREAMS: u32 = 256;
-/// Control frames waiting to be written to one connection.
-pub const MAX_QUEUED_FRAMES: usize = 1024;
+/// Control frames waiting to be written to one connection. When it comes up, every transfer that
+/// waited for it makes its offer.
+pub const MAX_QUEUED_FRAMES: usize = 2 * MAX_OUTGOING;
 
 /// Unread bytes of one payload stream.
 pub const STREAM_WINDOW: u32 = 16 << 20;
