@@ -8,7 +8,7 @@ use std::collections::HashMap;
 use baton_node::hub::Event;
 use baton_proto::ids::Epoch;
 use baton_proto::message::{Command, NodeEvent, NodeFinish, Retry};
-use support::{Pair, cancel, expected, hand_over, id, job, patiently, peer, started};
+use support::{POISON, Pair, cancel, expected, hand_over, id, job, patiently, peer, started};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_handed_over_sequence_is_the_one_computed_in_one_place() {
@@ -259,5 +259,16 @@ async fn a_draining_node_finishes_what_runs_and_takes_nothing_new() {
     }
     assert_eq!(last.position, 49, "every token was told before the node left");
     assert!(refused, "while the other one still ran");
+    patiently("the node ends", pair.decode.serving).await.expect("no panic");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_whose_engine_fails_leaves_after_its_jobs_have() {
+    let mut pair = Pair::start().await;
+    let (_prefill, mut decode) = pair.streams().await;
+    let mut poison = job(id(1), 1, 10, 50);
+    poison.tokens[0] = POISON;
+    decode.command(Command::Decode { job: poison.clone(), prefill: None }).await;
+    assert_eq!(decode.failure(poison.id).await.0, Retry::OtherNode);
     patiently("the node ends", pair.decode.serving).await.expect("no panic");
 }

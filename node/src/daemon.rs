@@ -24,7 +24,8 @@ const RUNTIME_THREADS: usize = 2;
 /// How long the end waits for peers to be told.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Why a node did not start. Trying again does not help before what it names has changed.
+/// Why a node did not start, in which case trying again does not help before what it names has
+/// changed, or did not stay.
 #[derive(Debug, thiserror::Error)]
 enum StartError {
     #[error(transparent)]
@@ -41,10 +42,13 @@ enum StartError {
     Load(#[from] LoadError),
     #[error("cannot watch for signals: {0}")]
     Signals(std::io::Error),
+    #[error("the engine failed")]
+    Engine,
 }
 
 /// The `main` of a daemon: runs a node of `role` until it is told to stop, with `serve` doing the
-/// role's work. Exit status 2: the configuration is wrong; 1: the node could not start.
+/// role's work. Exit status 2: the configuration is wrong; 1: the node could not start, or its
+/// engine failed.
 pub fn main<J, T: Send + 'static>(
     role: Role,
     name: &'static str,
@@ -106,12 +110,13 @@ async fn run<J, T: Send + 'static>(
         }
     };
     tokio::select! {
-        () = serve(&mut node) => tracing::info!("drained"),
+        () = serve(&mut node) => tracing::info!("nothing is left to do"),
         () = stopped => {}
     }
+    let engine_stopped = node.hub.engine_stopped();
     node.leave().await;
     let _ = tokio::time::timeout(CLOSE_TIMEOUT, endpoint.close()).await;
-    Ok(())
+    if engine_stopped { Err(StartError::Engine) } else { Ok(()) }
 }
 
 async fn start<J, T: Send + 'static>(config: Config, role: Role) -> Result<Node<J, T>, StartError> {

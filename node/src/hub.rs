@@ -39,6 +39,8 @@ pub enum Event<T> {
     Closed(StreamId),
     /// The engine reports.
     Engine(EngineEvent),
+    /// The engine's thread is gone; its jobs' failures came before.
+    EngineStopped,
     /// A transfer ended.
     Transfer {
         /// The attempt.
@@ -112,6 +114,7 @@ pub struct Hub<J, T> {
     /// Jobs whose coordinator is lost, still to be cancelled.
     orphans: Vec<TransferId>,
     engine: Engine,
+    engine_stopped: bool,
     news: watch::Sender<News>,
 }
 
@@ -137,10 +140,16 @@ impl<J, T> Hub<J, T> {
         news: watch::Sender<News>,
     ) -> Self {
         let (streams, jobs, orphans) = (Streams::default(), HashMap::new(), Vec::new());
-        Self { events, streams, jobs, orphans, engine, news }
+        Self { events, streams, jobs, orphans, engine, engine_stopped: false, news }
     }
 
-    /// The next input; `None` when the node has drained.
+    /// Whether the engine stopped by itself: the node can do nothing any more.
+    #[must_use]
+    pub fn engine_stopped(&self) -> bool {
+        self.engine_stopped
+    }
+
+    /// The next input; `None` when the node has drained, or its engine has stopped.
     pub async fn next(&mut self) -> Option<Input<J, T>> {
         loop {
             while let Some(id) = self.orphans.pop() {
@@ -148,7 +157,8 @@ impl<J, T> Hub<J, T> {
                     return Some(Input::Cancelled { id, job });
                 }
             }
-            if self.news.borrow().draining && self.jobs.is_empty() {
+            let drained = self.news.borrow().draining && self.jobs.is_empty();
+            if drained || self.engine_stopped {
                 return None;
             }
             let event = self.events.recv().await?;
@@ -180,6 +190,7 @@ impl<J, T> Hub<J, T> {
                 }
                 return Some(Input::Engine(event));
             }
+            Event::EngineStopped => self.engine_stopped = true,
             Event::Transfer { id, outcome } => return Some(Input::Transfer { id, outcome }),
             Event::Drain => {
                 self.news.send_modify(|news| news.draining = true);

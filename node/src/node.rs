@@ -58,13 +58,9 @@ impl<J, T: Send + 'static> Node<J, T> {
     /// Starts a node that serves `model`. Must be called in a tokio runtime.
     pub fn start(setup: Setup, model: Box<dyn Forward>) -> Self {
         let (events, received) = mpsc::channel(MAX_EVENTS);
-        let sink = events.clone();
-        let engine = Engine::start(
-            setup.engine.clone(),
-            model,
-            // The engine's own thread waits here if the hub falls behind.
-            Box::new(move |event| drop(sink.blocking_send(Event::Engine(event)))),
-        );
+        let sink = EngineSink(events.clone());
+        let sink = Box::new(move |event| sink.tell(Event::Engine(event)));
+        let engine = Engine::start(setup.engine.clone(), model, sink);
         let hello = hello(&setup, &engine.info());
         let (news, reported) = watch::channel(News::default());
         let hub = Hub::new(received, engine.clone(), news);
@@ -92,6 +88,23 @@ impl<J, T> Node<J, T> {
         drop(hub);
         let all = async { while sessions.join_next().await.is_some() {} };
         let _ = tokio::time::timeout(LEAVE_TIMEOUT, all).await;
+    }
+}
+
+/// The engine's end of the hub's events. The engine's thread drops it when it ends.
+struct EngineSink<T>(mpsc::Sender<Event<T>>);
+
+impl<T> EngineSink<T> {
+    /// The engine's own thread waits here if the hub falls behind.
+    fn tell(&self, event: Event<T>) {
+        // Without a hub the process is ending.
+        let _ = self.0.blocking_send(event);
+    }
+}
+
+impl<T> Drop for EngineSink<T> {
+    fn drop(&mut self) {
+        self.tell(Event::EngineStopped);
     }
 }
 

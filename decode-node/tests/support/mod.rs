@@ -314,10 +314,17 @@ pub(crate) async fn cancel(prefill: &Joined, decode: &Joined, id: TransferId) {
     decode.command(Command::Cancel(id)).await;
 }
 
+/// A prompt that begins with this token is too much for the model. No other job's does.
+pub(crate) const POISON: u32 = 127;
+
 /// A model whose tokens depend on every byte of KV that it reads, and whose steps take time as
 /// those of real ones do.
 fn model() -> FakeModel {
-    FakeModel::new(128, 1000).on_step(Box::new(|_| std::thread::sleep(Duration::from_micros(300))))
+    FakeModel::new(128, 1000).on_step(Box::new(|chunks| {
+        let poison = chunks.iter().any(|chunk| chunk.start == 0 && chunk.tokens[0] == POISON);
+        assert!(!poison, "a defect of the model");
+        std::thread::sleep(Duration::from_micros(300));
+    }))
 }
 
 /// What `job` must generate.
