@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use baton_proto::wire;
 use baton_proto::wire::v1::cluster_server::ClusterServer;
+use baton_proto::wire::v1::cluster_server::SERVICE_NAME as CLUSTER_NAME;
 use baton_proto::wire::v1::inference_server::{InferenceServer, SERVICE_NAME};
 use tokio::net::TcpListener;
 use tonic::transport::server::TcpIncoming;
@@ -46,6 +47,7 @@ pub async fn serve_grpc(
 ) -> Result<(), Error> {
     let mut server = Server::builder()
         .max_concurrent_streams(MAX_STREAMS_PER_CONNECTION)
+        .http2_max_pending_accept_reset_streams(Some(MAX_STREAMS_PER_CONNECTION as usize))
         .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
         .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT));
     if let Some(tls) = tls {
@@ -78,6 +80,8 @@ fn reflection() -> tonic_reflection::server::Builder<'static> {
 }
 
 async fn report_health(front: Front, reporter: HealthReporter) {
+    // Operators are answered as long as this process runs.
+    reporter.set_service_status(CLUSTER_NAME, ServingStatus::Serving).await;
     let mut interval = tokio::time::interval(READINESS_INTERVAL);
     let mut last = None;
     loop {

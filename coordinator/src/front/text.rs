@@ -92,24 +92,36 @@ impl Detokenizer {
         self.window.push(token);
         let text = self.tokenizer.decode(&self.window);
         let waiting = self.window.len() - self.settled;
-        if text.ends_with('\u{fffd}') && waiting <= MAX_WAITING_TOKENS {
-            return;
+        if !text.ends_with('\u{fffd}') {
+            self.settle(self.window.len(), out);
+        } else if waiting > MAX_WAITING_TOKENS {
+            self.settle(self.whole_tokens(&text), out);
         }
-        self.settle(&text, out);
+    }
+
+    /// How many tokens of the window, which decodes to `text`, come before a character that may
+    /// still be completed: its bytes are in the last three tokens.
+    fn whole_tokens(&self, text: &str) -> usize {
+        let characters = |tokens: &[u32]| self.tokenizer.decode(tokens).chars().count();
+        let (length, all) = (self.window.len(), text.chars().count());
+        let cuts =
+            |&at: &usize| characters(&self.window[..at]) + characters(&self.window[at..]) == all;
+        (length - 3..length).find(cuts).unwrap_or(length)
     }
 
     /// Ends the output: what is still incomplete is appended as U+FFFD.
     pub fn finish(&mut self, out: &mut String) {
-        let text = self.tokenizer.decode(&self.window);
-        self.settle(&text, out);
+        self.settle(self.window.len(), out);
     }
 
-    fn settle(&mut self, text: &str, out: &mut String) {
+    /// Appends the text of the window's first `tokens` tokens, as far as it is new.
+    fn settle(&mut self, tokens: usize, out: &mut String) {
+        let text = self.tokenizer.decode(&self.window[..tokens]);
         let known = self.tokenizer.decode(&self.window[..self.settled]);
         // By characters and not by bytes: nonsense that was settled may decode differently now.
         out.extend(text.chars().skip(known.chars().count()));
         self.window.drain(..self.settled);
-        self.settled = self.window.len();
+        self.settled = tokens - self.settled;
     }
 }
 
@@ -163,6 +175,21 @@ mod tests {
         // A prompt may end within a character, too, and its text begin within one.
         assert_eq!(piecewise(&tokenizer, &ids, &ids), "a🚚b");
         assert_eq!(piecewise(&tokenizer, bytes_of_truck, &ids), "a🚚b");
+    }
+
+    #[test]
+    fn a_character_after_nonsense_is_whole() {
+        let tokenizer = tokenizer();
+        let truck = tokenizer.encode("🚚", false).unwrap();
+        for nonsense in 0..30 {
+            let mut ids = vec![truck[0]; nonsense];
+            ids.extend(&truck);
+            assert_eq!(
+                piecewise(&tokenizer, &[], &ids),
+                tokenizer.decode(&ids),
+                "after {nonsense}"
+            );
+        }
     }
 
     #[test]
