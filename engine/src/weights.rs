@@ -96,9 +96,11 @@ pub(crate) enum Weights {
 }
 
 impl Weights {
-    /// Opens the safetensors files of `dir` and checks them.
-    pub(crate) fn open(dir: &Path, config: &ModelConfig) -> Result<Self, WeightsError> {
+    /// Opens the safetensors files of `dir` and checks them. As in transformers 5, an output layer
+    /// that differs from the embedding is not tied to it, whatever the configuration says.
+    pub(crate) fn open(dir: &Path, config: &mut ModelConfig) -> Result<Self, WeightsError> {
         let checkpoint = Checkpoint::open(dir)?;
+        config.tied &= !checkpoint.differ("lm_head.weight", "model.embed_tokens.weight");
         checkpoint.check(&Expected::of(config), |name| ignored(name, config))?;
         Ok(Self::Checkpoint(checkpoint))
     }

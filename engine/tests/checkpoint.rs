@@ -144,9 +144,19 @@ fn tensors_that_nothing_reads_are_ignored() {
     let plain = logits(checkpoint(&shape, &tensors).path(), LoadFormat::Safetensors);
     let inv_freq = "model.layers.0.self_attn.rotary_emb.inv_freq";
     tensors.insert(inv_freq.into(), (vec![4], vec![9.0; 4]));
-    tensors.insert("lm_head.weight".into(), (vec![64, 32], vec![9.0; 64 * 32]));
+    let table = tensors["model.embed_tokens.weight"].clone();
+    tensors.insert("lm_head.weight".into(), table);
     let more = logits(checkpoint(&shape, &tensors).path(), LoadFormat::Safetensors);
     assert!(bits(&more) == bits(&plain));
+}
+
+#[test]
+fn an_output_layer_of_its_own_is_used_although_the_configuration_ties_it() {
+    let untied = PLAIN.tensors(1);
+    let plain = logits(checkpoint(&PLAIN, &untied).path(), LoadFormat::Safetensors);
+    let tied = Shape { tied: true, ..PLAIN };
+    let own = logits(checkpoint(&tied, &untied).path(), LoadFormat::Safetensors);
+    assert!(bits(&own) == bits(&plain));
 }
 
 #[test]

@@ -101,12 +101,12 @@ impl Model {
     pub fn load(options: LoadOptions<'_>) -> Result<Self, LoadError> {
         let text = read(options.dir, CONFIG)?
             .ok_or(LoadError::Io { file: CONFIG, source: ErrorKind::NotFound.into() })?;
-        let config = ModelConfig::parse(&json(CONFIG, &text)?)
+        let mut config = ModelConfig::parse(&json(CONFIG, &text)?)
             .map_err(|source| LoadError::Config { file: CONFIG, source })?;
         let max_model_len = max_model_len(options.max_model_len, &config)?;
         let eos_token_ids = eos_token_ids(options.dir, &config)?;
         let weights = match options.format {
-            LoadFormat::Safetensors => Weights::open(options.dir, &config)?,
+            LoadFormat::Safetensors => Weights::open(options.dir, &mut config)?,
             LoadFormat::Dummy { seed } => Weights::dummy(&config, seed),
         };
         let pool = ThreadPool::new(options.threads);

@@ -103,9 +103,20 @@ impl Checkpoint {
     }
 
     pub(crate) fn tensor(&self, name: &str) -> Tensor<'_> {
-        let entry = &self.tensors[name];
-        let bytes = &self.files[entry.file].1[entry.range.clone()];
+        let bytes = self.bytes(&self.tensors[name]);
         Tensor { dtype: self.dtype(name), bytes: Cow::Borrowed(bytes) }
+    }
+
+    /// Whether both tensors are here and hold different bytes.
+    pub(crate) fn differ(&self, one: &str, other: &str) -> bool {
+        match (self.tensors.get(one), self.tensors.get(other)) {
+            (Some(one), Some(other)) => self.bytes(one) != self.bytes(other),
+            _ => false,
+        }
+    }
+
+    fn bytes(&self, entry: &Entry) -> &[u8] {
+        &self.files[entry.file].1[entry.range.clone()]
     }
 
     pub(crate) fn dtype(&self, name: &str) -> Dtype {
@@ -119,7 +130,7 @@ impl Checkpoint {
         const SLICE_BYTES: usize = 4096;
         for (name, entry) in &self.tensors {
             hasher.update(format!("{name} {:?} {:?}\n", entry.dtype, entry.shape).as_bytes());
-            let bytes = &self.files[entry.file].1[entry.range.clone()];
+            let bytes = self.bytes(entry);
             if bytes.len() <= SLICES * SLICE_BYTES {
                 hasher.update(bytes);
                 continue;
