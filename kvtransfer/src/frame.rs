@@ -222,13 +222,19 @@ pub struct UnitHeader {
     pub pieces: LayerRun,
     /// Their bytes.
     pub length: u32,
-    /// CRC-32C of those bytes.
+    /// CRC-32C of the header before it and of those bytes.
     pub checksum: u32,
 }
 
 impl UnitHeader {
     /// Size of the wire form.
     pub const BYTES: usize = 40;
+
+    /// What the checksum starts from, so that it also covers where the bytes belong.
+    #[must_use]
+    pub fn checksum_start(&self) -> u32 {
+        crc32c::crc32c(&self.encode()[..Self::BYTES - size_of::<u32>()])
+    }
 
     /// The wire form.
     #[must_use]

@@ -55,22 +55,16 @@ impl PayloadStream {
 
 /// A unit's header and its pieces.
 fn unit(transfer: TransferId, pieces: LayerRun, source: &dyn BlockSource) -> Vec<Bytes> {
-    let mut chunks = Vec::with_capacity(1 + pieces.run.count as usize);
-    chunks.push(Bytes::new());
-    let (mut checksum, mut length) = (0, 0);
-    for ordinal in pieces.run.range() {
-        let piece = source.piece(pieces.layer, ordinal);
-        checksum = crc32c_append(checksum, &piece);
-        length += piece.len();
-        chunks.push(piece);
-    }
-    let header = UnitHeader {
-        transfer,
-        pieces,
-        length: u32::try_from(length).expect("a unit is far below 4 GiB"),
-        checksum,
-    };
-    chunks[0] = header.encode().into();
+    let ordinals = pieces.run.range();
+    let data: Vec<Bytes> = ordinals.map(|at| source.piece(pieces.layer, at)).collect();
+    let length = u32::try_from(data.iter().map(Bytes::len).sum::<usize>())
+        .expect("a unit is far below 4 GiB");
+    let mut header = UnitHeader { transfer, pieces, length, checksum: 0 };
+    let start = header.checksum_start();
+    header.checksum = data.iter().fold(start, |sum, piece| crc32c_append(sum, piece));
+    let mut chunks = Vec::with_capacity(1 + data.len());
+    chunks.push(header.encode().into());
+    chunks.extend(data);
     chunks
 }
 
@@ -156,7 +150,8 @@ async fn read_unit(
     if !inbound.begin_unit(shared, link.id, header) {
         return Err(Stop::Over);
     }
-    let (mut at, mut checksum, length) = (0, 0, header.length as usize);
+    let (mut at, length) = (0, header.length as usize);
+    let mut checksum = header.checksum_start();
     while at < length {
         let chunk = match stream.read_chunk(length - at, true).await {
             Ok(Some(chunk)) => chunk.bytes,

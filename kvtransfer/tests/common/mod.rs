@@ -27,7 +27,7 @@ pub fn timing() -> Timing {
     Timing {
         lease: Duration::from_secs(5),
         idle: Duration::from_millis(600),
-        reconnect: Duration::from_secs(3),
+        reconnect: Duration::from_secs(20),
         ..Timing::default()
     }
 }
