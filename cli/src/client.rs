@@ -33,7 +33,8 @@ impl Target {
 
     async fn channel(&self) -> Result<Channel, CommandError> {
         let address = &self.coordinator;
-        let endpoint = Endpoint::from_shared(format!("http://{address}"))
+        let host = address.strip_prefix("http://").unwrap_or(address);
+        let endpoint = Endpoint::from_shared(format!("http://{host}"))
             .map_err(|_| format!("--coordinator {address:?} is no HOST:PORT"))?
             .connect_timeout(CONNECT_TIMEOUT);
         endpoint.connect().await.map_err(|_| {
@@ -56,6 +57,8 @@ impl Target {
 
 /// A status as one line for a person.
 pub(crate) fn explain(status: &tonic::Status) -> CommandError {
-    let message = if status.message().is_empty() { "no reason given" } else { status.message() };
-    format!("{}: {message}", status.code().to_string().trim_end_matches('.')).into()
+    match status.message() {
+        "" => format!("the coordinator answers {:?}, without a reason", status.code()).into(),
+        message => message.into(),
+    }
 }

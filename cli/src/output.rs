@@ -1,5 +1,6 @@
 //! Tables and JSON on stdout.
 
+use std::io::{self, Write as _};
 use std::time::Duration;
 
 use crate::commands::CommandError;
@@ -24,14 +25,20 @@ impl OutputArgs {
         loop {
             let text = show().await?;
             if !self.watch {
-                println!("{}", text.trim_end());
-                return Ok(());
+                return Ok(print(&format!("{}\n", text.trim_end()))?);
             }
             let clear = if self.json { "" } else { "\x1b[2J\x1b[H" };
-            println!("{clear}{}", text.trim_end());
+            print(&format!("{clear}{}\n", text.trim_end()))?;
             tokio::time::sleep(Duration::from_secs(1)).await;
         }
     }
+}
+
+/// Writes to stdout at once. A closed pipe is an error, which `main` ends quietly with.
+pub(crate) fn print(text: &str) -> io::Result<()> {
+    let mut out = io::stdout();
+    out.write_all(text.as_bytes())?;
+    out.flush()
 }
 
 /// Columns as wide as their widest cell, numbers as given.

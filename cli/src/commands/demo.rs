@@ -105,7 +105,7 @@ async fn ask(target: &Target, messages: &[ChatMessage]) -> Result<Completion, Co
         sampling: Some(sampling),
         ..GenerateRequest::default()
     };
-    let mut choices = complete(target, request, |_| ()).await?;
+    let mut choices = complete(target, request, |_| Ok(())).await?;
     Ok(choices.remove(0))
 }
 

@@ -1,6 +1,6 @@
 //! `baton generate`: asks for text and prints it as it comes.
 
-use std::io::Write as _;
+use std::io;
 use std::path::PathBuf;
 
 use baton_proto::wire::v1::generate_request::Input;
@@ -13,6 +13,7 @@ use serde_json::{Value, json};
 
 use super::CommandError;
 use crate::client::{Target, explain};
+use crate::output::print;
 
 /// Command line of `baton generate`.
 #[derive(clap::Args)]
@@ -35,7 +36,7 @@ pub(crate) struct GenerateArgs {
     /// Share cached KV blocks only with requests of the same salt
     #[arg(long, value_name = "TEXT")]
     cache_salt: Option<String>,
-    /// Print one JSON object at the end (with --n above 1, a list of them)
+    /// Print one JSON object at the end (with --n above 1, a list of them), log-probabilities included
     #[arg(long)]
     json: bool,
 }
@@ -44,7 +45,7 @@ pub(crate) struct GenerateArgs {
 #[group(required = true, multiple = false)]
 struct InputArgs {
     /// Text to continue
-    #[arg(long, value_name = "TEXT")]
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     prompt: Option<String>,
     /// File with text to continue
     #[arg(long, value_name = "FILE")]
@@ -66,19 +67,19 @@ struct SamplingArgs {
     #[arg(long, value_name = "N")]
     min_tokens: Option<u32>,
     /// 0 is greedy
-    #[arg(long, value_name = "T")]
+    #[arg(long, value_name = "T", allow_negative_numbers = true)]
     temperature: Option<f32>,
     /// Keep the likeliest tokens that together reach this probability
-    #[arg(long, value_name = "P")]
+    #[arg(long, value_name = "P", allow_negative_numbers = true)]
     top_p: Option<f32>,
     /// Keep the K likeliest tokens
     #[arg(long, value_name = "K")]
     top_k: Option<u32>,
     /// Drop tokens less likely than this share of the likeliest
-    #[arg(long, value_name = "P")]
+    #[arg(long, value_name = "P", allow_negative_numbers = true)]
     min_p: Option<f32>,
     /// Above 1 discourages tokens already seen
-    #[arg(long, value_name = "R")]
+    #[arg(long, value_name = "R", allow_negative_numbers = true)]
     repetition_penalty: Option<f32>,
     /// Discourages tokens already generated
     #[arg(long, value_name = "X", allow_negative_numbers = true)]
@@ -90,16 +91,16 @@ struct SamplingArgs {
     #[arg(long, value_name = "S")]
     seed: Option<u64>,
     /// End before this text; may be given again
-    #[arg(long, value_name = "TEXT")]
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     stop: Vec<String>,
     /// End at these tokens
     #[arg(long, value_name = "1,2,3", value_delimiter = ',')]
     stop_token_ids: Vec<u32>,
     /// Log-probabilities with this many alternatives per token
-    #[arg(long, value_name = "K")]
+    #[arg(long, value_name = "K", requires = "json")]
     logprobs: Option<u32>,
     /// The same for the prompt's tokens
-    #[arg(long, value_name = "K")]
+    #[arg(long, value_name = "K", requires = "json")]
     prompt_logprobs: Option<u32>,
     /// Go on after the end-of-sequence token
     #[arg(long)]
@@ -254,7 +255,7 @@ fn logprobs(tokens: &[TokenLogprobs]) -> Value {
 pub(crate) async fn complete(
     target: &Target,
     request: GenerateRequest,
-    mut on_text: impl FnMut(&str),
+    mut on_text: impl FnMut(&str) -> io::Result<()>,
 ) -> Result<Vec<Completion>, CommandError> {
     let mut choices: Vec<Completion> = Vec::new();
     choices.resize_with(request.n.unwrap_or(1).max(1) as usize, Completion::default);
@@ -262,7 +263,7 @@ pub(crate) async fn complete(
     let mut stream = stream.map_err(|status| explain(&status))?.into_inner();
     while let Some(message) = stream.message().await.map_err(|status| explain(&status))? {
         if message.choice == 0 {
-            on_text(&message.text);
+            on_text(&message.text)?;
         }
         let choice = choices.get_mut(message.choice as usize);
         choice.ok_or("the coordinator sent a choice that was not asked for")?.add(message);
@@ -284,23 +285,17 @@ pub(crate) async fn run(args: GenerateArgs) -> Result<(), CommandError> {
         n: args.n,
         input: Some(args.input.load()?),
     };
-    let show = |text: &str| {
-        if streams {
-            print!("{text}");
-            // A closed pipe shows at the end; nothing is lost by going on.
-            let _ = std::io::stdout().flush();
-        }
-    };
+    let show = |text: &str| if streams { print(text) } else { Ok(()) };
     let choices = complete(&args.target, request, show).await?;
     if args.json {
         let mut objects: Vec<Value> = choices.iter().map(Completion::to_json).collect();
         let value = if objects.len() == 1 { objects.remove(0) } else { Value::Array(objects) };
-        println!("{value}");
+        print(&format!("{value}\n"))?;
     } else if streams {
-        println!();
+        print("\n")?;
     } else {
         for (index, choice) in choices.iter().enumerate() {
-            println!("--- {index} ---\n{}", choice.text);
+            print(&format!("--- {index} ---\n{}\n", choice.text))?;
         }
     }
     Ok(())

@@ -7,6 +7,11 @@ use baton_identity::IssueError;
 
 use super::launch::START_TIMEOUT;
 
+/// Daemons end with one line that says why; before it come progress and warnings.
+fn last_line(log_tail: &str) -> &str {
+    log_tail.trim_end().lines().next_back().unwrap_or("it said nothing")
+}
+
 /// Why a cluster did not start.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
@@ -34,7 +39,7 @@ pub enum StartError {
     #[error(transparent)]
     Certificates(#[from] IssueError),
     /// A daemon ended before it was ready.
-    #[error("{name} did not start ({status}); its last words:\n{log_tail}")]
+    #[error("{name} did not start ({status}): {}", last_line(log_tail))]
     Ended {
         /// Its name.
         name: String,
