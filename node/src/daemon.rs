@@ -44,6 +44,10 @@ enum StartError {
     Signals(std::io::Error),
     #[error("the engine failed")]
     Engine,
+    #[error(
+        "the KV cache of {needed} bytes is larger than this machine's memory of {memory}; set kv_blocks or kv_memory lower"
+    )]
+    KvMemory { needed: u64, memory: u64 },
 }
 
 /// The `main` of a daemon: runs a node of `role` until it is told to stop, with `serve` doing the
@@ -144,7 +148,7 @@ async fn start<J, T: Send + 'static>(config: Config, role: Role) -> Result<Node<
         endpoint,
         kv_address: kv_address.clone(),
         model_name: config.model_name.clone(),
-        engine: engine_config(&config, &model),
+        engine: engine_config(&config, &model)?,
         coordinators: config.coordinators,
     };
     let node = Node::start(setup, Box::new(model));
@@ -163,15 +167,28 @@ async fn load(config: Config) -> Result<(Model, Config), StartError> {
     Ok((model?, config))
 }
 
-fn engine_config(config: &Config, model: &Model) -> EngineConfig {
+fn engine_config(config: &Config, model: &Model) -> Result<EngineConfig, StartError> {
     let geometry = baton_engine::Forward::geometry(model, config.block_tokens);
-    EngineConfig {
+    let kv_blocks = config.kv_size.blocks(geometry.block_bytes());
+    let needed = (kv_blocks as u64).saturating_mul(geometry.block_bytes() as u64);
+    if let Some(memory) = machine_memory().filter(|&memory| needed > memory) {
+        return Err(StartError::KvMemory { needed, memory });
+    }
+    Ok(EngineConfig {
         block_tokens: config.block_tokens as usize,
-        kv_blocks: config.kv_size.blocks(geometry.block_bytes()),
+        kv_blocks,
         max_batch_tokens: config.max_batch_tokens,
         max_sequences: config.max_sequences,
         max_waiting: config.max_waiting,
-    }
+    })
+}
+
+/// Bytes of memory, if the system says.
+fn machine_memory() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let total = text.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;
+    let kib: u64 = total.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    Some(kib * 1024)
 }
 
 /// SIGTERM and SIGINT.

@@ -139,7 +139,7 @@ impl SamplingParams {
                 let limit = "from -100 to 100".to_owned();
                 return Err(InvalidSampling {
                     field: "logit_bias",
-                    value: bias.to_string(),
+                    value: format!("{bias} for token {token}"),
                     limit,
                 });
             }
