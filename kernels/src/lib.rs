@@ -10,3 +10,7 @@ pub mod cpu;
 mod dtype;
 
 pub use dtype::Dtype;
+
+/// To be raised by every change of an operation that changes a bit of any result. Nodes of
+/// different revisions do not exchange KV blocks.
+pub const RESULT_REVISION: u32 = 1;

@@ -208,6 +208,7 @@ fn kv_dtype(weights: Dtype) -> KvDtype {
 
 fn revision(config: &[u8], weights: &Weights) -> [u8; 32] {
     let mut hasher = blake3::Hasher::new_derive_key("baton 1 model revision");
+    hasher.update(&baton_kernels::RESULT_REVISION.to_le_bytes());
     hasher.update(&(config.len() as u64).to_le_bytes()).update(config);
     weights.identify(&mut hasher);
     *hasher.finalize().as_bytes()
