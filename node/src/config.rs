@@ -4,6 +4,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
+use baton_kvtransfer::limits::MAX_PENDING_OFFERS_PER_PEER;
 use baton_proto::geometry::KvDtype;
 
 use crate::settings::Settings;
@@ -105,7 +106,7 @@ impl TryFrom<Settings> for Config {
             kv_dtype: given.kv_dtype.as_deref().map(kv_dtype).transpose()?,
             max_batch_tokens: positive("max_batch_tokens", given.max_batch_tokens, 512)?,
             max_sequences: positive("max_sequences", given.max_sequences, 64)?,
-            max_waiting: positive("max_waiting", given.max_waiting, 1024)?,
+            max_waiting: max_waiting(given.max_waiting)?,
             max_model_len: given.max_model_len,
             threads: positive("threads", given.threads, cores())?,
             kv_listen,
@@ -152,6 +153,16 @@ fn positive(key: &'static str, value: Option<usize>, default: usize) -> Result<u
     match value {
         Some(0) => invalid(key, 0, "at least 1"),
         value => Ok(value.unwrap_or(default)),
+    }
+}
+
+/// Every waiting request of a decode node may have an offer waiting at its KV endpoint.
+fn max_waiting(value: Option<usize>) -> Result<usize, ConfigError> {
+    match positive("max_waiting", value, 1024)? {
+        value if value > MAX_PENDING_OFFERS_PER_PEER => {
+            invalid("max_waiting", value, "at most 2048")
+        }
+        value => Ok(value),
     }
 }
 
