@@ -6,6 +6,8 @@
     reason = "a step writes to the shared KV cache, whose owners the caller knows"
 )]
 
+use std::ops::ControlFlow;
+
 use baton_kernels::cpu::KvStore;
 use baton_proto::geometry::KvGeometry;
 
@@ -54,6 +56,9 @@ pub trait Forward: Send {
     /// is in that layer's pieces. Then `logits(row, values)` is called for every wanted row, rows
     /// counted over the chunks in order; `values` (`vocab_size` long) may be overwritten.
     ///
+    /// If `after_layer` breaks, nobody wants the results: the rest is not computed, and `Break` is
+    /// returned.
+    ///
     /// # Safety
     /// Until it returns, nothing else may write to the blocks of `chunks`, nor read the tokens that
     /// the chunks write, but for what `after_layer` says is complete. Chunks belong to different
@@ -65,7 +70,7 @@ pub trait Forward: Send {
         &mut self,
         chunks: &[Chunk<'_>],
         kv: &KvStore,
-        after_layer: &mut dyn FnMut(usize),
+        after_layer: &mut dyn FnMut(usize) -> ControlFlow<()>,
         logits: &mut dyn FnMut(usize, &mut [f32]),
-    );
+    ) -> ControlFlow<()>;
 }

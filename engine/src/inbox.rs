@@ -108,6 +108,12 @@ impl Inbox {
         }
     }
 
+    /// Whether all of these jobs are to be stopped.
+    pub(crate) fn cancels(&self, mut jobs: impl Iterator<Item = TransferId>) -> bool {
+        let state = self.state();
+        !state.inputs.cancelled.is_empty() && jobs.all(|id| state.inputs.cancelled.contains(&id))
+    }
+
     pub(crate) fn lease_returned(&self, id: TransferId) {
         self.state().inputs.returned.push(id);
         self.filled.notify_one();

@@ -2,7 +2,7 @@
 #![expect(unsafe_code, reason = "lets the model write to blocks that the scheduler gave it")]
 
 use std::collections::HashMap;
-use std::ops::Range;
+use std::ops::{ControlFlow, Range};
 use std::panic::AssertUnwindSafe;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
@@ -86,9 +86,11 @@ impl Device {
                 wait = self.scheduler.next_deadline().map_or(Wait::Forever, Wait::Until);
                 continue;
             }
-            let outcome = self.compute(&plan);
-            self.scheduler.complete(&plan, outcome);
-            self.tell(&[], false);
+            // An abandoned step changed nothing, and its sequences are about to be cancelled.
+            if let Some(outcome) = self.compute(&plan) {
+                self.scheduler.complete(&plan, outcome);
+                self.tell(&[], false);
+            }
             wait = Wait::No;
         }
     }
@@ -181,15 +183,21 @@ impl Device {
         Some(BlockLease::new(id, store, (blocks, cached), gate, inbox))
     }
 
-    fn compute(&mut self, plan: &Plan) -> Outcome {
+    /// The results of a plan; none if all of its sequences were cancelled meanwhile.
+    fn compute(&mut self, plan: &Plan) -> Option<Outcome> {
         let began = Instant::now();
         let exported = self.exported(plan);
-        let (scheduler, sampler, sink) = (&self.scheduler, &mut self.sampler, &self.sink);
+        let (scheduler, sampler) = (&self.scheduler, &mut self.sampler);
+        let (sink, inbox) = (&self.sink, &self.inbox);
         let chunks: Vec<Chunk<'_>> = plan.chunks.iter().map(|c| chunk(scheduler, c)).collect();
         let mut after_layer = |layer: usize| {
             for Exported { id, gate, blocks } in &exported {
                 gate.complete(layer, blocks.end);
                 sink(EngineEvent::KvReady { id: *id, layer, blocks: blocks.clone() });
+            }
+            match inbox.cancels(plan.chunks.iter().map(|chunk| chunk.id)) {
+                true => ControlFlow::Break(()),
+                false => ControlFlow::Continue(()),
             }
         };
         let rows = wanted_rows(plan);
@@ -205,11 +213,15 @@ impl Device {
         // SAFETY: the blocks that a chunk writes are its sequence's own: shared ones are full, and
         // a sequence continues behind them. Leases write an import's blocks only until the gate is
         // sealed, before its sequence runs; they read an export's only when they are complete.
-        unsafe { self.model.forward(&chunks, &self.store, &mut after_layer, &mut logits) };
+        let done =
+            unsafe { self.model.forward(&chunks, &self.store, &mut after_layer, &mut logits) };
+        if done.is_break() {
+            return None;
+        }
         outcome.took = began.elapsed();
         let decode = plan.chunks.iter().filter(|chunk| chunk.decode).count();
         self.pace.observe(plan.prefill_tokens(), decode, outcome.took);
-        outcome
+        Some(outcome)
     }
 
     /// The blocks that become complete with this plan, the last and partial one with the last

@@ -3,6 +3,8 @@
 //! output.
 #![expect(unsafe_code, reason = "reads and writes the KV cache as a model does")]
 
+use std::ops::ControlFlow;
+
 use baton_kernels::cpu::KvStore;
 use baton_proto::geometry::{KvDtype, KvGeometry};
 
@@ -81,9 +83,9 @@ impl Forward for FakeModel {
         &mut self,
         chunks: &[Chunk<'_>],
         kv: &KvStore,
-        after_layer: &mut dyn FnMut(usize),
+        after_layer: &mut dyn FnMut(usize) -> ControlFlow<()>,
         logits: &mut dyn FnMut(usize, &mut [f32]),
-    ) {
+    ) -> ControlFlow<()> {
         (self.on_step)(chunks);
         let row = |chunk: &Chunk<'_>, i: usize| embed(chunk.tokens[i], chunk.start + i);
         let mut hidden: Vec<Vec<u64>> =
@@ -92,7 +94,7 @@ impl Forward for FakeModel {
             for (chunk, hidden) in chunks.iter().zip(&mut hidden) {
                 attend(kv, layer, chunk, hidden);
             }
-            after_layer(layer);
+            after_layer(layer)?;
         }
         let mut rows = 0;
         for (chunk, hidden) in chunks.iter().zip(&hidden) {
@@ -108,6 +110,7 @@ impl Forward for FakeModel {
                 rows += 1;
             }
         }
+        ControlFlow::Continue(())
     }
 }
 

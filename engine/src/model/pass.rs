@@ -5,6 +5,8 @@
 
 #![expect(unsafe_code, reason = "the KV cache is shared; see `Forward::forward`")]
 
+use std::ops::ControlFlow;
+
 use baton_kernels::cpu::{self, AttentionRow, Heads, KvStore, PackedMatrix, Queries, ThreadPool};
 use baton_proto::geometry::KvGeometry;
 
@@ -104,9 +106,9 @@ impl Forward for Model {
         &mut self,
         chunks: &[Chunk<'_>],
         kv: &KvStore,
-        after_layer: &mut dyn FnMut(usize),
+        after_layer: &mut dyn FnMut(usize) -> ControlFlow<()>,
         logits: &mut dyn FnMut(usize, &mut [f32]),
-    ) {
+    ) -> ControlFlow<()> {
         let context = &Context { config: &self.config, pool: &self.pool, kv, chunks };
         let scratch = &mut self.scratch;
         scratch.rows.list(chunks, kv.layout().block_tokens);
@@ -115,7 +117,7 @@ impl Forward for Model {
             scratch.project(context, layer);
             // SAFETY: the caller's promise; rows of one sequence have positions of their own.
             unsafe { scratch.store(context, index) };
-            after_layer(index);
+            after_layer(index)?;
             if index + 1 == self.layers.len() {
                 scratch.keep_wanted(context);
             }
@@ -124,6 +126,7 @@ impl Forward for Model {
             scratch.feed_forward(context, layer);
         }
         scratch.score(context, &self.norm, &self.head, logits);
+        ControlFlow::Continue(())
     }
 }
 

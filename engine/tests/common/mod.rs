@@ -4,6 +4,7 @@
 
 pub mod tiny;
 
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
 use baton_engine::model::{LoadFormat, LoadOptions, Model};
@@ -102,10 +103,13 @@ impl Runner {
             assert_eq!(row, rows.len());
             rows.push(logits.to_vec());
         };
+        let mut note = |layer: usize| {
+            layers.push(layer);
+            ControlFlow::Continue(())
+        };
         // SAFETY: nobody else has the cache, and every part is of its own sequence.
-        unsafe {
-            self.model.forward(&chunks, &self.kv, &mut |layer| layers.push(layer), &mut keep);
-        }
+        let done = unsafe { self.model.forward(&chunks, &self.kv, &mut note, &mut keep) };
+        assert!(done.is_continue());
         assert!(layers.into_iter().eq(0..self.model.config().layers()), "every layer once");
         rows
     }

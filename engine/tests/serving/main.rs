@@ -180,6 +180,33 @@ fn a_cancel_in_any_phase_frees_everything_and_is_told_once() {
 }
 
 #[test]
+fn a_step_whose_jobs_are_all_cancelled_is_abandoned_between_layers() {
+    let (permits, node) = Node::gated(config());
+    node.submit(&job(1, prompt(1, 40), 2), Kind::Export);
+    let lease = node.admitted(id(1)).0;
+    // The step has begun and waits for its permit.
+    node.engine.cancel(id(1));
+    permits.send(()).unwrap();
+    drop(lease);
+    let mut layers = Vec::new();
+    loop {
+        match node.next() {
+            EngineEvent::KvReady { layer, .. } => layers.push(layer),
+            EngineEvent::Ended { .. } => break,
+            EngineEvent::Tokens(_) => panic!("nobody wants a token"),
+            _ => {}
+        }
+    }
+    assert!(layers.len() <= 1, "layers {layers:?} were computed after the cancel");
+    node.idle();
+    // Nothing of it is cached, and the next job is served.
+    node.submit(&job(2, prompt(1, 40), 2), Kind::Local);
+    assert_eq!(node.admitted(id(2)).1, 0);
+    drop(permits);
+    node.ended(id(2));
+}
+
+#[test]
 fn deadlines_pass_while_nothing_else_happens() {
     let node = Node::start(config());
     let deadline = Some(Duration::from_millis(20));
