@@ -35,8 +35,8 @@ fn requests() -> Vec<GenerateRequest> {
         .collect()
 }
 
-/// The tokens of every request, sent in an order that `seed` decides.
-async fn serve(cluster: TestCluster, seed: u64) -> Vec<Vec<u32>> {
+/// The tokens of every request, sent in an order that `seed` decides, and how many were handed over.
+async fn serve(cluster: TestCluster, seed: u64) -> (Vec<Vec<u32>>, usize) {
     let cluster = Arc::new(cluster);
     let gate = Arc::new(Semaphore::new(CONCURRENT));
     let mut order: Vec<(usize, GenerateRequest)> = requests().into_iter().enumerate().collect();
@@ -49,7 +49,9 @@ async fn serve(cluster: TestCluster, seed: u64) -> Vec<Vec<u32>> {
         let (cluster, gate) = (Arc::clone(&cluster), Arc::clone(&gate));
         tasks.spawn(async move {
             let _turn = gate.acquire_owned().await.unwrap();
-            (index, cluster.complete(request).await.unwrap().tokens)
+            let answer = cluster.complete(request).await.unwrap();
+            let placement = answer.finished.unwrap().placement.unwrap();
+            (index, answer.tokens, !placement.prefill_node.is_empty())
         });
     }
     let mut all = tasks.join_all().await;
@@ -57,20 +59,22 @@ async fn serve(cluster: TestCluster, seed: u64) -> Vec<Vec<u32>> {
     cluster.idle().await;
     let cluster = Arc::into_inner(cluster).expect("all tasks ended");
     cluster.cluster.stop().await;
-    all.into_iter().map(|(_, tokens)| tokens).collect()
+    let handed_over = all.iter().filter(|(_, _, remote)| *remote).count();
+    (all.into_iter().map(|(_, tokens, _)| tokens).collect(), handed_over)
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn every_way_of_serving_gives_the_same_tokens() {
-    let one = serve(TestCluster::start(options(0, 1)).await, 1).await;
-    let handed_over = |prefill, decode| {
+    let (one, none) = serve(TestCluster::start(options(0, 1)).await, 1).await;
+    let forced = |prefill, decode| {
         let mut options = options(prefill, decode);
         options.local_prefill = Some("never".into());
         options
     };
-    let pair = serve(TestCluster::start(handed_over(1, 1)).await, 2).await;
-    let four = serve(TestCluster::start(handed_over(2, 2)).await, 3).await;
-    let free = serve(TestCluster::start(options(2, 2)).await, 4).await;
+    let (pair, all_of_pair) = serve(TestCluster::start(forced(1, 1)).await, 2).await;
+    let (four, all_of_four) = serve(TestCluster::start(forced(2, 2)).await, 3).await;
+    let (free, _) = serve(TestCluster::start(options(2, 2)).await, 4).await;
+    assert_eq!((none, all_of_pair, all_of_four), (0, REQUESTS, REQUESTS), "handed over");
     for (name, other) in [("1 + 1", &pair), ("2 + 2", &four), ("2 + 2, any placement", &free)] {
         for (index, (a, b)) in one.iter().zip(other).enumerate() {
             assert_eq!(a, b, "request {index} differs between one node and {name}");
