@@ -1,0 +1,1 @@
+//! A trace served by modelled nodes under a placement policy.
