@@ -34,7 +34,7 @@ pub struct NodeRef {
 /// A joined node.
 #[derive(Clone, Debug)]
 pub struct Member {
-    /// What it said of itself.
+    /// What it said of itself; its role is that of the last report.
     pub hello: Hello,
     /// Its stream.
     pub link: LinkId,
@@ -119,7 +119,8 @@ impl Cluster {
             vocab_size: hello.vocab_size,
         };
         self.models.insert(model.clone(), info);
-        let member = Member { hello, link, report: Report::default(), heard: now };
+        let report = Report { role: hello.role, ..Report::default() };
+        let member = Member { hello, link, report, heard: now };
         self.members.insert(node.clone(), member);
         self.refresh(&model);
         Ok(())
@@ -169,6 +170,7 @@ impl Cluster {
     /// Keeps a node's report.
     pub fn report(&mut self, node: &NodeId, report: Report, now: Instant) {
         if let Some(member) = self.members.get_mut(node) {
+            member.hello.role = report.role;
             member.report = report;
             member.heard = now;
         }
@@ -310,9 +312,20 @@ mod tests {
         assert!(!ready(&cluster));
         joined(&mut cluster, "d", hello(Role::Decode, 1), 2).unwrap();
         assert!(ready(&cluster));
-        let report = Report { draining: true, ..Report::default() };
+        let report = Report { role: Role::Decode, draining: true, ..Report::default() };
         cluster.report(&node("d"), report, Instant::now());
         assert!(!ready(&cluster));
+    }
+
+    #[test]
+    fn a_node_is_what_it_reports() {
+        let mut cluster = Cluster::default();
+        joined(&mut cluster, "n", hello(Role::Prefill, 1), 1).unwrap();
+        assert_eq!((cluster.count(Role::Prefill), cluster.count(Role::Decode)), (1, 0));
+        let report = Report { role: Role::Decode, ..Report::default() };
+        cluster.report(&node("n"), report, Instant::now());
+        assert_eq!((cluster.count(Role::Prefill), cluster.count(Role::Decode)), (0, 1));
+        assert!(cluster.is_ready(cluster.model("demo").unwrap()));
     }
 
     #[test]

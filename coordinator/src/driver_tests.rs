@@ -81,7 +81,7 @@ async fn a_request_runs_on_a_joined_node() {
     let mut d = Node::join(&links, "d", Role::Decode, 8).await;
     assert!(core.status().await.ready);
     let mut updates = core.submit(request(1)).await.unwrap();
-    let Command::Decode { job, prefill: None } = d.command().await else { panic!("no job") };
+    let Command::Decode { job, prefill: None, .. } = d.command().await else { panic!("no job") };
     d.token(job.id, 0, None).await;
     d.token(job.id, 1, Some(NodeFinish::EndOfSequence)).await;
     assert_eq!(tokens(&mut updates).await[0].token, 100);

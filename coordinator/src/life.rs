@@ -55,10 +55,11 @@ pub(crate) fn start(request: &mut Request, avoid: &[NodeRef], cx: &mut Context<'
     // The reservation and the prefill start together: neither waits for the other.
     let job = request.job(cx.now);
     if let Some(to) = source {
-        let command = Command::Prefill { job: job.clone(), decode };
+        let command = Command::Prefill { job: job.clone(), decode, pull: None };
         cx.out.push(Action::Send { to, command });
     }
-    cx.out.push(Action::Send { to: target, command: Command::Decode { job, prefill } });
+    let command = Command::Decode { job, prefill, pull: None };
+    cx.out.push(Action::Send { to: target, command });
     true
 }
 

@@ -209,6 +209,7 @@ impl Requests {
             NodeEvent::Failed { id, reason, retry } => {
                 self.attempt(id, from, cx, |r, cx| life::node_failed(r, from, reason, retry, cx));
             }
+            NodeEvent::Pulled { .. } => {}
             NodeEvent::Report(_) | NodeEvent::Cache { .. } | NodeEvent::Snapshot { .. } => {}
         }
     }

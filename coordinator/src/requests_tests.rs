@@ -133,10 +133,11 @@ impl World {
         sends
             .map(|(to, command)| match command {
                 Command::Prefill { job, .. } => (to, "prefill", job.tokens),
-                Command::Decode { job, prefill: Some(_) } => (to, "reserve", job.tokens),
-                Command::Decode { job, prefill: None } => (to, "decode", job.tokens),
+                Command::Decode { job, prefill: Some(_), .. } => (to, "reserve", job.tokens),
+                Command::Decode { job, prefill: None, .. } => (to, "decode", job.tokens),
                 Command::Cancel(_) => (to, "cancel", Vec::new()),
                 Command::SendSnapshot => (to, "snapshot", Vec::new()),
+                other => panic!("unexpected {other:?}"),
             })
             .collect()
     }

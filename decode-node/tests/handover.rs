@@ -43,7 +43,7 @@ async fn a_decode_node_also_computes_prompts_itself() {
     let mut pair = Pair::start().await;
     let (_prefill, mut decode) = pair.streams().await;
     let job = job(id(1), 1, 41, 12);
-    decode.command(Command::Decode { job: job.clone(), prefill: None }).await;
+    decode.command(Command::Decode { job: job.clone(), prefill: None, pull: None }).await;
     let ids: Vec<_> = decode.rest(job.id).await.iter().map(|token| token.token).collect();
     assert_eq!(ids, expected(&job));
     pair.idle().await;
@@ -129,12 +129,12 @@ async fn a_prefill_node_whose_peer_has_given_up_says_that_another_may_do_better(
     let (mut prefill, decode) = pair.streams().await;
     let job = job(id(1), 1, 200, 100);
     let from = Some(peer(&prefill, "prefill-0"));
-    decode.command(Command::Decode { job: job.clone(), prefill: from }).await;
+    decode.command(Command::Decode { job: job.clone(), prefill: from, pull: None }).await;
     pair.decode.expects(1).await;
     decode.command(Command::Cancel(job.id)).await;
     pair.decode.idle().await;
     let to = peer(&decode, "decode-0");
-    prefill.command(Command::Prefill { job: job.clone(), decode: to }).await;
+    prefill.command(Command::Prefill { job: job.clone(), decode: to, pull: None }).await;
     let (retry, _) = prefill.failure(job.id).await;
     assert_eq!(retry, Retry::OtherNode);
     pair.idle().await;
@@ -148,9 +148,9 @@ async fn a_transfer_that_fails_says_so_once_and_frees_everything() {
     // The prefill node is to find an earlier life of the decode node.
     let mut to = peer(&decode, "decode-0");
     to.epoch = Epoch(6);
-    prefill.command(Command::Prefill { job: job.clone(), decode: to }).await;
+    prefill.command(Command::Prefill { job: job.clone(), decode: to, pull: None }).await;
     let from = Some(peer(&prefill, "prefill-0"));
-    decode.command(Command::Decode { job: job.clone(), prefill: from }).await;
+    decode.command(Command::Decode { job: job.clone(), prefill: from, pull: None }).await;
     let (retry, reason) = prefill.failure(job.id).await;
     assert_eq!(retry, Retry::OtherNode);
     assert!(reason.contains("epoch 7, not 6"), "{reason}");
@@ -204,14 +204,18 @@ async fn what_cannot_be_done_is_refused_once_with_a_reason() {
     let mut bad = job(id(1), 1, 5, 5);
     bad.tokens[2] = prefill.hello.vocab_size;
     let commands = [
-        (Command::Prefill { job: bad, decode: peer.clone() }, Retry::Never, "outside the vocab"),
         (
-            Command::Prefill { job: job(id(2), 1, 100_000, 5), decode: peer.clone() },
+            Command::Prefill { job: bad, decode: peer.clone(), pull: None },
+            Retry::Never,
+            "outside the vocab",
+        ),
+        (
+            Command::Prefill { job: job(id(2), 1, 100_000, 5), decode: peer.clone(), pull: None },
             Retry::Never,
             "tokens",
         ),
         (
-            Command::Decode { job: job(id(3), 1, 5, 5), prefill: None },
+            Command::Decode { job: job(id(3), 1, 5, 5), prefill: None, pull: None },
             Retry::OtherNode,
             "prefill node",
         ),
@@ -234,7 +238,7 @@ async fn a_draining_node_finishes_what_runs_and_takes_nothing_new() {
     let mut pair = Pair::start().await;
     let (_prefill, mut decode) = pair.streams().await;
     let running = job(id(1), 1, 10, 50);
-    decode.command(Command::Decode { job: running.clone(), prefill: None }).await;
+    decode.command(Command::Decode { job: running.clone(), prefill: None, pull: None }).await;
     let first = decode.token(running.id).await;
     pair.decode.events.send(Event::Drain).await.expect("serving");
     loop {
@@ -245,7 +249,7 @@ async fn a_draining_node_finishes_what_runs_and_takes_nothing_new() {
         }
     }
     let late = job(id(2), 2, 10, 5);
-    decode.command(Command::Decode { job: late.clone(), prefill: None }).await;
+    decode.command(Command::Decode { job: late.clone(), prefill: None, pull: None }).await;
     let (mut last, mut refused) = (first, false);
     while last.finish.is_none() {
         match decode.next().await {
@@ -268,7 +272,7 @@ async fn a_node_whose_engine_fails_leaves_after_its_jobs_have() {
     let (_prefill, mut decode) = pair.streams().await;
     let mut poison = job(id(1), 1, 10, 50);
     poison.tokens[0] = POISON;
-    decode.command(Command::Decode { job: poison.clone(), prefill: None }).await;
+    decode.command(Command::Decode { job: poison.clone(), prefill: None, pull: None }).await;
     assert_eq!(decode.failure(poison.id).await.0, Retry::OtherNode);
     patiently("the node ends", pair.decode.serving).await.expect("no panic");
 }

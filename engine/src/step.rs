@@ -141,14 +141,15 @@ impl Device {
     }
 
     fn load(&self) -> Report {
+        // Role and draining are the node's to say.
         Report {
-            draining: false,
             waiting: self.scheduler.waiting() as u32,
             running: self.scheduler.admitted() as u32,
             queued_tokens: self.scheduler.queued_tokens() as u64,
             blocks: self.scheduler.blocks(),
             prefill_tokens_per_second: self.pace.prefill_tokens_per_second(),
             decode_step_ms: self.pace.decode_step_ms(),
+            ..Report::default()
         }
     }
 

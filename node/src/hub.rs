@@ -201,8 +201,8 @@ impl<J, T> Hub<J, T> {
 
     fn command(&mut self, stream: StreamId, command: Command) -> Option<Input<J, T>> {
         let (job, kind) = match command {
-            Command::Prefill { job, decode } => (job, JobKind::Prefill(decode)),
-            Command::Decode { job, prefill } => (job, JobKind::Decode(prefill)),
+            Command::Prefill { job, decode, .. } => (job, JobKind::Prefill(decode)),
+            Command::Decode { job, prefill, .. } => (job, JobKind::Decode(prefill)),
             Command::Cancel(id) => {
                 // A coordinator has no say over another one's jobs.
                 self.jobs.get(&id).filter(|owned| owned.stream == stream)?;
@@ -211,6 +211,15 @@ impl<J, T> Hub<J, T> {
             Command::SendSnapshot => {
                 self.streams.want_snapshot(stream);
                 self.engine.snapshot();
+                return None;
+            }
+            Command::Serve { id, .. } => {
+                let refusal = Refusal::new("this node serves no pulls", Retry::OtherNode);
+                self.refuse(stream, id, refusal);
+                return None;
+            }
+            Command::SetRole(_) | Command::SetDraining(_) => {
+                tracing::warn!("this node changes neither its role nor its mind");
                 return None;
             }
         };

@@ -183,6 +183,7 @@ impl<T: Send + 'static> Joiner<T> {
                 Ok(()) = news.changed() => tokio::time::sleep(LEAST_REPORT_PAUSE).await,
             }
             let mut report = self.engine.report();
+            report.role = self.hello.role;
             report.draining |= news.borrow_and_update().draining;
             outbox.try_send(NodeEvent::Report(report)).map_err(|_| SessionError::Slow)?;
         }

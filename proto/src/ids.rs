@@ -34,13 +34,32 @@ impl FromStr for RequestId {
 pub struct TransferId {
     /// The request.
     pub request: RequestId,
-    /// 1 for the first attempt.
+    /// 1 for the first attempt; the highest bit marks the attempt's [pull](Self::pull).
     pub attempt: u32,
+}
+
+/// Of [`TransferId::attempt`]: it is the pull that belongs to the attempt.
+const PULL: u32 = 1 << 31;
+
+impl TransferId {
+    /// The transfer that brings the attempt a cached prefix. It has an id of its own because a
+    /// node may both send this prefix and receive the attempt's KV.
+    #[must_use]
+    pub fn pull(self) -> Self {
+        Self { attempt: self.attempt | PULL, ..self }
+    }
+
+    /// Whether this names a pull.
+    #[must_use]
+    pub fn is_pull(self) -> bool {
+        self.attempt & PULL != 0
+    }
 }
 
 impl fmt::Display for TransferId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}/{}", self.request, self.attempt)
+        let pull = if self.is_pull() { "/pull" } else { "" };
+        write!(f, "{}/{}{pull}", self.request, self.attempt & !PULL)
     }
 }
 
@@ -90,10 +109,11 @@ impl FromStr for NodeId {
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug, Default)]
 pub struct Epoch(pub u64);
 
-/// What a node does.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+/// What coordinators ask of a node. Any node can do any work.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]
 pub enum Role {
     /// Computes prompts and sends their KV cache away.
+    #[default]
     Prefill,
     /// Receives KV caches, or computes short prompts itself, and generates tokens.
     Decode,
@@ -107,6 +127,12 @@ impl Role {
             Self::Prefill => "prefill",
             Self::Decode => "decode",
         }
+    }
+
+    /// The inverse of [`Self::as_str`].
+    #[must_use]
+    pub fn parse(text: &str) -> Option<Self> {
+        [Self::Prefill, Self::Decode].into_iter().find(|role| role.as_str() == text)
     }
 }
 

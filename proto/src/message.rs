@@ -8,7 +8,7 @@ use crate::ids::{Epoch, NodeId, Role, TransferId};
 use crate::sampling::SamplingParams;
 
 /// Version of the join stream; a node with another one is refused.
-pub const PROTOCOL: u32 = 1;
+pub const PROTOCOL: u32 = 2;
 
 /// One attempt at generating one sequence.
 #[derive(Clone, Debug, PartialEq)]
@@ -46,6 +46,16 @@ pub struct Peer {
     pub kv_address: String,
 }
 
+/// KV that another node has, and that is worth fetching before the rest is computed. A pull that
+/// fails costs time only: its tokens are then computed too.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Pull {
+    /// Who has it; is told by [`Command::Serve`].
+    pub from: Peer,
+    /// Leading tokens of the job; those that fill no block are computed. At least 1.
+    pub tokens: usize,
+}
+
 /// What a coordinator asks of a node.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Command {
@@ -55,6 +65,8 @@ pub enum Command {
         job: Job,
         /// Where the KV goes.
         decode: Peer,
+        /// KV to fetch first.
+        pull: Option<Pull>,
     },
     /// Generate tokens, from the KV that `prefill` sends or from a prompt computed here.
     Decode {
@@ -62,17 +74,35 @@ pub enum Command {
         job: Job,
         /// Who sends the KV; `None`: compute the prompt here.
         prefill: Option<Peer>,
+        /// KV to fetch first; `None` with a prefill node, which sends all.
+        pull: Option<Pull>,
+    },
+    /// Send KV that the prefix cache holds: the other side of a [`Pull`]. Nothing is computed: what
+    /// is not cached fails.
+    Serve {
+        /// The [pull](TransferId::pull) of the attempt that wants it.
+        id: TransferId,
+        /// Whose KV: the leading tokens of the job.
+        tokens: Vec<u32>,
+        /// Whose cached blocks may be used.
+        salt: CacheSalt,
+        /// Where the KV goes.
+        to: Peer,
     },
     /// Stop the attempt and free what it holds.
     Cancel(TransferId),
     /// Say all that the prefix cache holds.
     SendSnapshot,
+    /// Be this from now on. What runs ends as it began.
+    SetRole(Role),
+    /// Take nothing new until told otherwise, finish what runs, and stay joined.
+    SetDraining(bool),
 }
 
 /// A node's introduction.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Hello {
-    /// What it does.
+    /// What it does at the moment; its reports say when that changes.
     pub role: Role,
     /// Which life of it.
     pub epoch: Epoch,
@@ -110,6 +140,8 @@ pub struct BlockCounts {
 /// A node's load at one moment.
 #[derive(Clone, Debug, PartialEq, Default)]
 pub struct Report {
+    /// What the node does now.
+    pub role: Role,
     /// Takes nothing new.
     pub draining: bool,
     /// Sequences not yet started.
@@ -215,9 +247,19 @@ pub enum NodeEvent {
         /// `(token, its log-probabilities)`; position 1 of the prompt first.
         tokens: Vec<(u32, Logprobs)>,
     },
-    /// The KV arrived and was verified; told by the prefill node, on its clock.
-    Transferred {
+    /// The pull that belongs to an attempt is over.
+    Pulled {
         /// The attempt.
+        id: TransferId,
+        /// Tokens whose KV arrived; 0 if it failed, for whatever reason.
+        tokens: u32,
+        /// From the reservation of their blocks to the arrival of the last one.
+        took: Duration,
+    },
+    /// The KV arrived and was verified; told by the node that sent it, on its clock. Ends the
+    /// attempt, or the pull, there.
+    Transferred {
+        /// The attempt, or the pull of one.
         id: TransferId,
         /// From the first payload to the end of prefill.
         hidden: Duration,
@@ -230,7 +272,7 @@ pub enum NodeEvent {
     },
     /// The attempt ended here without a result; its blocks are free.
     Failed {
-        /// The attempt.
+        /// The attempt, or the pull that was to be served.
         id: TransferId,
         /// For people.
         reason: String,

@@ -372,8 +372,9 @@ impl Sim {
     fn report(&mut self, n: u16) {
         let Some(name) = pick(self.nodes.keys().cloned(), n) else { return };
         if self.nodes[&name].alive {
-            let queued_tokens = u64::from(n % 50);
-            self.say(&name, NodeEvent::Report(Report { queued_tokens, ..Report::default() }));
+            let (role, queued_tokens) = (self.nodes[&name].role, u64::from(n % 50));
+            let report = Report { role, queued_tokens, ..Report::default() };
+            self.say(&name, NodeEvent::Report(report));
         }
     }
 

@@ -63,13 +63,14 @@ impl Node {
 
     pub(crate) fn command(&mut self, command: Command) {
         let (job, peer) = match command {
-            Command::Prefill { job, decode } => (job, Some(decode)),
-            Command::Decode { job, prefill } => (job, prefill),
+            Command::Prefill { job, decode, .. } => (job, Some(decode)),
+            Command::Decode { job, prefill, .. } => (job, prefill),
             Command::Cancel(id) => {
                 self.jobs.remove(&id);
                 return;
             }
             Command::SendSnapshot => return,
+            other => panic!("unexpected {other:?}"),
         };
         let work = Work { job, peer, state: State::Queued };
         assert!(self.jobs.insert(work.job.id, work).is_none(), "an attempt was sent twice");

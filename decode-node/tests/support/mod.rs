@@ -303,9 +303,11 @@ pub(crate) fn peer(node: &Joined, name: &str) -> Peer {
 
 /// Sends `job` to both nodes, as a coordinator does.
 pub(crate) async fn hand_over(prefill: &Joined, decode: &Joined, job: &Job) {
-    let command = Command::Decode { job: job.clone(), prefill: Some(peer(prefill, "prefill-0")) };
+    let command =
+        Command::Decode { job: job.clone(), prefill: Some(peer(prefill, "prefill-0")), pull: None };
     decode.command(command).await;
-    let command = Command::Prefill { job: job.clone(), decode: peer(decode, "decode-0") };
+    let command =
+        Command::Prefill { job: job.clone(), decode: peer(decode, "decode-0"), pull: None };
     prefill.command(command).await;
 }
 

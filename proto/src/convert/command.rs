@@ -2,9 +2,9 @@
 
 use std::time::Duration;
 
-use super::{InvalidMessage, bytes16, invalid, required, transfer_id};
+use super::{InvalidMessage, bytes16, invalid, job_id, pull_id, required, role, transfer_id};
 use crate::hash::CacheSalt;
-use crate::message::{Command, Job};
+use crate::message::{Command, Job, Pull};
 use crate::sampling::SamplingParams;
 use crate::wire::node as wire;
 use wire::to_node::Message as Down;
@@ -63,6 +63,17 @@ impl TryFrom<wire::Sampling> for SamplingParams {
     }
 }
 
+fn salt_bytes(salt: CacheSalt) -> Vec<u8> {
+    salt.0.map_or_else(Vec::new, |salt| salt.to_vec())
+}
+
+fn salt(bytes: &[u8], field: &str) -> Result<CacheSalt, InvalidMessage> {
+    match bytes {
+        [] => Ok(CacheSalt(None)),
+        salt => Ok(CacheSalt(Some(bytes16(salt, field)?))),
+    }
+}
+
 impl From<Job> for wire::Job {
     fn from(job: Job) -> Self {
         let deadline = job.deadline.map_or(0, |d| d.as_millis().clamp(1, u32::MAX.into()));
@@ -71,7 +82,7 @@ impl From<Job> for wire::Job {
             tokens: job.tokens,
             prompt_tokens: job.prompt_tokens as u32,
             sampling: Some(job.sampling.into()),
-            salt: job.salt.0.map_or_else(Vec::new, |salt| salt.to_vec()),
+            salt: salt_bytes(job.salt),
             deadline_ms: deadline as u32,
         }
     }
@@ -88,33 +99,89 @@ impl TryFrom<wire::Job> for Job {
                 job.tokens.len()
             ));
         }
-        let salt = match &job.salt[..] {
-            [] => CacheSalt(None),
-            salt => CacheSalt(Some(bytes16(salt, "job.salt")?)),
-        };
         Ok(Self {
-            id: transfer_id(job.id)?,
+            id: job_id(job.id)?,
             tokens: job.tokens,
             prompt_tokens,
             sampling: required(job.sampling, "job.sampling")?.try_into()?,
-            salt,
+            salt: salt(&job.salt, "job.salt")?,
             deadline: (job.deadline_ms > 0).then(|| Duration::from_millis(job.deadline_ms.into())),
         })
     }
 }
 
+impl From<Pull> for wire::Pull {
+    fn from(pull: Pull) -> Self {
+        Self { from: Some(pull.from.into()), tokens: pull.tokens as u32 }
+    }
+}
+
+/// The pull of a job that has `most` tokens.
+fn pull(pull: Option<wire::Pull>, most: usize) -> Result<Option<Pull>, InvalidMessage> {
+    let Some(pull) = pull else { return Ok(None) };
+    let tokens = pull.tokens as usize;
+    if tokens == 0 || tokens > most {
+        return invalid(format!("pull.tokens is {tokens} of {most} tokens"));
+    }
+    Ok(Some(Pull { from: required(pull.from, "pull.from")?.try_into()?, tokens }))
+}
+
+fn prefill(message: wire::Prefill) -> Result<Command, InvalidMessage> {
+    let job: Job = required(message.job, "prefill.job")?.try_into()?;
+    let pull = pull(message.pull, job.tokens.len())?;
+    Ok(Command::Prefill {
+        job,
+        decode: required(message.decode, "prefill.decode")?.try_into()?,
+        pull,
+    })
+}
+
+fn decode(message: wire::Decode) -> Result<Command, InvalidMessage> {
+    if message.prefill.is_some() && message.pull.is_some() {
+        return invalid("decode.pull with a prefill node");
+    }
+    let job: Job = required(message.job, "decode.job")?.try_into()?;
+    let pull = pull(message.pull, job.tokens.len())?;
+    Ok(Command::Decode { job, prefill: message.prefill.map(TryInto::try_into).transpose()?, pull })
+}
+
+fn serve(message: wire::Serve) -> Result<Command, InvalidMessage> {
+    if message.tokens.is_empty() {
+        return invalid("serve.tokens is empty");
+    }
+    Ok(Command::Serve {
+        id: pull_id(message.id)?,
+        tokens: message.tokens,
+        salt: salt(&message.salt, "serve.salt")?,
+        to: required(message.to, "serve.to")?.try_into()?,
+    })
+}
+
 impl From<Command> for wire::ToNode {
     fn from(command: Command) -> Self {
         let message = match command {
-            Command::Prefill { job, decode } => {
-                Down::Prefill(wire::Prefill { job: Some(job.into()), decode: Some(decode.into()) })
-            }
-            Command::Decode { job, prefill } => Down::Decode(wire::Decode {
+            Command::Prefill { job, decode, pull } => Down::Prefill(wire::Prefill {
+                job: Some(job.into()),
+                decode: Some(decode.into()),
+                pull: pull.map(Into::into),
+            }),
+            Command::Decode { job, prefill, pull } => Down::Decode(wire::Decode {
                 job: Some(job.into()),
                 prefill: prefill.map(Into::into),
+                pull: pull.map(Into::into),
+            }),
+            Command::Serve { id, tokens, salt, to } => Down::Serve(wire::Serve {
+                id: Some(id.into()),
+                tokens,
+                salt: salt_bytes(salt),
+                to: Some(to.into()),
             }),
             Command::Cancel(id) => Down::Cancel(wire::Cancel { id: Some(id.into()) }),
             Command::SendSnapshot => Down::SendSnapshot(wire::SendSnapshot {}),
+            Command::SetRole(role) => {
+                Down::SetRole(wire::SetRole { role: role.as_str().to_owned() })
+            }
+            Command::SetDraining(draining) => Down::SetDraining(wire::SetDraining { draining }),
         };
         Self { message: Some(message) }
     }
@@ -126,16 +193,13 @@ impl TryFrom<wire::ToNode> for Command {
     fn try_from(message: wire::ToNode) -> Result<Self, InvalidMessage> {
         match required(message.message, "message")? {
             Down::Welcome(_) => invalid("a second welcome"),
-            Down::Prefill(prefill) => Ok(Self::Prefill {
-                job: required(prefill.job, "prefill.job")?.try_into()?,
-                decode: required(prefill.decode, "prefill.decode")?.try_into()?,
-            }),
-            Down::Decode(decode) => Ok(Self::Decode {
-                job: required(decode.job, "decode.job")?.try_into()?,
-                prefill: decode.prefill.map(TryInto::try_into).transpose()?,
-            }),
+            Down::Prefill(message) => prefill(message),
+            Down::Decode(message) => decode(message),
+            Down::Serve(message) => serve(message),
             Down::Cancel(cancel) => Ok(Self::Cancel(transfer_id(cancel.id)?)),
             Down::SendSnapshot(_) => Ok(Self::SendSnapshot),
+            Down::SetRole(set) => Ok(Self::SetRole(role(&set.role, "set_role.role")?)),
+            Down::SetDraining(set) => Ok(Self::SetDraining(set.draining)),
         }
     }
 }

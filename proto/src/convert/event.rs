@@ -1,10 +1,11 @@
 //! What nodes say.
 
 use super::{
-    InvalidMessage, as_ms, bytes16, duration_ms, hash_bytes, hashes, invalid, required, transfer_id,
+    InvalidMessage, as_ms, bytes16, duration_ms, hash_bytes, hashes, invalid, job_id, required,
+    role, transfer_id,
 };
 use crate::hash::ModelRoot;
-use crate::ids::{Epoch, Role};
+use crate::ids::Epoch;
 use crate::message::{
     BlockCounts, Hello, Logprobs, NodeEvent, NodeFinish, PROTOCOL, Report, Retry, TokenEvent,
 };
@@ -41,7 +42,6 @@ impl TryFrom<wire::FromNode> for Hello {
             let theirs = hello.protocol;
             return invalid(format!("the node speaks protocol {theirs}, this one {PROTOCOL}"));
         }
-        let role = [Role::Prefill, Role::Decode].into_iter().find(|r| r.as_str() == hello.role);
         if hello.model.is_empty() || hello.model.len() > 256 || hello.transports.len() > 8 {
             return invalid("hello.model must have 1 to 256 bytes, hello.transports at most 8");
         }
@@ -49,7 +49,7 @@ impl TryFrom<wire::FromNode> for Hello {
             return invalid("hello.vocab_size and hello.max_model_len must be above 0");
         }
         Ok(Self {
-            role: required(role, "hello.role prefill or decode")?,
+            role: role(&hello.role, "hello.role")?,
             epoch: Epoch(hello.epoch),
             model: hello.model,
             root: ModelRoot(bytes16(&hello.model_root, "hello.model_root")?),
@@ -157,6 +157,7 @@ impl From<Report> for wire::Report {
             leased_blocks: r.blocks.leased,
             prefill_tokens_per_second: r.prefill_tokens_per_second,
             decode_step_ms: r.decode_step_ms,
+            role: r.role.as_str().to_owned(),
         }
     }
 }
@@ -174,6 +175,7 @@ impl TryFrom<wire::Report> for Report {
             }
         }
         Ok(Self {
+            role: role(&r.role, "report.role")?,
             draining: r.draining,
             waiting: r.waiting,
             running: r.running,
@@ -226,6 +228,9 @@ impl From<NodeEvent> for wire::FromNode {
                     blocks,
                 })
             }
+            NodeEvent::Pulled { id, tokens, took } => {
+                Up::Pulled(wire::Pulled { id: Some(id.into()), tokens, took_ms: as_ms(took) })
+            }
             NodeEvent::Failed { id, reason, retry } => Up::Failed(wire::Failed {
                 id: Some(id.into()),
                 reason,
@@ -277,6 +282,11 @@ impl TryFrom<wire::FromNode> for NodeEvent {
                 exposed: duration_ms(done.exposed_ms, "transferred.exposed_ms")?,
                 bytes: done.bytes,
                 blocks: done.blocks,
+            },
+            Up::Pulled(pulled) => Self::Pulled {
+                id: job_id(pulled.id)?,
+                tokens: pulled.tokens,
+                took: duration_ms(pulled.took_ms, "pulled.took_ms")?,
             },
             Up::Failed(failed) => Self::Failed {
                 id: transfer_id(failed.id.clone())?,

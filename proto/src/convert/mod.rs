@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use crate::geometry::{KvDtype, KvGeometry};
 use crate::hash::BlockHash;
-use crate::ids::{Epoch, NodeId, RequestId, TransferId};
+use crate::ids::{Epoch, NodeId, RequestId, Role, TransferId};
 use crate::message::Peer;
 use crate::wire::node as wire;
 
@@ -63,6 +63,26 @@ fn transfer_id(id: Option<wire::TransferId>) -> Result<TransferId, InvalidMessag
     let id = required(id, "id")?;
     let request = RequestId(u128::from_be_bytes(bytes16(&id.request, "id.request")?));
     Ok(TransferId { request, attempt: id.attempt })
+}
+
+/// The id of an attempt, not of its pull.
+fn job_id(id: Option<wire::TransferId>) -> Result<TransferId, InvalidMessage> {
+    match transfer_id(id)? {
+        id if id.is_pull() => invalid("id is a pull's, not an attempt's"),
+        id => Ok(id),
+    }
+}
+
+fn pull_id(id: Option<wire::TransferId>) -> Result<TransferId, InvalidMessage> {
+    match transfer_id(id)? {
+        id if id.is_pull() => Ok(id),
+        _ => invalid("id is an attempt's, not its pull's"),
+    }
+}
+
+fn role(text: &str, field: &str) -> Result<Role, InvalidMessage> {
+    Role::parse(text)
+        .ok_or_else(|| InvalidMessage(format!("{field} is neither prefill nor decode")))
 }
 
 impl From<Peer> for wire::Peer {

@@ -4,7 +4,9 @@ use std::time::Duration;
 
 use super::*;
 use crate::hash::CacheSalt;
-use crate::message::{Command, Job, Logprobs, NodeEvent, NodeFinish, Report, Retry, TokenEvent};
+use crate::message::{
+    Command, Job, Logprobs, NodeEvent, NodeFinish, Pull, Report, Retry, TokenEvent,
+};
 use crate::sampling::SamplingParams;
 use crate::wire::node::from_node::Message as Up;
 
@@ -29,14 +31,27 @@ fn peer() -> Peer {
     Peer { node, epoch: Epoch(7), kv_address: "127.0.0.1:1".into() }
 }
 
+fn pull() -> Pull {
+    Pull { from: peer(), tokens: 2 }
+}
+
 #[test]
 fn commands_survive_the_wire() {
     let commands = [
-        Command::Prefill { job: job(), decode: peer() },
-        Command::Decode { job: job(), prefill: Some(peer()) },
-        Command::Decode { job: Job { deadline: None, ..job() }, prefill: None },
+        Command::Prefill { job: job(), decode: peer(), pull: None },
+        Command::Prefill { job: job(), decode: peer(), pull: Some(pull()) },
+        Command::Decode { job: job(), prefill: Some(peer()), pull: None },
+        Command::Decode { job: job(), prefill: None, pull: Some(pull()) },
+        Command::Decode { job: Job { deadline: None, ..job() }, prefill: None, pull: None },
+        Command::Serve { id: job().id.pull(), tokens: vec![5], salt: job().salt, to: peer() },
+        Command::Serve { id: job().id.pull(), tokens: vec![5], salt: CacheSalt(None), to: peer() },
         Command::Cancel(job().id),
+        Command::Cancel(job().id.pull()),
         Command::SendSnapshot,
+        Command::SetRole(Role::Prefill),
+        Command::SetRole(Role::Decode),
+        Command::SetDraining(true),
+        Command::SetDraining(false),
     ];
     for command in commands {
         let wire = wire::ToNode::from(command.clone());
@@ -59,6 +74,7 @@ fn events_survive_the_wire() {
     let hash = |n| BlockHash([n; 16]);
     let events = [
         NodeEvent::Report(Report { waiting: 1, decode_step_ms: 2.5, ..Report::default() }),
+        NodeEvent::Report(Report { role: Role::Decode, draining: true, ..Report::default() }),
         NodeEvent::Cache { sequence: 1, stored: vec![hash(1), hash(2)], removed: vec![hash(3)] },
         NodeEvent::Snapshot { sequence: 9, hashes: vec![hash(4)], last: true },
         NodeEvent::Started { id, cached_tokens: 3, queued: Duration::from_millis(5) },
@@ -76,6 +92,8 @@ fn events_survive_the_wire() {
             bytes: 1 << 40,
             blocks: 3,
         },
+        NodeEvent::Pulled { id, tokens: 32, took: Duration::from_millis(7) },
+        NodeEvent::Failed { id: id.pull(), reason: "not cached".into(), retry: Retry::Never },
         NodeEvent::Failed { id, reason: "gone".into(), retry: Retry::OtherNode },
     ];
     for event in events {
@@ -94,4 +112,43 @@ fn bad_messages_are_refused_by_name() {
     let error = NodeEvent::try_from(wire::FromNode { message: Some(Up::Cache(cache)) });
     assert!(error.unwrap_err().to_string().contains("cache.stored"));
     assert!(NodeEvent::try_from(wire::FromNode { message: None }).is_err());
+}
+
+fn refused(message: wire::to_node::Message) -> String {
+    Command::try_from(wire::ToNode { message: Some(message) }).unwrap_err().to_string()
+}
+
+#[test]
+fn a_pull_is_no_attempt_and_an_attempt_no_pull() {
+    use wire::to_node::Message as Down;
+    let id = job().id;
+    assert!(
+        !id.is_pull() && id.pull().is_pull() && id.pull() != id && id.pull().pull() == id.pull()
+    );
+    assert_eq!(id.pull().to_string(), format!("{id}/pull"));
+    let named = |id: TransferId| wire::Job { id: Some(id.into()), ..wire::Job::from(job()) };
+    let prefill =
+        wire::Prefill { job: Some(named(id.pull())), decode: Some(peer().into()), pull: None };
+    assert!(refused(Down::Prefill(prefill)).contains("a pull's, not an attempt's"));
+    let serve = wire::Serve {
+        id: Some(id.into()),
+        tokens: vec![1],
+        salt: Vec::new(),
+        to: Some(peer().into()),
+    };
+    assert!(refused(Down::Serve(serve)).contains("an attempt's, not its pull's"));
+}
+
+#[test]
+fn pulls_fit_their_jobs() {
+    use wire::to_node::Message as Down;
+    let decode = |tokens: u32, prefill: Option<wire::Peer>| {
+        let pull = wire::Pull { from: Some(peer().into()), tokens };
+        Down::Decode(wire::Decode { job: Some(job().into()), prefill, pull: Some(pull) })
+    };
+    assert!(refused(decode(4, None)).contains("pull.tokens is 4 of 3 tokens"));
+    assert!(refused(decode(0, None)).contains("pull.tokens is 0 of 3 tokens"));
+    assert!(refused(decode(2, Some(peer().into()))).contains("with a prefill node"));
+    let set = wire::SetRole { role: "both".to_owned() };
+    assert!(refused(Down::SetRole(set)).contains("set_role.role"));
 }
