@@ -11,6 +11,7 @@ use serde::Deserialize;
 
 use crate::control::Options;
 use crate::front::{PlaintextRefused, check_plaintext};
+use crate::peers::MAX_PEERS;
 use crate::placement::LocalPrefill;
 use crate::requests::Limits;
 
@@ -21,6 +22,10 @@ pub struct Settings {
     /// Where nodes join, over mutual TLS; port 0 takes a free one. Default: 127.0.0.1:7400.
     #[arg(long, env = "BATON_CLUSTER_LISTEN", value_name = "ADDR")]
     pub cluster_listen: Option<SocketAddr>,
+    /// Cluster addresses of the other coordinators of the same nodes, `HOST:PORT`. It is enough if
+    /// one of two coordinators names the other. Can be given several times.
+    #[arg(long, env = "BATON_PEERS", value_name = "ADDR", value_delimiter = ',')]
+    pub peers: Option<Vec<String>>,
     /// Where gRPC clients connect. Default: 127.0.0.1:7401.
     #[arg(long, env = "BATON_GRPC", value_name = "ADDR")]
     pub grpc: Option<SocketAddr>,
@@ -107,6 +112,8 @@ pub enum ConfigError {
 pub struct Config {
     /// Where nodes join.
     pub cluster_listen: SocketAddr,
+    /// Where the other coordinators' nodes join.
+    pub peers: Vec<String>,
     /// Where gRPC clients connect.
     pub grpc: SocketAddr,
     /// Where HTTP clients connect.
@@ -148,6 +155,7 @@ impl Settings {
     pub fn over(self, other: Self) -> Self {
         Self {
             cluster_listen: self.cluster_listen.or(other.cluster_listen),
+            peers: self.peers.or(other.peers),
             grpc: self.grpc.or(other.grpc),
             http: self.http.or(other.http),
             allow_plaintext: self.allow_plaintext.or(other.allow_plaintext),
@@ -219,6 +227,7 @@ impl TryFrom<Settings> for Config {
         };
         Ok(Self {
             cluster_listen: settings.cluster_listen.unwrap_or(loopback(7400)),
+            peers: peers(settings.peers)?,
             grpc,
             http,
             identity: settings.identity.ok_or(ConfigError::Missing("identity"))?,
@@ -229,6 +238,22 @@ impl TryFrom<Settings> for Config {
             log_json,
         })
     }
+}
+
+fn peers(given: Option<Vec<String>>) -> Result<Vec<String>, ConfigError> {
+    let given = given.unwrap_or_default();
+    let value = |problem| Err(ConfigError::Value { key: "peers", problem });
+    let has_port = |address: &str| {
+        let port = address.rsplit_once(':').filter(|(host, _)| !host.is_empty());
+        port.is_some_and(|(_, port)| port.parse().is_ok_and(|port: u16| port > 0))
+    };
+    if let Some(address) = given.iter().find(|address| !has_port(address)) {
+        return value(format!("has {address:?}, which is not HOST:PORT"));
+    }
+    if given.len() > MAX_PEERS {
+        return value(format!("has {} addresses; at most {MAX_PEERS} are possible", given.len()));
+    }
+    Ok(given)
 }
 
 #[cfg(test)]
@@ -261,6 +286,10 @@ mod tests {
             ("model = ['/m/a', '/n/a']", "model_name names \"a\" twice"),
             ("model = ['/m']\nmodel_name = []", "model_name has 0 names for 1 models"),
             ("model = ['/m']\nmax_requests = 0", "max_requests must be above 0"),
+            (
+                "model = ['/m']\nidentity = '/i'\npeers = ['10.0.0.1']",
+                "peers has \"10.0.0.1\", which is not HOST:PORT",
+            ),
             (
                 "model = ['/m']\nidentity = '/i'\ngrpc = '0.0.0.0:1'",
                 "0.0.0.0:1 is open to other machines without encryption; listen on a loopback \

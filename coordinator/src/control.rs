@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use baton_proto::hash::BlockHash;
 use baton_proto::ids::{NodeId, RequestId, Role};
 use baton_proto::message::{Command, Hello, NodeEvent};
+use baton_proto::share::Share;
 
 use crate::cluster::{Cluster, LinkId, NodeRef, Refusal};
 use crate::core::{
@@ -13,6 +14,7 @@ use crate::core::{
 };
 use crate::index::{BYTES_PER_BLOCK, Heard, Index};
 use crate::ledger::Ledger;
+use crate::peers::{Own, Shares};
 use crate::placement::LocalPrefill;
 use crate::placing::Placing;
 use crate::requests::{Action, Context, Limits, Requests, Totals};
@@ -47,6 +49,7 @@ impl Control {
             cluster: Cluster::default(),
             index: Index::new(options.index_blocks),
             ledger: Ledger::default(),
+            shares: Shares::default(),
             local_prefill: options.local_prefill,
         };
         Self { nodes, requests: Requests::new(options.limits), started: now }
@@ -65,7 +68,9 @@ impl Control {
         if let Some(earlier) = self.nodes.cluster.member(node).map(|member| member.link) {
             self.leave(node, earlier, now, out);
         }
+        let epoch = hello.epoch;
         self.nodes.cluster.join(node, hello, link, now)?;
+        self.nodes.shares.joined(node, epoch);
         self.nodes.index.join(node);
         self.nodes.ledger.clear(node);
         self.requests.node_joined(&mut Context { now, placer: &mut self.nodes, out });
@@ -84,6 +89,7 @@ impl Control {
             return false;
         };
         self.nodes.index.leave(node);
+        self.nodes.shares.left(node);
         self.nodes.ledger.clear(node);
         let lost = NodeRef { node: node.clone(), epoch: member.hello.epoch };
         self.requests.node_lost(&lost, &mut Context { now, placer: &mut self.nodes, out });
@@ -106,6 +112,7 @@ impl Control {
         match event {
             NodeEvent::Report(report) => {
                 self.nodes.ledger.report(node, &report, now);
+                self.nodes.shares.reported(node, now);
                 self.nodes.cluster.report(node, report, now);
                 self.nodes.index.sweep(SWEEP_PER_REPORT);
             }
@@ -163,12 +170,29 @@ impl Control {
     /// When [`Self::handle_timeout`] must be called next.
     #[must_use]
     pub fn poll_timeout(&self) -> Option<Instant> {
-        self.requests.poll_timeout()
+        let timeouts = [self.requests.poll_timeout(), self.nodes.shares.poll_timeout()];
+        timeouts.into_iter().flatten().min()
     }
 
     /// Does what is due.
     pub fn handle_timeout(&mut self, now: Instant, out: &mut Vec<Action>) {
+        self.nodes.shares.expire(now);
         self.requests.handle_timeout(&mut Context { now, placer: &mut self.nodes, out });
+    }
+
+    /// What to tell other coordinators.
+    pub fn share(&mut self, now: Instant) -> Share {
+        let Placing { cluster, ledger, shares, .. } = &mut self.nodes;
+        let own = ledger.recent(now).filter_map(|(node, sent, load)| {
+            let epoch = cluster.member(node)?.hello.epoch;
+            Some(Own { node, epoch, sent, load })
+        });
+        shares.share(own, now)
+    }
+
+    /// Another coordinator says what it has promised.
+    pub fn heard(&mut self, from: &NodeId, share: Share, now: Instant) {
+        self.nodes.shares.heard(from, share, now);
     }
 
     /// All models known.
@@ -209,6 +233,7 @@ impl Control {
             requests_active: self.requests.len(),
             prefill_nodes: cluster.count(Role::Prefill),
             decode_nodes,
+            peers: self.nodes.shares.peers().map(ToString::to_string).collect(),
             uptime: now.saturating_duration_since(self.started),
             requests_finished: finished,
             requests_failed: failed,

@@ -8,6 +8,7 @@ use baton_proto::hash::{BlockHash, CacheSalt, ModelRoot};
 use baton_proto::ids::{NodeId, RequestId};
 use baton_proto::message::{Hello, Logprobs, NodeFinish, Report};
 use baton_proto::sampling::SamplingParams;
+use baton_proto::share::Share;
 use tokio::sync::{mpsc, oneshot, watch};
 
 /// A model that joined nodes serve.
@@ -213,6 +214,8 @@ pub struct StatusView {
     pub prefill_nodes: usize,
     /// Joined decode nodes.
     pub decode_nodes: usize,
+    /// Other coordinators that are heard.
+    pub peers: Vec<String>,
     /// Since the start.
     pub uptime: Duration,
     /// Requests that ended with a result.
@@ -282,6 +285,7 @@ pub(crate) enum Ask {
     Cancel(RequestId),
     Status(oneshot::Sender<StatusView>),
     Nodes(oneshot::Sender<Vec<NodeView>>),
+    Share(oneshot::Sender<Share>),
     Cache {
         node: Option<NodeId>,
         chain: Vec<BlockHash>,
@@ -409,6 +413,11 @@ impl Core {
     /// Joined nodes, by name.
     pub async fn nodes(&self) -> Vec<NodeView> {
         self.ask(Ask::Nodes).await.unwrap_or_default()
+    }
+
+    /// What to tell other coordinators; `None` once the core is gone.
+    pub(crate) async fn share(&self) -> Option<Share> {
+        self.ask(Ask::Share).await
     }
 
     /// What the prefix caches hold.

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use baton_proto::ids::{Epoch, NodeId, RequestId};
 use baton_proto::message::{Command, Hello, NodeEvent};
+use baton_proto::share::Share;
 use baton_proto::wire::node::ToNode;
 use tokio::sync::{mpsc, oneshot, watch};
 use tonic::Status;
@@ -38,6 +39,8 @@ pub(crate) enum FromLink {
     Event { node: NodeId, link: LinkId, event: NodeEvent },
     /// The stream ended.
     Closed { node: NodeId, link: LinkId },
+    /// Another coordinator says what it has promised.
+    Share { from: NodeId, share: Share },
 }
 
 /// The driver's end of a node's stream. Dropping it ends the stream.
@@ -137,6 +140,7 @@ impl Driver {
             FromLink::Event { node, link, event } => {
                 self.control.event(&node, link, event, now, actions);
             }
+            FromLink::Share { from, share } => self.control.heard(&from, share, now),
             FromLink::Closed { node, link } => {
                 if self.control.leave(&node, link, now, actions) {
                     tracing::info!(%node, "left");
@@ -173,6 +177,7 @@ impl Driver {
             Ask::Stop(id) => self.control.stop(id, now, actions),
             Ask::Cancel(id) => self.control.cancel(id, now, actions),
             Ask::Status(reply) => drop(reply.send(self.control.status(now))),
+            Ask::Share(reply) => drop(reply.send(self.control.share(now))),
             Ask::Nodes(reply) => drop(reply.send(self.control.nodes(now))),
             Ask::Cache { node, chain, block_tokens, reply } => {
                 let view = self.control.cache(node.as_ref(), &chain, block_tokens);

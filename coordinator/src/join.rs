@@ -9,6 +9,7 @@ use baton_proto::ids::NodeId;
 use baton_proto::message::{Hello, NodeEvent};
 use baton_proto::wire::node::join_server::{Join, JoinServer};
 use baton_proto::wire::node::{FromNode, ToNode, Welcome, to_node};
+use baton_proto::wire::peer::peers_server::PeersServer;
 use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, mpsc, oneshot};
 use tokio_stream::wrappers::ReceiverStream;
@@ -17,7 +18,9 @@ use tonic::transport::{Certificate, Server, ServerTlsConfig};
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::cluster::LinkId;
+use crate::core::Core;
 use crate::driver::{FromLink, Link};
+use crate::exchange::{Exchange, MAX_MESSAGE_BYTES as MAX_SHARE_BYTES};
 
 /// Commands on their way to one node, per request that the coordinator may hold; a node that lets
 /// more pile up is disconnected. When a node is lost, each of its requests may have to be cancelled
@@ -35,11 +38,13 @@ const MAX_STREAMS_PER_CONNECTION: u32 = 4;
 /// How often nodes report their load.
 const REPORT_INTERVAL: Duration = Duration::from_millis(100);
 
-/// Serves nodes until `shutdown`; they have a part in at most `requests` requests at a time.
+/// Serves nodes, and other coordinators, until `shutdown`; nodes have a part in at most `requests`
+/// requests at a time.
 pub(crate) async fn serve(
     listener: TcpListener,
     identity: &Identity,
     requests: usize,
+    core: Core,
     driver: mpsc::Sender<FromLink>,
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), tonic::transport::Error> {
@@ -49,6 +54,8 @@ pub(crate) async fn serve(
         .client_ca_root(Certificate::from_pem(identity.ca_pem()))
         .timeout(GREETING_TIMEOUT);
     let max_outbox = requests.saturating_mul(OUTBOX_PER_REQUEST).min(Semaphore::MAX_PERMITS);
+    let exchange = Exchange { name: identity.node_id().clone(), core, driver: driver.clone() };
+    let exchange = PeersServer::new(exchange).max_decoding_message_size(MAX_SHARE_BYTES);
     let service = Service { name: identity.node_id().clone(), max_outbox, driver };
     let service = JoinServer::new(service).max_decoding_message_size(MAX_MESSAGE_BYTES);
     Server::builder()
@@ -57,6 +64,7 @@ pub(crate) async fn serve(
         .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
         .max_concurrent_streams(MAX_STREAMS_PER_CONNECTION)
         .add_service(service)
+        .add_service(exchange)
         .serve_with_incoming_shutdown(
             TcpIncoming::from(listener).with_nodelay(Some(true)),
             shutdown,

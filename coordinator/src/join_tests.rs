@@ -17,9 +17,20 @@ use super::*;
 use crate::control::Options;
 use crate::core::{Core, NewRequest, Updates};
 use crate::driver::Driver;
+use crate::exchange::Caller;
 use crate::placement::LocalPrefill;
 use crate::requests::Limits;
 use crate::testing::{hello, node};
+
+const REQUESTS: usize = 10;
+
+fn drive() -> (Core, mpsc::Sender<FromLink>) {
+    let limits = Limits { requests: REQUESTS, tokens: 1000 };
+    let (driver, core, links) =
+        Driver::new(Options { limits, index_blocks: 100, local_prefill: LocalPrefill::Auto });
+    tokio::spawn(driver.run());
+    (core, links)
+}
 
 struct World {
     dir: TempDir,
@@ -32,16 +43,13 @@ impl World {
     async fn start() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let ca = ClusterCa::create(&dir.path().join("ca")).unwrap();
-        let limits = Limits { requests: 10, tokens: 1000 };
-        let (driver, core, links) =
-            Driver::new(Options { limits, index_blocks: 100, local_prefill: LocalPrefill::Auto });
-        tokio::spawn(driver.run());
+        let (core, links) = drive();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
-        let world = Self { dir, ca, core, address };
+        let world = Self { dir, ca, core: core.clone(), address };
         let identity = world.issue(Part::Coordinator, "c", "c");
         tokio::spawn(async move {
-            serve(listener, &identity, limits.requests, links, std::future::pending())
+            serve(listener, &identity, REQUESTS, core, links, std::future::pending())
                 .await
                 .unwrap();
         });
@@ -184,7 +192,9 @@ async fn a_node_that_hangs_up_while_it_is_admitted_is_reported_gone() {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     let (links, mut heard) = mpsc::channel(8);
-    tokio::spawn(async move { serve(listener, &identity, 1, links, std::future::pending()).await });
+    let core = world.core.clone();
+    let never = std::future::pending();
+    tokio::spawn(async move { serve(listener, &identity, 1, core, links, never).await });
     let identity = world.issue(Part::Node, "d", "d");
     let dialling =
         tokio::spawn(async move { dial(&identity, address, hello(Role::Decode, 1)).await });
@@ -193,4 +203,29 @@ async fn a_node_that_hangs_up_while_it_is_admitted_is_reported_gone() {
     link.outbox.closed().await;
     reply.send(Ok(LinkId(1))).unwrap();
     assert!(matches!(heard.recv().await, Some(FromLink::Closed { link: LinkId(1), .. })));
+}
+
+#[tokio::test]
+async fn coordinators_hear_each_other_and_no_node() {
+    let world = World::start().await;
+    let (core, driver) = drive();
+    let caller = |name: &str, part| {
+        let identity = world.issue(part, name, name);
+        Caller { identity, core: core.clone(), driver: driver.clone() }
+    };
+    let address = world.address.to_string();
+    for (name, part) in [("n", Part::Node), ("c", Part::Coordinator)] {
+        let result = caller(name, part).call_once(&address).await;
+        assert!(result.is_err(), "{name} is a node, or the coordinator itself");
+    }
+    let calling = tokio::spawn(caller("c2", Part::Coordinator).keep_exchanging(address));
+    let heard = |core: Core, peers: Vec<String>| async move {
+        while core.status().await.peers != peers {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    };
+    heard(core.clone(), vec!["c".to_owned()]).await;
+    heard(world.core.clone(), vec!["c2".to_owned()]).await;
+    calling.abort();
+    heard(world.core.clone(), Vec::new()).await;
 }

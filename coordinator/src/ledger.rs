@@ -5,9 +5,13 @@ use std::time::{Duration, Instant};
 
 use baton_proto::ids::{NodeId, TransferId};
 use baton_proto::message::Report;
+use baton_proto::share::SharedLoad;
 
 /// A report shows what was sent to the node this long before it arrived.
-const REPORT_LAG: Duration = Duration::from_millis(50);
+pub(crate) const REPORT_LAG: Duration = Duration::from_millis(50);
+
+/// What is told other coordinators: their reports of a node may be this much older than ours.
+const SHARED_FOR: Duration = Duration::from_millis(250);
 
 /// Work promised to nodes. Pure; corrected by every report.
 #[derive(Debug, Default)]
@@ -103,6 +107,19 @@ impl Ledger {
             queued_tokens: all.queued_tokens.saturating_add(work.tokens),
             blocks: all.blocks.saturating_add(work.blocks),
             sequences: all.sequences + 1,
+        })
+    }
+
+    /// Promises that a report of the node to another coordinator may not show yet: which node, when
+    /// and what.
+    pub fn recent(&self, now: Instant) -> impl Iterator<Item = (&NodeId, Instant, SharedLoad)> {
+        let all = self
+            .nodes
+            .iter()
+            .flat_map(|(node, account)| account.work.values().map(move |work| (node, work)));
+        let recent = all.filter(move |(_, work)| !work.reported || work.sent + SHARED_FOR > now);
+        recent.map(|(node, &Work { tokens, blocks, sent, .. })| {
+            (node, sent, SharedLoad { prefill_ms: 0.0, tokens, blocks, sequences: 1 })
         })
     }
 

@@ -9,12 +9,14 @@ pub mod driver;
 pub mod front;
 pub mod index;
 pub mod ledger;
+pub mod peers;
 pub mod placement;
 pub mod placing;
 pub mod requests;
 pub mod server;
 
 mod bits;
+mod exchange;
 mod join;
 mod life;
 mod metrics;

@@ -9,6 +9,7 @@ use baton_proto::message::Report;
 use crate::cluster::{Cluster, Member, NodeRef};
 use crate::index::Index;
 use crate::ledger::Ledger;
+use crate::peers::Shares;
 use crate::placement::{Candidate, Demand, LocalPrefill, choose};
 use crate::requests::{Placed, Placer, Wanted};
 
@@ -21,6 +22,8 @@ pub struct Placing {
     pub index: Index,
     /// What they were asked to do.
     pub ledger: Ledger,
+    /// What other coordinators asked them to do.
+    pub shares: Shares,
     /// Whether decode nodes may compute prompts.
     pub local_prefill: LocalPrefill,
 }
@@ -45,7 +48,7 @@ impl Placer for Placing {
             }
             let blocks = matched.get(node).copied().unwrap_or(0);
             let cached_tokens = blocks * geometry.block_tokens as usize;
-            let candidate = candidate(node, member, cached_tokens, &self.ledger);
+            let candidate = candidate(node, member, cached_tokens, self);
             match member.hello.role {
                 Role::Prefill => prefill.push(candidate),
                 Role::Decode => decode.push(candidate),
@@ -89,21 +92,23 @@ fn candidate<'a>(
     node: &'a NodeId,
     member: &Member,
     cached_tokens: usize,
-    ledger: &Ledger,
+    placing: &Placing,
 ) -> Candidate<'a> {
     let Report { running, waiting, blocks, .. } = &member.report;
-    let load = ledger.load(node);
+    let (load, shared) = (placing.ledger.load(node), placing.shares.load(node));
     let reported = blocks.free.saturating_add(blocks.cached);
     let none_yet = member.report == Report::default();
     let room = if none_yet { member.hello.total_blocks } else { reported };
     Candidate {
         node,
         cached_tokens,
-        queued_tokens: load.queued_tokens,
-        sequences: running.saturating_add(*waiting).saturating_add(load.sequences),
+        queued_tokens: load.queued_tokens.saturating_add(shared.tokens),
+        sequences: [*waiting, load.sequences, shared.sequences]
+            .into_iter()
+            .fold(*running, u32::saturating_add),
         tokens_per_second: member.report.prefill_tokens_per_second,
         step_ms: member.report.decode_step_ms,
-        room: room.saturating_sub(load.blocks),
+        room: room.saturating_sub(load.blocks).saturating_sub(shared.blocks),
         total_blocks: member.hello.total_blocks,
     }
 }
@@ -124,6 +129,7 @@ mod tests {
             cluster: Cluster::default(),
             index: Index::new(1),
             ledger: Ledger::default(),
+            shares: Shares::default(),
             local_prefill: LocalPrefill::Auto,
         };
         let mut small = hello(Role::Decode, 1);

@@ -13,6 +13,7 @@ use tokio::task::JoinSet;
 use crate::config::Config;
 use crate::core::Core;
 use crate::driver::Driver;
+use crate::exchange::Caller;
 use crate::front::models::{ModelFileError, Models};
 use crate::front::{Front, serve_grpc, serve_http};
 use crate::join;
@@ -93,9 +94,17 @@ impl Coordinator {
             serve_http(front, metrics, http_listener, stop).await.map_err(|e| e.to_string())
         });
         let requests = config.options.limits.requests;
+        for address in config.peers.clone() {
+            let (identity, core, driver) = (identity.clone(), core.clone(), links.clone());
+            nodes.spawn(async move {
+                let exchanging = Caller { identity, core, driver }.keep_exchanging(address);
+                exchanging.await.map_err(|e| e.to_string())
+            });
+        }
+        let own = core.clone();
         nodes.spawn(async move {
             let never = std::future::pending();
-            let served = join::serve(cluster_listener, &identity, requests, links, never);
+            let served = join::serve(cluster_listener, &identity, requests, own, links, never);
             served.await.map_err(|e| e.to_string())
         });
         Ok(Self { grpc, http, cluster, core, closing, servers, nodes })

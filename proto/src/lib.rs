@@ -10,6 +10,7 @@ pub mod hash;
 pub mod ids;
 pub mod message;
 pub mod sampling;
+pub mod share;
 
 mod convert;
 pub use convert::InvalidMessage;
@@ -24,6 +25,10 @@ pub mod wire {
     /// The stream between a node and a coordinator.
     pub mod node {
         tonic::include_proto!("baton.node.v1");
+    }
+    /// The exchange between coordinators.
+    pub mod peer {
+        tonic::include_proto!("baton.peer.v1");
     }
     /// Encoded `FileDescriptorSet` of every package.
     pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));

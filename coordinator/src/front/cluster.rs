@@ -32,6 +32,7 @@ impl Cluster for Front {
             requests_finished: status.requests_finished,
             requests_failed: status.requests_failed,
             requests_retried: status.requests_retried,
+            peers: status.peers,
         }))
     }
 

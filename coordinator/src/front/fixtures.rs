@@ -161,6 +161,7 @@ async fn serve_core(
             }
             Ask::Cancel(_) | Ask::ShutDown(_) => {}
             Ask::Status(reply) => drop(reply.send(status(*ready.borrow()))),
+            Ask::Share(reply) => drop(reply.send(baton_proto::share::Share::default())),
             Ask::Nodes(reply) => drop(reply.send(vec![decode_node()])),
             Ask::Cache { node: wanted, reply, .. } => {
                 let held = NodeCacheView { node: node("d0"), blocks: 5, matched_tokens: 4 };

@@ -3,6 +3,7 @@
 
 mod command;
 mod event;
+mod share;
 #[cfg(test)]
 mod tests;
 
