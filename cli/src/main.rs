@@ -10,7 +10,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-use commands::{cache, certs, check, demo, generate, nodes, status};
+use commands::{cache, certs, check, demo, generate, nodes, plan, status};
 
 #[derive(Parser)]
 #[command(name = "baton", version, about = "Serves language models from prefill and decode nodes")]
@@ -38,6 +38,8 @@ enum Command {
     Certs(certs::CertsCommand),
     /// Check a configuration file
     Check(check::CheckArgs),
+    /// Say how a trace would be served, or how many nodes it needs
+    Plan(Box<plan::PlanArgs>),
 }
 
 #[tokio::main]
@@ -51,6 +53,7 @@ async fn main() -> ExitCode {
         Command::Cache(args) => cache::run(args).await,
         Command::Certs(command) => certs::run(&command),
         Command::Check(args) => check::run(&args),
+        Command::Plan(args) => plan::run(&args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -6,6 +6,7 @@ pub(crate) mod check;
 pub(crate) mod demo;
 pub(crate) mod generate;
 pub(crate) mod nodes;
+pub(crate) mod plan;
 pub(crate) mod status;
 
 /// What a command fails with: one line for a person.

@@ -1,0 +1,62 @@
+//! `baton plan`: plays a trace against a modelled cluster.
+
+mod cluster;
+mod replay;
+
+use std::path::PathBuf;
+
+use baton_sim::trace::Trace;
+
+use super::CommandError;
+
+/// Command line of `baton plan`.
+#[derive(clap::Args)]
+pub(crate) struct PlanArgs {
+    /// Serve the trace with the given nodes and say how that went
+    #[arg(long, required = true)]
+    replay: bool,
+    #[command(flatten)]
+    trace: TraceArgs,
+    #[command(flatten)]
+    fixed: replay::ReplayArgs,
+    #[command(flatten)]
+    cluster: cluster::ClusterArgs,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(clap::Args)]
+struct TraceArgs {
+    /// Requests: Mooncake's JSON lines (a log of one's own needs `timestamp` in ms, `input_length`,
+    /// `output_length` and, to share prefixes, `hash_ids`), or Azure's CSV
+    #[arg(long = "trace", value_name = "FILE")]
+    file: PathBuf,
+    /// Tokens per block of the trace's `hash_ids`
+    #[arg(long, value_name = "N", default_value_t = 512,
+          value_parser = clap::value_parser!(u32).range(1..=65536))]
+    block_tokens: u32,
+    /// Let requests arrive this many times faster
+    #[arg(long, value_name = "X", default_value_t = 1.0, value_parser = cluster::positive)]
+    scale: f64,
+    /// Spread arrivals that share a coarse timestamp evenly over the time until the next one
+    #[arg(long)]
+    spread: bool,
+}
+
+impl TraceArgs {
+    fn read(&self) -> Result<Trace, CommandError> {
+        let mut trace = Trace::read(&self.file, self.block_tokens)?;
+        if self.spread {
+            trace.spread();
+        }
+        trace.scale(self.scale);
+        Ok(trace)
+    }
+}
+
+/// Runs `baton plan`.
+pub(crate) fn run(args: &PlanArgs) -> Result<(), CommandError> {
+    let trace = args.trace.read()?;
+    replay::run(&args.fixed, &args.cluster, &trace, args.json)
+}
