@@ -1,4 +1,4 @@
-//! Connections to a coordinator.
+//! Connections to coordinators. Any one of a cluster's serves every request.
 
 use std::time::Duration;
 
@@ -12,47 +12,82 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// Prompt log-probabilities of a long prompt are one message.
 const MAX_MESSAGE_BYTES: usize = 256 << 20;
 
-/// Where the coordinator listens for clients.
+/// Where the coordinators listen for clients.
 #[derive(clap::Args)]
 pub(crate) struct Target {
-    /// Coordinator's gRPC address
+    /// Coordinators' gRPC addresses; the first that answers is asked
     #[arg(
         long,
         value_name = "HOST:PORT",
         env = "BATON_COORDINATOR",
+        value_delimiter = ',',
         default_value = "127.0.0.1:7401"
     )]
-    coordinator: String,
+    coordinator: Vec<String>,
 }
 
 impl Target {
     /// The coordinator at `address`.
     pub(crate) fn new(address: impl Into<String>) -> Self {
-        Self { coordinator: address.into() }
+        Self { coordinator: vec![address.into()] }
     }
 
-    async fn channel(&self) -> Result<Channel, CommandError> {
-        let address = &self.coordinator;
-        let host = address.strip_prefix("http://").unwrap_or(address);
-        let endpoint = Endpoint::from_shared(format!("http://{host}"))
-            .map_err(|_| format!("--coordinator {address:?} is no HOST:PORT"))?
-            .connect_timeout(CONNECT_TIMEOUT);
-        endpoint.connect().await.map_err(|_| {
-            format!("no coordinator answers at {address}; is one running? (`baton up` starts one)")
-                .into()
-        })
+    /// All of them, in the order in which they are to be tried; never none.
+    pub(crate) fn addresses(&self) -> &[String] {
+        &self.coordinator
     }
 
-    /// For text generation.
-    pub(crate) async fn inference(&self) -> Result<InferenceClient<Channel>, CommandError> {
-        let client = InferenceClient::new(self.channel().await?);
-        Ok(client.max_decoding_message_size(MAX_MESSAGE_BYTES))
-    }
-
-    /// For looking at the cluster.
+    /// For looking at the cluster: the first coordinator that answers.
     pub(crate) async fn cluster(&self) -> Result<ClusterClient<Channel>, CommandError> {
-        Ok(ClusterClient::new(self.channel().await?))
+        let mut silent = Vec::new();
+        for address in &self.coordinator {
+            match endpoint(address)?.connect().await {
+                Ok(channel) => return Ok(ClusterClient::new(channel)),
+                Err(_) => silent.push(address.as_str()),
+            }
+        }
+        Err(no_answer(&silent.join(", ")))
     }
+}
+
+/// How a request failed at one coordinator.
+pub(crate) enum Failure {
+    /// Nothing came of it, and another coordinator may serve it.
+    TryAnother(CommandError),
+    /// It would fail at any, or a part of the answer is there already.
+    Final(CommandError),
+}
+
+impl From<tonic::Status> for Failure {
+    fn from(status: tonic::Status) -> Self {
+        let error = explain(&status);
+        if is_lost(&status) { Self::TryAnother(error) } else { Self::Final(error) }
+    }
+}
+
+/// Whether the coordinator that answered so is lost, is going down or has no nodes.
+pub(crate) fn is_lost(status: &tonic::Status) -> bool {
+    // A status that came over the wire has no cause at this end.
+    let broken = std::error::Error::source(status).is_some();
+    broken || status.code() == tonic::Code::Unavailable
+}
+
+/// For text generation at one coordinator.
+pub(crate) async fn inference(address: &str) -> Result<InferenceClient<Channel>, Failure> {
+    let channel = endpoint(address).map_err(Failure::Final)?.connect().await;
+    let channel = channel.map_err(|_| Failure::TryAnother(no_answer(address)))?;
+    Ok(InferenceClient::new(channel).max_decoding_message_size(MAX_MESSAGE_BYTES))
+}
+
+fn endpoint(address: &str) -> Result<Endpoint, CommandError> {
+    let host = address.strip_prefix("http://").unwrap_or(address);
+    let endpoint = Endpoint::from_shared(format!("http://{host}"));
+    let endpoint = endpoint.map_err(|_| format!("--coordinator {address:?} is no HOST:PORT"))?;
+    Ok(endpoint.connect_timeout(CONNECT_TIMEOUT))
+}
+
+fn no_answer(addresses: &str) -> CommandError {
+    format!("no coordinator answers at {addresses}; is one running? (`baton up` starts one)").into()
 }
 
 /// A status as one line for a person.

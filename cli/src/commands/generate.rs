@@ -12,7 +12,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::CommandError;
-use crate::client::{Target, explain};
+use crate::client::{Failure, Target, explain, inference, is_lost};
 use crate::output::print;
 
 /// Command line of `baton generate`.
@@ -251,27 +251,61 @@ fn logprobs(tokens: &[TokenLogprobs]) -> Value {
     if tokens.is_empty() { Value::Null } else { list.collect() }
 }
 
-/// Sends `request` and gathers its completions; `on_text` sees the first one's text as it comes.
+/// Sends `request` to the first coordinator that serves it and gathers its completions; `on_text`
+/// sees the first one's text as it comes.
 pub(crate) async fn complete(
     target: &Target,
     request: GenerateRequest,
     mut on_text: impl FnMut(&str) -> io::Result<()>,
 ) -> Result<Vec<Completion>, CommandError> {
+    let mut failures = Vec::new();
+    for address in target.addresses() {
+        match complete_at(address, request.clone(), &mut on_text).await {
+            Ok(choices) => return Ok(choices),
+            Err(Failure::Final(error)) => return Err(error),
+            Err(Failure::TryAnother(error)) => failures.push(error.to_string()),
+        }
+    }
+    Err(failures.join("; ").into())
+}
+
+async fn complete_at(
+    address: &str,
+    request: GenerateRequest,
+    on_text: &mut impl FnMut(&str) -> io::Result<()>,
+) -> Result<Vec<Completion>, Failure> {
     let mut choices: Vec<Completion> = Vec::new();
     choices.resize_with(request.n.unwrap_or(1).max(1) as usize, Completion::default);
-    let stream = target.inference().await?.generate(request).await;
-    let mut stream = stream.map_err(|status| explain(&status))?.into_inner();
-    while let Some(message) = stream.message().await.map_err(|status| explain(&status))? {
+    let mut stream = inference(address).await?.generate(request).await?.into_inner();
+    let mut begun = false;
+    loop {
+        let message = match stream.message().await {
+            Ok(Some(message)) => message,
+            Ok(None) => break,
+            Err(status) if begun => return Err(Failure::Final(broken(&status, &choices))),
+            Err(status) => return Err(status.into()),
+        };
+        begun = true;
         if message.choice == 0 {
-            on_text(&message.text)?;
+            on_text(&message.text).map_err(|e| Failure::Final(e.into()))?;
         }
-        let choice = choices.get_mut(message.choice as usize);
-        choice.ok_or("the coordinator sent a choice that was not asked for")?.add(message);
+        let unasked = || Failure::Final("the coordinator sent a choice nobody asked for".into());
+        choices.get_mut(message.choice as usize).ok_or_else(unasked)?.add(message);
     }
     match choices.iter().all(|c| c.finished.reason() != FinishReason::Unspecified) {
         true => Ok(choices),
-        false => Err("the stream ended before the request was finished".into()),
+        false => Err(Failure::Final("the stream ended before the request was finished".into())),
     }
+}
+
+/// What to say of a stream that fails after its first message. It is not tried again: what was
+/// shown cannot be taken back.
+fn broken(status: &tonic::Status, choices: &[Completion]) -> CommandError {
+    if !is_lost(status) {
+        return explain(status);
+    }
+    let tokens: usize = choices.iter().map(|choice| choice.token_ids.len()).sum();
+    format!("the stream broke after {tokens} tokens: {}", explain(status)).into()
 }
 
 /// Runs `baton generate`.
