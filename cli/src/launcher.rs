@@ -1,4 +1,4 @@
-//! A cluster on this machine: a fresh certificate authority, a coordinator and nodes, each its own
+//! A cluster on this machine: a fresh certificate authority, coordinators and nodes, each its own
 //! process of the real daemons, on loopback ports that the system chooses.
 
 mod error;
@@ -23,15 +23,30 @@ use launch::{Launch, START_TIMEOUT};
 /// How long daemons that are told to stop may take.
 const STOP_TIMEOUT: Duration = Duration::from_secs(5);
 
-const COORDINATOR: &str = "coordinator";
+/// Where a coordinator serves clients.
+#[derive(Clone, Copy, Debug, serde::Serialize)]
+pub struct Coordinator {
+    /// gRPC.
+    pub grpc: SocketAddr,
+    /// HTTP.
+    pub http: SocketAddr,
+}
+
+/// `coordinator`, `coordinator-1`, `coordinator-2`, …
+fn coordinator_name(index: usize) -> String {
+    match index {
+        0 => "coordinator".to_owned(),
+        more => format!("coordinator-{more}"),
+    }
+}
 
 /// A daemon that ended.
 #[derive(Debug)]
 pub struct Ended {
     /// Its name.
     pub name: String,
-    /// Without it nothing is served.
-    pub is_coordinator: bool,
+    /// It was the last coordinator: nothing is served any more.
+    pub ends_service: bool,
     /// How it ended.
     pub status: ExitStatus,
     /// The end of its log.
@@ -41,9 +56,9 @@ pub struct Ended {
 /// A running cluster. Its processes are killed when it is dropped, and when this process ends in
 /// any way, so that none outlives it.
 pub struct Cluster {
-    grpc: SocketAddr,
-    http: SocketAddr,
-    /// The coordinator first.
+    /// At least one.
+    coordinators: Vec<Coordinator>,
+    /// The coordinators first.
     processes: Vec<Process>,
     /// Names of those whose end [`Cluster::next_end`] has told.
     told: Vec<String>,
@@ -59,25 +74,32 @@ impl Cluster {
         let starting = launch.start();
         match tokio::time::timeout(START_TIMEOUT, starting).await {
             Ok(result) => {
-                let (grpc, http) = result?;
-                launch.write_state_file(grpc, http)?;
+                let coordinators = result?;
+                launch.write_state_file(&coordinators)?;
                 let Launch { processes, state, temporary, .. } = launch;
-                Ok(Self { grpc, http, processes, told: Vec::new(), state, _temporary: temporary })
+                let told = Vec::new();
+                Ok(Self { coordinators, processes, told, state, _temporary: temporary })
             }
             Err(_) => Err(StartError::Timeout { reason: launch.last_reason }),
         }
     }
 
-    /// Where the gRPC API listens.
+    /// Where the first coordinator's gRPC API listens.
     #[must_use]
     pub fn grpc(&self) -> SocketAddr {
-        self.grpc
+        self.coordinators[0].grpc
     }
 
-    /// Where the HTTP API listens.
+    /// Where the first coordinator's HTTP API listens.
     #[must_use]
     pub fn http(&self) -> SocketAddr {
-        self.http
+        self.coordinators[0].http
+    }
+
+    /// Where all coordinators listen.
+    #[must_use]
+    pub fn coordinators(&self) -> &[Coordinator] {
+        &self.coordinators
     }
 
     /// Folder of certificates, logs and `cluster.json`.
@@ -86,7 +108,7 @@ impl Cluster {
         &self.state
     }
 
-    /// Process id of a daemon: `coordinator`, `prefill-0`, `decode-0` and so on.
+    /// Process id of a daemon: `coordinator`, `coordinator-1`, `prefill-0`, `decode-0` and so on.
     #[must_use]
     pub fn pid(&self, name: &str) -> Option<u32> {
         self.processes.iter().find(|process| process.name == name).map(|process| process.pid)
@@ -104,9 +126,10 @@ impl Cluster {
         let untold = processes.iter().filter(|process| !told.contains(&process.name));
         let ends = untold.map(|process| Box::pin(async move { (process, process.ended().await) }));
         let (process, status) = first(ends.collect()).await;
+        let coordinators = &processes[..self.coordinators.len()];
         let ended = Ended {
             name: process.name.clone(),
-            is_coordinator: process.name == COORDINATOR,
+            ends_service: coordinators.iter().all(Process::has_ended),
             status,
             log_tail: process.log_tail(),
         };

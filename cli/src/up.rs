@@ -1,10 +1,11 @@
 //! `baton up`: runs a cluster on this machine until it is told to stop.
 
 use std::io::Write;
+use std::net::SocketAddr;
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-use crate::launcher::{Cluster, ClusterOptions, Ended, StartError};
+use crate::launcher::{Cluster, ClusterOptions, Coordinator, Ended, StartError};
 
 /// Command line of `baton up`.
 #[derive(clap::Args, Debug)]
@@ -19,7 +20,7 @@ pub enum UpError {
     /// The cluster did not start.
     #[error(transparent)]
     Start(#[from] StartError),
-    /// The coordinator ended, and with it the cluster.
+    /// The last coordinator ended, and with it the cluster.
     #[error("the coordinator ended ({status}); its last words:\n{log}")]
     CoordinatorEnded {
         /// Its exit status.
@@ -32,9 +33,9 @@ pub enum UpError {
     Io(#[from] std::io::Error),
 }
 
-/// Runs `baton up`: prints `ready grpc=HOST:PORT http=HOST:PORT` when a request would be served,
-/// and returns on SIGINT or SIGTERM with every process stopped. A node that ends is reported, and
-/// the rest goes on.
+/// Runs `baton up`: prints `ready grpc=HOST:PORT http=HOST:PORT` when a request would be served, with
+/// one address per coordinator separated by commas, and returns on SIGINT or SIGTERM with every
+/// process stopped. A node that ends is reported, and the rest goes on.
 pub async fn run(args: UpArgs) -> Result<(), UpError> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
@@ -43,7 +44,11 @@ pub async fn run(args: UpArgs) -> Result<(), UpError> {
         () = either(&mut terminate, &mut interrupt) => return Ok(()),
     };
     let mut out = std::io::stdout();
-    writeln!(out, "ready grpc={} http={}", cluster.grpc(), cluster.http())?;
+    let list = |address: fn(&Coordinator) -> SocketAddr| {
+        let all = cluster.coordinators().iter().map(|one| address(one).to_string());
+        all.collect::<Vec<_>>().join(",")
+    };
+    writeln!(out, "ready grpc={} http={}", list(|one| one.grpc), list(|one| one.http))?;
     out.flush()?;
     let result = tokio::select! {
         error = coordinator_end(&mut cluster) => Err(error),
@@ -60,11 +65,11 @@ async fn either(terminate: &mut Signal, interrupt: &mut Signal) {
     }
 }
 
-/// Reports nodes that end; returns when the coordinator does.
+/// Reports daemons that end; returns when the last coordinator does.
 async fn coordinator_end(cluster: &mut Cluster) -> UpError {
     loop {
         let ended = cluster.next_end().await;
-        if ended.is_coordinator {
+        if ended.ends_service {
             let log = ended.log_tail;
             return UpError::CoordinatorEnded { status: ended.status.to_string(), log };
         }

@@ -51,6 +51,14 @@ impl TestCluster {
         Self { cluster, channel }
     }
 
+    /// A client of coordinator number `coordinator`.
+    pub fn inference_at(&self, coordinator: usize) -> InferenceClient<Channel> {
+        let address = self.cluster.coordinators()[coordinator].grpc;
+        let endpoint = Endpoint::from_shared(format!("http://{address}"));
+        let channel = endpoint.expect("an address").connect_lazy();
+        InferenceClient::new(channel).max_decoding_message_size(64 << 20)
+    }
+
     /// A client for text generation.
     pub fn inference(&self) -> InferenceClient<Channel> {
         InferenceClient::new(self.channel.clone()).max_decoding_message_size(64 << 20)

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
+use super::Coordinator;
 use super::error::{StartError, state_error};
 
 /// The demo model that Baton comes with: `models/demo` in the folder of this program, in one
@@ -57,6 +58,8 @@ pub(super) fn remove(folder: &Path) -> Result<(), StartError> {
 pub(super) struct StateFile<'a> {
     pub(super) grpc: SocketAddr,
     pub(super) http: SocketAddr,
+    /// All of them; the first one's addresses are above as well.
+    pub(super) coordinators: &'a [Coordinator],
     pub(super) processes: Vec<StateProcess<'a>>,
 }
 

@@ -9,10 +9,10 @@ use baton_identity::{ClusterCa, Part};
 use baton_proto::wire::v1::cluster_client::ClusterClient;
 use baton_proto::wire::v1::{GetStatusRequest, GetStatusResponse};
 
-use super::COORDINATOR;
 use super::error::{StartError, state_error};
 use super::folders::{StateFile, StateProcess, bundled_model, daemon_folder, remove, state_folder};
 use super::options::ClusterOptions;
+use super::{Coordinator, coordinator_name};
 use crate::process::{Life, Process};
 
 /// How long everything together may take to start.
@@ -58,44 +58,70 @@ impl Launch {
         })
     }
 
-    pub(super) async fn start(&mut self) -> Result<(SocketAddr, SocketAddr), StartError> {
-        let coordinator = self.coordinator_arguments();
-        self.spawn("baton-coordinator", COORDINATOR, Part::Coordinator, coordinator)?;
-        let line = self.ready_line(0).await?;
-        let address = |key| {
-            let name = COORDINATOR.to_owned();
-            address(&line, key).ok_or_else(|| StartError::ReadyLine { name, line: line.clone() })
-        };
-        let (cluster, grpc, http) = (address("cluster")?, address("grpc")?, address("http")?);
+    /// Starts everything and waits until it would serve.
+    pub(super) async fn start(&mut self) -> Result<Vec<Coordinator>, StartError> {
+        let mut coordinators = Vec::new();
+        // Each is told where those before it are, which is enough for all to hear each other.
+        let mut joins = Vec::new();
+        for index in 0..self.options.coordinators as usize {
+            let (coordinator, join) = self.start_coordinator(index, &joins).await?;
+            coordinators.push(coordinator);
+            joins.push(join);
+        }
         for (role, daemon, count) in [
             ("prefill", "baton-prefill", self.options.prefill),
             ("decode", "baton-decode", self.options.decode),
         ] {
             for index in 0..count {
                 let name = format!("{role}-{index}");
-                let arguments = self.node_arguments(&name, cluster);
+                let arguments = self.node_arguments(&name, &joins);
                 self.spawn(daemon, &name, Part::Node, arguments)?;
             }
         }
-        for index in 1..self.processes.len() {
+        for index in coordinators.len()..self.processes.len() {
             self.ready_line(index).await?;
         }
-        self.served(grpc).await?;
-        Ok((grpc, http))
+        for coordinator in &coordinators {
+            self.served(coordinator.grpc).await?;
+        }
+        Ok(coordinators)
     }
 
-    fn coordinator_arguments(&self) -> Vec<String> {
+    /// Starts coordinator number `index`; where it serves clients, and where nodes join it.
+    async fn start_coordinator(
+        &mut self,
+        index: usize,
+        peers: &[SocketAddr],
+    ) -> Result<(Coordinator, SocketAddr), StartError> {
+        let name = coordinator_name(index);
+        let arguments = self.coordinator_arguments(index, peers);
+        self.spawn("baton-coordinator", &name, Part::Coordinator, arguments)?;
+        let line = self.ready_line(index).await?;
+        let address = |key| {
+            let (name, line) = (name.clone(), line.clone());
+            address(&line, key).ok_or(StartError::ReadyLine { name, line })
+        };
+        let (cluster, grpc, http) = (address("cluster")?, address("grpc")?, address("http")?);
+        Ok((Coordinator { grpc, http }, cluster))
+    }
+
+    fn coordinator_arguments(&self, index: usize, peers: &[SocketAddr]) -> Vec<String> {
         let any = SocketAddr::from(([127, 0, 0, 1], 0));
+        // A given address is for the first.
+        let given = |address: Option<SocketAddr>| address.filter(|_| index == 0).unwrap_or(any);
         let mut arguments = vec![
             "--cluster-listen".to_owned(),
             any.to_string(),
             "--grpc".to_owned(),
-            self.options.grpc.unwrap_or(any).to_string(),
+            given(self.options.grpc).to_string(),
             "--http".to_owned(),
-            self.options.http.unwrap_or(any).to_string(),
+            given(self.options.http).to_string(),
             "--model".to_owned(),
             self.model.display().to_string(),
         ];
+        if !peers.is_empty() {
+            arguments.extend(["--peers".to_owned(), list(peers)]);
+        }
         push(&mut arguments, "--model-name", &self.model_name());
         push(&mut arguments, "--local-prefill", &self.options.local_prefill);
         arguments
@@ -106,7 +132,7 @@ impl Launch {
         self.options.model_name.clone().or_else(folder)
     }
 
-    fn node_arguments(&self, name: &str, cluster: SocketAddr) -> Vec<String> {
+    fn node_arguments(&self, name: &str, coordinators: &[SocketAddr]) -> Vec<String> {
         let options = &self.options;
         let nodes = (options.prefill + options.decode) as usize;
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
@@ -115,7 +141,7 @@ impl Launch {
             "--model".to_owned(),
             self.model.display().to_string(),
             "--coordinator".to_owned(),
-            cluster.to_string(),
+            list(coordinators),
             "--state".to_owned(),
             self.state.join(name).display().to_string(),
             "--threads".to_owned(),
@@ -174,7 +200,8 @@ impl Launch {
         }
     }
 
-    /// Waits until the coordinator says that a request would be served and all nodes have joined.
+    /// Waits until a coordinator says that a request would be served, all nodes have joined and it
+    /// hears the other coordinators.
     async fn served(&mut self, grpc: SocketAddr) -> Result<(), StartError> {
         let endpoint = tonic::transport::Endpoint::from_shared(format!("http://{grpc}"))
             .expect("an address makes a URI");
@@ -197,20 +224,22 @@ impl Launch {
         status.ready
             && status.prefill_nodes >= self.options.prefill
             && status.decode_nodes >= self.options.decode
+            && status.peers.len() + 1 >= self.options.coordinators as usize
     }
 
     /// Leaves `cluster.json` in the state folder.
-    pub(super) fn write_state_file(
-        &self,
-        grpc: SocketAddr,
-        http: SocketAddr,
-    ) -> Result<(), StartError> {
+    pub(super) fn write_state_file(&self, coordinators: &[Coordinator]) -> Result<(), StartError> {
         let processes = self.processes.iter();
         let processes = processes
             .map(|process| StateProcess { id: &process.name, pid: process.pid, log: &process.log })
             .collect();
-        StateFile { grpc, http, processes }.write(&self.state)
+        let Coordinator { grpc, http } = coordinators[0];
+        StateFile { grpc, http, coordinators, processes }.write(&self.state)
     }
+}
+
+fn list(addresses: &[SocketAddr]) -> String {
+    addresses.iter().map(ToString::to_string).collect::<Vec<_>>().join(",")
 }
 
 fn push(arguments: &mut Vec<String>, flag: &str, value: &Option<impl ToString>) {

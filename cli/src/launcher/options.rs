@@ -3,22 +3,25 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
-/// What to run. The default is one prefill and one decode node with the bundled demo model.
+/// What to run. The default is one coordinator, one prefill and one decode node with the bundled demo model.
 #[derive(clap::Args, Clone, Debug)]
 pub struct ClusterOptions {
     /// Folder of the model [default: the bundled demo model]
     #[arg(long, value_name = "DIR")]
     pub model: Option<PathBuf>,
+    /// Coordinators side by side, each of which serves every request
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=8))]
+    pub coordinators: u32,
     /// Prefill nodes
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub prefill: u32,
     /// Decode nodes
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
     pub decode: u32,
-    /// Where the OpenAI-compatible HTTP API listens [default: a free loopback port]
+    /// Where the HTTP API of the first coordinator listens [default: a free loopback port]
     #[arg(long, value_name = "ADDR")]
     pub http: Option<SocketAddr>,
-    /// Where the gRPC API listens [default: a free loopback port]
+    /// Where the gRPC API of the first coordinator listens [default: a free loopback port]
     #[arg(long, value_name = "ADDR")]
     pub grpc: Option<SocketAddr>,
     /// Folder for certificates, logs and cluster.json [default: a temporary one]
@@ -60,6 +63,7 @@ impl Default for ClusterOptions {
     fn default() -> Self {
         Self {
             model: None,
+            coordinators: 1,
             prefill: 1,
             decode: 1,
             http: None,
