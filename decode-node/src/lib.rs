@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use baton_engine::{BlockLease, EngineEvent, Kind, Submission};
 use baton_kvtransfer::{
-    BlockSink, FirstToken, Incoming, Reason, ReceiveError, ReceiveHandle, Timing,
+    BlockSink, FirstToken, Incoming, Reason, ReceiveError, ReceiveHandle, Room, Timing,
 };
 use baton_node::hub::{Event, Input, JobKind, Refusal};
 use baton_node::node::Node;
@@ -151,8 +151,7 @@ impl Decode<'_> {
             geometry: self.node.hello.geometry,
             hashes: expected.hashes,
             blocks: expected.blocks,
-            held: lease.held() as u32,
-            sink: Arc::new(LeaseSink(lease)),
+            room: Some(Room { held: lease.held() as u32, sink: Arc::new(LeaseSink(lease)) }),
             lease: Timing::default().lease,
         };
         let transfer = Arc::new(self.node.endpoint.expect(incoming));

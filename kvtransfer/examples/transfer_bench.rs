@@ -13,8 +13,8 @@ use std::time::{Duration, Instant};
 
 use baton_identity::{ClusterCa, Identity, Part};
 use baton_kvtransfer::{
-    BlockSink, BlockSource, Endpoint, FirstToken, Incoming, Outgoing, ReceiveHandle, SendHandle,
-    Timing,
+    BlockSink, BlockSource, Endpoint, FirstToken, Incoming, Outgoing, ReceiveHandle, Room,
+    SendHandle, Timing,
 };
 use baton_proto::geometry::{KvDtype, KvGeometry};
 use baton_proto::hash::ModelRoot;
@@ -195,8 +195,7 @@ impl Nodes {
             geometry,
             hashes: Vec::new(),
             blocks,
-            held: 0,
-            sink: Arc::new(memory.clone()),
+            room: Some(Room { held: 0, sink: Arc::new(memory.clone()) }),
             lease: Duration::from_secs(30),
         });
         let send = self.from.send(Outgoing {

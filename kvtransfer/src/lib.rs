@@ -8,6 +8,7 @@
 //! ```text
 //! sender                                              receiver
 //!   Offer   model, geometry, hash chain, block count →
+//!         ← Heartbeat, as long as there is no room for the blocks
 //!         ← Grant   which blocks are wanted, and after a reconnect which pieces have landed
 //!   Unit    layer, run of blocks, length, checksum   →   (as soon as a layer of them is computed)
 //!         ← Retry   a unit whose checksum did not hold
@@ -42,7 +43,7 @@ pub use error::{ReceiveError, SendError};
 pub use frame::{FirstToken, Reason};
 pub use limits::Timing;
 pub use memory::{BlockSink, BlockSource};
-pub use receive::{Incoming, ReceiveHandle};
+pub use receive::{Incoming, ReceiveHandle, Room};
 pub use receiver::Receiver;
 pub use send::{Outgoing, SendHandle, Sent};
 pub use sender::{LinkId, Sender};

@@ -58,12 +58,12 @@ pub const SEND_WINDOW: u64 = 64 << 20;
 pub struct Timing {
     /// For the other end to say anything while a transfer runs; the other end is told.
     pub lease: Duration,
-    /// For the other end to begin: the sender's wait for a grant, and the receiver's for an offer.
-    /// Long, because either may stand in its node's queue; when a node is lost meanwhile, it is
-    /// the coordinator that cancels.
+    /// For the other end to know of the transfer: an offer waits for so long to be expected, and
+    /// its sender to be answered. When a node is lost meanwhile, it is the coordinator that
+    /// cancels.
     pub begin: Duration,
     /// For the owner of a transfer to have the next piece, or the first token, ready; the receiver
-    /// waits as long for a piece to land.
+    /// waits as long for the offer, for blocks of its own, and for a piece to land.
     pub producer: Duration,
     /// For `Complete` after the last unit was handed to the transport.
     pub complete: Duration,

@@ -34,13 +34,19 @@ pub struct Incoming {
     pub hashes: Vec<BlockHash>,
     /// Blocks of the sequence, the partial last one included.
     pub blocks: u32,
-    /// How many leading blocks are here already and are not wanted.
-    pub held: u32,
-    /// Where the blocks go.
-    pub sink: Arc<dyn BlockSink>,
+    /// The blocks here, if they are reserved; otherwise [`ReceiveHandle::reserve`] follows.
+    pub room: Option<Room>,
     /// How long the blocks are kept without a sign of life from the sender, once it has offered;
-    /// its offer is awaited for [`Timing::begin`](crate::Timing::begin).
+    /// its offer is awaited for [`Timing::producer`](crate::Timing::producer).
     pub lease: Duration,
+}
+
+/// Blocks that are reserved for a transfer.
+pub struct Room {
+    /// How many leading blocks have their content already and are not wanted.
+    pub held: u32,
+    /// Where the others go.
+    pub sink: Arc<dyn BlockSink>,
 }
 
 type Outcome = Option<Result<FirstToken, ReceiveError>>;
@@ -60,6 +66,22 @@ impl ReceiveHandle {
             Err(error) => (None, watch::channel(Some(Err(error))).1),
         };
         Self { shared: shared.clone(), transfer, outcome }
+    }
+
+    /// Waits for the sender's offer, or for the end.
+    pub async fn offered(&self) {
+        if let Some(transfer) = &self.transfer {
+            let mut offered = transfer.offered.subscribe();
+            // The sender lives as long as `transfer`.
+            let _ = offered.wait_for(|offered| *offered).await;
+        }
+    }
+
+    /// There is room for the transfer. Once only; does not block.
+    pub fn reserve(&self, room: Room) {
+        if let Some(transfer) = &self.transfer {
+            transfer.reserve(&self.shared, room);
+        }
     }
 
     /// Stops the transfer and tells the sender. Does not block.
@@ -96,12 +118,19 @@ fn begin(shared: &Arc<Shared>, incoming: Incoming) -> Result<Arc<Inbound>, Recei
         hashes: incoming.hashes,
     };
     let (now, timing) = (Instant::now(), &shared.timing);
-    let machine = Receiver::new(now, manifest, incoming.held, incoming.lease, timing)?;
+    let held = incoming.room.as_ref().map(|room| room.held);
+    let machine = Receiver::new(now, manifest, held, incoming.lease, timing)?;
     let piece_bytes = incoming.geometry.piece_bytes();
     let transfer = Arc::new(Inbound {
         piece_bytes,
-        state: Mutex::new(State { machine, sink: Some(incoming.sink), link: None }),
+        state: Mutex::new(State {
+            machine,
+            sink: incoming.room.map(|room| room.sink),
+            link: None,
+            told: false,
+        }),
         deadline: Notify::new(),
+        offered: watch::Sender::new(false),
         outcome: watch::Sender::new(None),
     });
     let offer = lock(&shared.inbox)
@@ -144,14 +173,18 @@ pub(crate) struct Inbound {
     state: Mutex<State>,
     /// The machine's deadline is nearer than it was, or it has ended.
     deadline: Notify,
+    /// Becomes true with the sender's offer, or at the end.
+    offered: watch::Sender<bool>,
     outcome: watch::Sender<Outcome>,
 }
 
 struct State {
     machine: Receiver,
-    /// Until the end.
+    /// From the reservation of the blocks to the end.
     sink: Option<Arc<dyn BlockSink>>,
     link: Option<Arc<Link>>,
+    /// The end has been told.
+    told: bool,
 }
 
 impl Inbound {
@@ -162,7 +195,11 @@ impl Inbound {
         input(&mut state.machine, Instant::now());
         state.send_frames();
         let after = state.machine.poll_timeout();
-        let ended = after.is_none() && state.sink.take().is_some();
+        let ended = after.is_none() && !std::mem::replace(&mut state.told, true);
+        if after.is_none() {
+            state.sink = None;
+        }
+        let offered = after.is_none() || state.machine.offered();
         let outcome = state.machine.outcome().filter(|_| ended).cloned();
         let farewell = state.machine.farewell();
         let id = state.machine.manifest().transfer;
@@ -170,11 +207,22 @@ impl Inbound {
         if after.is_none() || after < before {
             self.deadline.notify_one();
         }
+        self.offered.send_if_modified(|told| !std::mem::replace(told, offered) && offered);
         if let (Some(outcome), Some(farewell)) = (outcome, farewell) {
             lock(&shared.inbox).close(id, farewell);
             tracing::debug!(transfer = %id, ?outcome, "received");
             self.outcome.send_replace(Some(outcome));
         }
+    }
+
+    fn reserve(&self, shared: &Shared, room: Room) {
+        {
+            let mut state = lock(&self.state);
+            if state.machine.poll_timeout().is_some() && state.sink.is_none() {
+                state.sink = Some(room.sink);
+            }
+        }
+        self.input(shared, |receiver, now| receiver.reserve(now, room.held));
     }
 
     /// Announces a unit; false if its stream is not to be read on.

@@ -17,18 +17,22 @@ use crate::sender::{LinkId, check};
 /// [`poll_frame`](Self::poll_frame), and calls [`handle_timeout`](Self::handle_timeout) when
 /// [`poll_timeout`](Self::poll_timeout) says so, until there is an [`outcome`](Self::outcome).
 ///
+/// It may be there before its blocks are: an offer is then held with heartbeats until the owner
+/// [reserves](Self::reserve) them.
+///
 /// Always true: only granted pieces are accepted, one unit at a time; a piece lands once, after
 /// its checksum held, and is not written to again; complete exactly if every wanted piece has
 /// landed and the first token is here; nothing is accepted after the end, or over an earlier
 /// connection than the current one.
 pub struct Receiver {
     manifest: Manifest,
-    /// Leading blocks that are not wanted.
-    held: u32,
+    /// Leading blocks that are not wanted; `None` until the blocks are reserved.
+    held: Option<u32>,
     lease: Duration,
     /// Longest time without a piece landing.
     patience: Duration,
     link: Option<LinkId>,
+    offered: bool,
     outcome: Option<Result<FirstToken, ReceiveError>>,
     landed: Grid,
     /// The unit that is arriving.
@@ -45,17 +49,17 @@ pub struct Receiver {
 }
 
 impl Receiver {
-    /// Expects `manifest`, of whose blocks the first `held` are here. Once offered, the blocks are
-    /// kept for `lease` after each sign of life.
+    /// Expects `manifest`, of whose blocks the first `held` are here; `None`: there is no room yet
+    /// for the others. Once offered, the blocks are kept for `lease` after each sign of life.
     pub fn new(
         now: Instant,
         manifest: Manifest,
-        held: u32,
+        held: Option<u32>,
         lease: Duration,
         timing: &Timing,
     ) -> Result<Self, ReceiveError> {
         check(&manifest).map_err(ReceiveError::Invalid)?;
-        if held > manifest.blocks {
+        if held.is_some_and(|held| held > manifest.blocks) {
             return Err(ReceiveError::Invalid("more blocks are held than there are"));
         }
         Ok(Self {
@@ -63,6 +67,7 @@ impl Receiver {
             lease,
             patience: timing.producer,
             link: None,
+            offered: false,
             outcome: None,
             landed: Grid::new(manifest.geometry.layers, manifest.blocks),
             arriving: None,
@@ -71,8 +76,8 @@ impl Receiver {
             frames: VecDeque::new(),
             beat: lease,
             beat_at: now,
-            silent_by: now + timing.begin,
-            progress_by: now + timing.begin.max(timing.producer),
+            silent_by: now + timing.producer,
+            progress_by: now + timing.producer,
             manifest,
         })
     }
@@ -89,6 +94,7 @@ impl Receiver {
         }
         self.unlink();
         self.link = Some(link);
+        self.offered = true;
         if let Some(farewell) = self.farewell() {
             return self.frames.push_back(farewell);
         }
@@ -99,8 +105,29 @@ impl Receiver {
         self.progress(now);
         self.beat = (offer.lease.min(self.lease) / 4).max(Duration::from_millis(1));
         self.beat_at = now + self.beat;
-        let grant = self.grant();
-        self.frames.push_back(Frame::Grant(grant));
+        self.answer_offer();
+    }
+
+    /// The owner has blocks for all of the transfer, of which the first `held` have their content
+    /// already. Once only.
+    pub fn reserve(&mut self, now: Instant, held: u32) {
+        if self.outcome.is_some() || self.held.is_some() {
+            return;
+        }
+        if held > self.manifest.blocks {
+            return self.fail(ReceiveError::Invalid("more blocks are held than there are"));
+        }
+        self.held = Some(held);
+        self.progress(now);
+        if self.link.is_some() {
+            self.answer_offer();
+        }
+    }
+
+    /// Whether the sender has made its offer, over whatever connection.
+    #[must_use]
+    pub fn offered(&self) -> bool {
+        self.offered
     }
 
     /// A control frame other than an offer came over `link`.
@@ -202,7 +229,10 @@ impl Receiver {
             }));
         }
         if now >= self.progress_by {
-            return self.fail(ReceiveError::Timeout("the next piece"));
+            return self.fail(ReceiveError::Timeout(match self.held {
+                None => "room for the blocks",
+                Some(_) => "the next piece",
+            }));
         }
         if self.link.is_some() && now >= self.beat_at {
             self.beat_at = now + self.beat;
@@ -259,8 +289,16 @@ impl Receiver {
         Some(Frame::Cancel(id, reason))
     }
 
-    fn grant(&self) -> Grant {
-        let wanted = Run { first: self.held, count: self.manifest.blocks - self.held };
+    /// With the grant, or with a sign of life as long as there is no room.
+    fn answer_offer(&mut self) {
+        self.frames.push_back(match self.held {
+            Some(held) => Frame::Grant(self.grant(held)),
+            None => Frame::Heartbeat(self.manifest.transfer),
+        });
+    }
+
+    fn grant(&self, held: u32) -> Grant {
+        let wanted = Run { first: held, count: self.manifest.blocks - held };
         let layers = 0..self.manifest.geometry.layers;
         Grant {
             transfer: self.manifest.transfer,
@@ -280,7 +318,7 @@ impl Receiver {
             return Err("two units at a time");
         }
         if layer >= geometry.layers
-            || run.first < self.held
+            || self.held.is_none_or(|held| run.first < held)
             || run.range().end > self.manifest.blocks
         {
             return Err("payload that was not granted");
@@ -300,7 +338,8 @@ impl Receiver {
     }
 
     fn complete_if_all_landed(&mut self) {
-        let wanted = u64::from(self.manifest.blocks - self.held);
+        let Some(held) = self.held else { return };
+        let wanted = u64::from(self.manifest.blocks - held);
         let missing = self.landed.len() < wanted * u64::from(self.manifest.geometry.layers);
         if missing {
             return;

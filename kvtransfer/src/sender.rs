@@ -58,7 +58,8 @@ pub struct Sender {
 enum Phase {
     /// No connection, until `phase_by`.
     Unlinked,
-    /// Offered, waiting for the grant until `phase_by`.
+    /// Offered, waiting for the grant until `phase_by`; a receiver that waits for room puts that
+    /// off by its heartbeats.
     Offered,
     /// Granted; the receiver must say something by `phase_by`.
     Granted,
@@ -142,6 +143,7 @@ impl Sender {
         self.link = Some(link);
         self.phase = Phase::Offered;
         self.phase_by = now + self.timing.begin;
+        self.beat_at = now + self.beat;
         self.frames.push_back(Frame::Offer(Offer {
             manifest: self.manifest.clone(),
             lease: self.timing.lease,
@@ -174,6 +176,11 @@ impl Sender {
         if self.phase == Phase::Granted {
             self.phase_by = now + self.timing.lease;
         }
+        if self.phase == Phase::Offered {
+            // A receiver without room says that it is there: it is worth waiting for.
+            self.phase_by = now + self.timing.lease;
+            self.progress(now);
+        }
         match frame {
             Frame::Grant(grant) => self.granted(now, grant),
             Frame::Retry(_, at) => self.retry(now, at),
@@ -205,7 +212,7 @@ impl Sender {
                 Some(_) => "the receiver's acknowledgement",
             }));
         }
-        if self.phase == Phase::Granted && now >= self.beat_at {
+        if self.link.is_some() && now >= self.beat_at {
             self.beat_at = now + self.beat;
             self.frames.push_back(Frame::Heartbeat(self.manifest.transfer));
         }
@@ -217,8 +224,8 @@ impl Sender {
         let waits = self.phase_by.min(self.progress_by);
         match self.phase {
             Phase::Ended(_) => None,
-            Phase::Granted => Some(waits.min(self.beat_at)),
-            _ => Some(waits),
+            Phase::Unlinked => Some(waits),
+            _ => Some(waits.min(self.beat_at)),
         }
     }
 

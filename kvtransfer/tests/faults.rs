@@ -9,7 +9,9 @@ use std::time::Duration;
 
 use baton_kvtransfer::frame::{Frame, Hello, LayerRun, Manifest, Offer, Run, UnitHeader};
 use baton_kvtransfer::limits::MAX_PENDING_OFFERS_PER_PEER;
-use baton_kvtransfer::{Endpoint, Incoming, Reason, ReceiveError, SendError, SendHandle, Timing};
+use baton_kvtransfer::{
+    Endpoint, Incoming, Reason, ReceiveError, Room, SendError, SendHandle, Timing,
+};
 use baton_proto::ids::TransferId;
 use common::{
     BLOCKS, Counted, EPOCH, GEOMETRY, Leased, Pair, Path, Pool, Watched, first_token, root,
@@ -47,7 +49,7 @@ fn send_along(pair: &Pair, path: &Path, source: &Arc<Counted>) -> SendHandle {
 
 fn expect(pair: &Pair, sink: &Arc<Watched>) -> baton_kvtransfer::ReceiveHandle {
     let mut incoming = pair.incoming(transfer(1), 0, &sink.pool);
-    incoming.sink = sink.clone();
+    incoming.room = Some(Room { held: 0, sink: sink.clone() });
     pair.decode.expect(incoming)
 }
 
@@ -82,7 +84,7 @@ async fn a_connection_that_stays_away_fails_the_sender_and_then_the_receiver() {
     let (source, sink) = (Counted::new(), Watched::new());
     let receive = {
         let mut incoming = pair.incoming(transfer(1), 0, &sink.pool);
-        incoming.sink = sink.clone();
+        incoming.room = Some(Room { held: 0, sink: sink.clone() });
         incoming.lease = Duration::from_secs(2);
         pair.decode.expect(incoming)
     };
@@ -205,7 +207,7 @@ async fn dropping_a_handle_cancels() {
     let mut outgoing = pair.outgoing(transfer(2), &source.pool);
     outgoing.source = Arc::new(Leased(source.clone()));
     let mut incoming = pair.incoming(transfer(2), 0, &sink.pool);
-    incoming.sink = sink.clone();
+    incoming.room = Some(Room { held: 0, sink: sink.clone() });
     let receive = pair.decode.expect(incoming);
     drop(pair.prefill.send(outgoing));
     assert!(receive_ends(&receive).await);
@@ -243,7 +245,8 @@ async fn a_node_that_stops_ends_its_transfers_at_the_other() {
 #[tokio::test]
 async fn waits_that_nobody_ends_have_a_deadline() {
     let pair = Pair::new();
-    let timing = Timing { begin: Duration::from_millis(50), ..common::timing() };
+    let short = Duration::from_millis(50);
+    let timing = Timing { begin: short, producer: short, ..common::timing() };
     let listen = "127.0.0.1:0".parse().unwrap();
     let hasty = Endpoint::bind(listen, &pair.ca.node("p1"), EPOCH, timing).unwrap();
     let send = hasty.send(pair.outgoing(transfer(1), &Pool::source()));

@@ -5,7 +5,7 @@ mod common;
 
 use std::sync::Arc;
 
-use baton_kvtransfer::{Endpoint, Reason, ReceiveError, SendError, SendHandle};
+use baton_kvtransfer::{Endpoint, Incoming, Reason, ReceiveError, Room, SendError, SendHandle};
 use baton_proto::hash::{BlockHash, ModelRoot};
 use baton_proto::ids::{Epoch, TransferId};
 use common::{BLOCKS, EPOCH, GEOMETRY, Pair, Pool, bind, first_token, transfer};
@@ -119,7 +119,7 @@ async fn many_transfers_share_a_connection() {
 }
 
 /// Both ends' errors when the receiver expects something else than is offered.
-async fn mismatch(change: impl FnOnce(&mut baton_kvtransfer::Incoming)) -> Reason {
+async fn mismatch(change: impl FnOnce(&mut Incoming)) -> Reason {
     let pair = Pair::new();
     let (source, sink) = (Pool::source(), Pool::sink());
     let mut incoming = pair.incoming(transfer(1), 0, &sink);
@@ -140,7 +140,7 @@ async fn another_layout_model_or_content_is_refused() {
     assert_eq!(mismatch(|i| i.root = ModelRoot([4; 16])).await, Reason::Model);
     assert_eq!(mismatch(|i| i.geometry.kv_heads = 4).await, Reason::Geometry);
     assert_eq!(mismatch(|i| i.blocks -= 1).await, Reason::Blocks);
-    let other = |i: &mut baton_kvtransfer::Incoming| i.hashes[3] = BlockHash([0; 16]);
+    let other = |i: &mut Incoming| i.hashes[3] = BlockHash([0; 16]);
     assert_eq!(mismatch(other).await, Reason::Hashes);
 }
 
@@ -241,4 +241,20 @@ async fn a_peer_that_is_not_there_is_noticed() {
         panic!("{sent:?}");
     };
     assert!(why.contains("nothing listens"), "{why}");
+}
+
+#[tokio::test]
+async fn room_may_be_found_after_the_offer() {
+    let pair = Pair::new();
+    let (source, sink) = (Pool::source(), Pool::sink());
+    let incoming = Incoming { room: None, ..pair.incoming(transfer(1), 0, &sink) };
+    let receive = pair.decode.expect(incoming);
+    let send = pair.prefill.send(pair.outgoing(transfer(1), &source));
+    produce(&send);
+    receive.offered().await;
+    receive.reserve(Room { held: 3, sink: sink.clone() });
+    assert_eq!(receive.outcome().await, Ok(first_token()));
+    assert_eq!(send.outcome().await.unwrap().blocks, BLOCKS - 3);
+    sink.assert_holds(&source, 3);
+    assert_eq!(Arc::strong_count(&sink), 1);
 }

@@ -7,7 +7,9 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use baton_identity::{ClusterCa, Identity, Part};
-use baton_kvtransfer::{BlockSink, BlockSource, Endpoint, FirstToken, Incoming, Outgoing, Timing};
+use baton_kvtransfer::{
+    BlockSink, BlockSource, Endpoint, FirstToken, Incoming, Outgoing, Room, Timing,
+};
 use baton_proto::geometry::{KvDtype, KvGeometry};
 use baton_proto::hash::{CacheSalt, ModelRoot};
 use baton_proto::ids::{Epoch, NodeId, RequestId, TransferId};
@@ -101,8 +103,7 @@ impl Pair {
             geometry: GEOMETRY,
             hashes: root().chain(CacheSalt::default(), &tokens(), 16),
             blocks: BLOCKS,
-            held,
-            sink: sink.clone(),
+            room: Some(Room { held, sink: sink.clone() }),
             lease: Duration::from_secs(5),
         }
     }

@@ -7,7 +7,7 @@ mod world;
 use std::time::Duration;
 
 use baton_kvtransfer::limits::MAX_RETRIES;
-use baton_kvtransfer::{ReceiveError, SendError};
+use baton_kvtransfer::{ReceiveError, SendError, Timing};
 use proptest::collection::vec;
 use proptest::prelude::*;
 use world::{LAYERS, LEASE, Step, World};
@@ -27,6 +27,7 @@ fn steps(blocks: u32) -> impl Strategy<Value = Step> {
         2 => Just(Step::SenderNotices),
         2 => Just(Step::ReceiverNotices),
         3 => Just(Step::Connect),
+        1 => Just(Step::Reserve),
     ]
 }
 
@@ -102,6 +103,7 @@ proptest! {
 /// Both ends after the offer and the grant.
 fn granted(blocks: u32, held: u32) -> World {
     let mut world = World::new(blocks, held);
+    world.apply(Step::Reserve);
     world.apply(Step::Connect);
     world.apply(Step::ToReceiver(0));
     world.apply(Step::ToSender(0));
@@ -212,7 +214,15 @@ fn silence_ends_the_wait_of_each_side() {
 #[test]
 fn heartbeats_keep_a_slow_prompt_alive() {
     let mut world = granted(1, 0);
-    for _ in 0..40 {
+    talk_on(&mut world, 40);
+    assert!(world.sender.outcome().is_none() && world.receiver.outcome().is_none());
+    assert!(world.settle());
+    assert!(world.sender.outcome().unwrap().is_ok());
+}
+
+/// Both ends hear each other at so many deadlines.
+fn talk_on(world: &mut World, times: u32) {
+    for _ in 0..times {
         world.sleep();
         while !world.to_receiver.is_empty() {
             world.apply(Step::ToReceiver(0));
@@ -221,7 +231,48 @@ fn heartbeats_keep_a_slow_prompt_alive() {
             world.apply(Step::ToSender(0));
         }
     }
-    assert!(world.sender.outcome().is_none() && world.receiver.outcome().is_none());
+}
+
+#[test]
+fn an_offer_waits_for_a_receiver_without_room_for_longer_than_for_none() {
+    let mut world = World::new(3, 1);
+    let begun = world.now;
+    ready_all(&mut world);
+    world.apply(Step::Finish);
+    world.apply(Step::Connect);
+    world.apply(Step::ToReceiver(0));
+    assert!(world.receiver.offered());
+    while world.now - begun < Timing::default().begin * 2 {
+        talk_on(&mut world, 1);
+        assert_eq!((world.sender.outcome(), world.receiver.outcome()), (None, None));
+    }
+    assert_eq!(world.sender.poll_unit(world.now), None, "nothing was granted");
+    world.apply(Step::Reserve);
     assert!(world.settle());
     assert!(world.sender.outcome().unwrap().is_ok());
+}
+
+#[test]
+fn an_offer_that_nobody_answers_is_given_up() {
+    let mut world = World::new(1, 0);
+    world.apply(Step::Connect);
+    world.to_receiver.clear();
+    while world.sender.outcome().is_none() {
+        world.to_receiver.clear();
+        world.sleep();
+    }
+    assert!(matches!(world.sender.outcome(), Some(Err(SendError::Timeout(_)))));
+}
+
+#[test]
+fn a_receiver_without_room_can_be_cancelled_and_frees_its_sender() {
+    let mut world = World::new(1, 0);
+    world.apply(Step::Connect);
+    world.apply(Step::ToReceiver(0));
+    world.apply(Step::CancelReceiver);
+    while !world.to_sender.is_empty() {
+        world.apply(Step::ToSender(0));
+    }
+    let refused = SendError::Refused(baton_kvtransfer::Reason::Cancelled);
+    assert_eq!(world.sender.outcome(), Some(&Err(refused)));
 }

@@ -68,6 +68,8 @@ pub(crate) enum Step {
     Wait(u64),
     CancelSender,
     CancelReceiver,
+    /// The receiver's owner finds room.
+    Reserve,
 }
 
 /// A unit on its way; it arrives in two parts and then ends.
@@ -110,7 +112,7 @@ impl World {
             blocks,
             held,
             sender: Sender::new(now, manifest(blocks), timing).unwrap(),
-            receiver: Receiver::new(now, manifest(blocks), held, LEASE, &timing).unwrap(),
+            receiver: Receiver::new(now, manifest(blocks), None, LEASE, &timing).unwrap(),
             links: 0,
             up: false,
             to_receiver: VecDeque::new(),
@@ -163,6 +165,7 @@ impl World {
             }
             Step::CancelSender => self.sender.cancel(),
             Step::CancelReceiver => self.receiver.cancel(),
+            Step::Reserve => self.receiver.reserve(now, self.held),
         }
         self.collect_frames();
         self.check();
@@ -313,6 +316,7 @@ impl World {
             self.apply(Step::Ready { layer, from: 0, to: self.blocks });
         }
         self.apply(Step::Finish);
+        self.apply(Step::Reserve);
         if !self.up {
             self.apply(Step::SenderNotices);
             self.apply(Step::ReceiverNotices);
