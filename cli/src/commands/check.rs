@@ -56,6 +56,9 @@ fn check_coordinator(file: &Path) -> Result<(), CommandError> {
     let names: Vec<&str> = config.models.iter().map(|(name, _)| name.as_str()).collect();
     println!("{}: a coordinator's file, and complete", file.display());
     println!("  nodes join at {}", config.cluster_listen);
+    if !config.peers.is_empty() {
+        println!("  beside the coordinators at {}", config.peers.join(", "));
+    }
     println!("  clients: gRPC {}, HTTP {}", config.grpc, config.http);
     println!("  models: {}", names.join(", "));
     Ok(())

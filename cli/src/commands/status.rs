@@ -35,6 +35,7 @@ fn as_json(status: &GetStatusResponse) -> String {
         "models": status.models,
         "prefill_nodes": status.prefill_nodes,
         "decode_nodes": status.decode_nodes,
+        "peers": status.peers,
         "uptime_ms": status.uptime_ms,
         "requests": {
             "active": status.requests_active,
@@ -51,10 +52,14 @@ fn as_text(status: &GetStatusResponse) -> String {
         if status.ready { "ready".to_owned() } else { format!("not ready: {}", status.reason) };
     let GetStatusResponse { prefill_nodes, decode_nodes, requests_active, .. } = status;
     let GetStatusResponse { requests_finished, requests_failed, requests_retried, .. } = status;
+    let peers = match status.peers.as_slice() {
+        [] => String::new(),
+        some => format!("peers     {}\n", some.join(", ")),
+    };
     format!(
         "{ready}\nversion   {}\nup        {} s\nmodels    {}\nnodes     {prefill_nodes} prefill, \
          {decode_nodes} decode\nrequests  {requests_active} active, {requests_finished} finished, \
-         {requests_failed} failed, {requests_retried} retried\n",
+         {requests_failed} failed, {requests_retried} retried\n{peers}",
         status.version,
         status.uptime_ms / 1000,
         status.models.join(", "),
