@@ -43,6 +43,7 @@ const STATE_MACHINES: &[&str] = &[
     "coordinator/src/index.rs",
     "coordinator/src/ledger.rs",
     "coordinator/src/cluster.rs",
+    "coordinator/src/orders.rs",
     "coordinator/src/peers.rs",
     "engine/src/blocks.rs",
     "engine/src/prefix.rs",

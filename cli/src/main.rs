@@ -10,7 +10,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-use commands::{cache, certs, check, demo, generate, nodes, plan, status};
+use commands::{cache, certs, check, demo, drain, generate, nodes, plan, role, status};
 
 #[derive(Parser)]
 #[command(name = "baton", version, about = "Serves language models from prefill and decode nodes")]
@@ -33,6 +33,10 @@ enum Command {
     Nodes(nodes::NodesArgs),
     /// Show what the prefix caches hold
     Cache(cache::CacheArgs),
+    /// Make a node a prefill or a decode node while it runs
+    Role(role::RoleArgs),
+    /// Let a node finish what it has and take nothing new
+    Drain(drain::DrainArgs),
     /// Make the cluster's certificates
     #[command(subcommand)]
     Certs(certs::CertsCommand),
@@ -51,6 +55,8 @@ async fn main() -> ExitCode {
         Command::Status(args) => status::run(args).await,
         Command::Nodes(args) => nodes::run(args).await,
         Command::Cache(args) => cache::run(args).await,
+        Command::Role(args) => role::run(args).await,
+        Command::Drain(args) => drain::run(args).await,
         Command::Certs(command) => certs::run(&command),
         Command::Check(args) => check::run(&args),
         Command::Plan(args) => plan::run(&args),

@@ -14,6 +14,7 @@ use crate::core::{
 };
 use crate::index::{BYTES_PER_BLOCK, Heard, Index};
 use crate::ledger::Ledger;
+use crate::orders::{Order, OrderError};
 use crate::peers::{Own, Shares};
 use crate::placement::LocalPrefill;
 use crate::placing::Placing;
@@ -178,6 +179,19 @@ impl Control {
     pub fn handle_timeout(&mut self, now: Instant, out: &mut Vec<Action>) {
         self.nodes.shares.expire(now);
         self.requests.handle_timeout(&mut Context { now, placer: &mut self.nodes, out });
+    }
+
+    /// An operator asks something of a node.
+    pub fn order(
+        &self,
+        node: &NodeId,
+        order: Order,
+        force: bool,
+        out: &mut Vec<Action>,
+    ) -> Result<(), OrderError> {
+        let (to, command) = order.command(node, force, &self.nodes.cluster)?;
+        out.push(Action::Send { to, command });
+        Ok(())
     }
 
     /// What to tell other coordinators.

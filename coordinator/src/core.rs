@@ -11,6 +11,8 @@ use baton_proto::sampling::SamplingParams;
 use baton_proto::share::Share;
 use tokio::sync::{mpsc, oneshot, watch};
 
+use crate::orders::{Order, OrderError};
+
 /// A model that joined nodes serve.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ModelInfo {
@@ -286,6 +288,12 @@ pub(crate) enum Ask {
     Status(oneshot::Sender<StatusView>),
     Nodes(oneshot::Sender<Vec<NodeView>>),
     Share(oneshot::Sender<Share>),
+    Order {
+        node: NodeId,
+        order: Order,
+        force: bool,
+        reply: oneshot::Sender<Result<(), OrderError>>,
+    },
     Cache {
         node: Option<NodeId>,
         chain: Vec<BlockHash>,
@@ -413,6 +421,12 @@ impl Core {
     /// Joined nodes, by name.
     pub async fn nodes(&self) -> Vec<NodeView> {
         self.ask(Ask::Nodes).await.unwrap_or_default()
+    }
+
+    /// Asks something of a node. `force`: even if that takes the last decode node of a model away.
+    pub async fn order(&self, node: NodeId, order: Order, force: bool) -> Result<(), OrderError> {
+        let ask = |reply| Ask::Order { node, order, force, reply };
+        self.ask(ask).await.unwrap_or(Err(OrderError::ShuttingDown))
     }
 
     /// What to tell other coordinators; `None` once the core is gone.

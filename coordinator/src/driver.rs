@@ -178,6 +178,9 @@ impl Driver {
             Ask::Cancel(id) => self.control.cancel(id, now, actions),
             Ask::Status(reply) => drop(reply.send(self.control.status(now))),
             Ask::Share(reply) => drop(reply.send(self.control.share(now))),
+            Ask::Order { node, order, force, reply } => {
+                drop(reply.send(self.control.order(&node, order, force, actions)));
+            }
             Ask::Nodes(reply) => drop(reply.send(self.control.nodes(now))),
             Ask::Cache { node, chain, block_tokens, reply } => {
                 let view = self.control.cache(node.as_ref(), &chain, block_tokens);

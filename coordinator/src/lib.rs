@@ -9,6 +9,7 @@ pub mod driver;
 pub mod front;
 pub mod index;
 pub mod ledger;
+pub mod orders;
 pub mod peers;
 pub mod placement;
 pub mod placing;

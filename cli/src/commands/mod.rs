@@ -4,10 +4,14 @@ pub(crate) mod cache;
 pub(crate) mod certs;
 pub(crate) mod check;
 pub(crate) mod demo;
+pub(crate) mod drain;
 pub(crate) mod generate;
 pub(crate) mod nodes;
 pub(crate) mod plan;
+pub(crate) mod role;
 pub(crate) mod status;
+
+mod orders;
 
 /// What a command fails with: one line for a person.
 pub(crate) type CommandError = Box<dyn std::error::Error + Send + Sync>;

@@ -1,17 +1,19 @@
-//! `baton.v1.Cluster`: what operators look at.
+//! `baton.v1.Cluster`: what operators look at and ask for.
 
 use baton_proto::hash::CacheSalt;
-use baton_proto::ids::NodeId;
+use baton_proto::ids::{NodeId, Role};
 use baton_proto::wire::v1::cluster_server::Cluster;
 use baton_proto::wire::v1::{
-    GetCacheRequest, GetCacheResponse, GetStatusRequest, GetStatusResponse, KvBlocks,
-    ListNodesRequest, ListNodesResponse, Node, NodeCache,
+    DrainRequest, DrainResponse, GetCacheRequest, GetCacheResponse, GetStatusRequest,
+    GetStatusResponse, KvBlocks, ListNodesRequest, ListNodesResponse, Node, NodeCache,
+    SetRoleRequest, SetRoleResponse,
 };
-use tonic::{Request, Response, Status};
+use tonic::{Code, Request, Response, Status};
 
 use super::Front;
 use super::refusal::Refusal;
 use crate::core::{CacheQuery, NodeView, SubmitError};
+use crate::orders::{Order, OrderError};
 
 #[tonic::async_trait]
 impl Cluster for Front {
@@ -72,9 +74,43 @@ impl Cluster for Front {
             index_bytes: cache.index_bytes,
         }))
     }
+
+    async fn set_role(
+        &self,
+        request: Request<SetRoleRequest>,
+    ) -> Result<Response<SetRoleResponse>, Status> {
+        let SetRoleRequest { node, role, force } = request.into_inner();
+        let known = [Role::Prefill, Role::Decode].into_iter().find(|r| r.as_str() == role);
+        let role = known
+            .ok_or_else(|| Refusal::field("role", format!("{role:?}"), "prefill or decode"))?;
+        self.order(node, Order::Role(role), force).await?;
+        Ok(Response::new(SetRoleResponse {}))
+    }
+
+    async fn drain(
+        &self,
+        request: Request<DrainRequest>,
+    ) -> Result<Response<DrainResponse>, Status> {
+        let DrainRequest { node, undo, force } = request.into_inner();
+        self.order(node, Order::Drain(!undo), force).await?;
+        Ok(Response::new(DrainResponse {}))
+    }
 }
 
 impl Front {
+    async fn order(&self, node: String, order: Order, force: bool) -> Result<(), Status> {
+        let node = parse_node(node)?;
+        tracing::info!(%node, ?order, force, "an operator asks");
+        self.core.order(node, order, force).await.map_err(|error| {
+            let code = match error {
+                OrderError::Unknown { .. } => Code::NotFound,
+                OrderError::LastDecode { .. } => Code::FailedPrecondition,
+                OrderError::ShuttingDown => Code::Unavailable,
+            };
+            Status::new(code, error.to_string())
+        })
+    }
+
     /// The request names no model.
     async fn tokens_of_only_model(&self, text: String) -> Result<(String, Vec<u32>), Refusal> {
         let model = self.models.get("")?.clone();

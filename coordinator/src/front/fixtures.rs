@@ -161,6 +161,7 @@ async fn serve_core(
             }
             Ask::Cancel(_) | Ask::ShutDown(_) => {}
             Ask::Status(reply) => drop(reply.send(status(*ready.borrow()))),
+            Ask::Order { reply, .. } => drop(reply.send(Ok(()))),
             Ask::Share(reply) => drop(reply.send(baton_proto::share::Share::default())),
             Ask::Nodes(reply) => drop(reply.send(vec![decode_node()])),
             Ask::Cache { node: wanted, reply, .. } => {

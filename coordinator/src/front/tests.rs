@@ -10,7 +10,7 @@ use baton_proto::wire::v1::generate_request::Input;
 use baton_proto::wire::v1::inference_client::InferenceClient;
 use baton_proto::wire::v1::{
     Chat, FinishReason, GenerateRequest, GenerateResponse, GetCacheRequest, GetStatusRequest,
-    ListNodesRequest, Sampling, TokenIds,
+    ListNodesRequest, Sampling, SetRoleRequest, TokenIds,
 };
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -288,6 +288,22 @@ async fn operators_see_the_cluster() {
     for (node, code) in [("d1", Code::NotFound), ("D 1", Code::InvalidArgument)] {
         let query = GetCacheRequest { node: Some(node.into()), prefix: None };
         assert_eq!(client.get_cache(query).await.unwrap_err().code(), code);
+    }
+}
+
+#[tokio::test]
+async fn orders_name_a_node_and_a_role() {
+    let played = start(|_| panic!("no request")).await;
+    let mut client = ClusterClient::new(played.channel());
+    let order = |node: &str, role: &str| SetRoleRequest {
+        node: node.to_owned(),
+        role: role.to_owned(),
+        force: false,
+    };
+    assert!(client.set_role(order("d0", "prefill")).await.is_ok());
+    for wrong in [order("D 0", "prefill"), order("d0", "both"), order("d0", "")] {
+        let error = client.set_role(wrong).await.unwrap_err();
+        assert_eq!(error.code(), Code::InvalidArgument, "{error}");
     }
 }
 
