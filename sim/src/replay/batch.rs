@@ -212,3 +212,7 @@ impl Prompt {
         self.total.min(self.done + CHUNK_TOKENS)
     }
 }
+
+#[cfg(test)]
+#[path = "batch_tests.rs"]
+mod tests;

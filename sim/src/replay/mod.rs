@@ -43,3 +43,5 @@ pub enum Node {
     Decode(usize),
 }
 
+#[cfg(test)]
+mod tests;

@@ -2,7 +2,7 @@
 
 use super::events::Event;
 use super::serving::Serving;
-use super::{Admission, Decision, Outcome, Policy, Settings};
+use super::{Admission, Cluster, Decision, Outcome, Policy, Settings};
 use crate::trace::Trace;
 
 /// A policy that sleeps is not woken more often than this.
@@ -23,6 +23,16 @@ pub fn replay(
     trace: &Trace,
     policy: &mut dyn Policy,
 ) -> Result<Outcome, Stuck> {
+    let cluster = play(settings, trace, policy)?;
+    Ok(Outcome { records: cluster.jobs.into_iter().map(|job| job.record).collect() })
+}
+
+/// The cluster when all is done.
+pub(super) fn play<'a>(
+    settings: &'a Settings,
+    trace: &'a Trace,
+    policy: &mut dyn Policy,
+) -> Result<Cluster<'a>, Stuck> {
     let mut run = Run {
         serving: Serving::new(settings, trace),
         policy,
@@ -44,8 +54,7 @@ pub fn replay(
     if run.held > 0 {
         return Err(Stuck(run.held));
     }
-    let records = run.serving.cluster.jobs.into_iter().map(|job| job.record).collect();
-    Ok(Outcome { records })
+    Ok(run.serving.cluster)
 }
 
 struct Run<'a, 'p> {
@@ -66,10 +75,7 @@ impl Run<'_, '_> {
             Event::PrefillEnd(at) => self.serving.prefill_end(now_ms, at),
             Event::Batch(at, generation) => self.serving.batch_change(now_ms, at, generation),
             Event::Network(generation) => self.serving.network_change(now_ms, generation),
-            Event::Tell(node, news) => {
-                self.serving.late -= 1;
-                self.serving.told.push((node, news));
-            }
+            Event::Tell(node, news) => self.serving.told.push((node, news)),
             Event::Report => self.report(now_ms),
             Event::Wake if now_ms >= self.wake_ms => self.wake_ms = f64::INFINITY,
             Event::Wake => {}

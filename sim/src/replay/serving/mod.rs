@@ -20,8 +20,6 @@ pub(super) struct Serving<'a> {
     pub(super) told: Vec<(Node, News)>,
     /// Requests that were dispatched and have not ended.
     pub(super) running: usize,
-    /// News under way.
-    pub(super) late: usize,
     network: Option<Network>,
     flows: BTreeMap<u64, Flow>,
     network_generation: u64,
@@ -39,7 +37,6 @@ impl<'a> Serving<'a> {
             events: Events::default(),
             told: Vec::new(),
             running: 0,
-            late: 0,
             network: settings.link.map(|link| Network::new(link.gbps)),
             flows: BTreeMap::new(),
             network_generation: 0,
@@ -90,7 +87,6 @@ impl<'a> Serving<'a> {
     fn tell_late(&mut self, now_ms: f64, node: Node, news: News) {
         let lag = self.cluster.settings.disturbance.event_lag_ms;
         if lag > 0.0 {
-            self.late += 1;
             self.events.plan(now_ms + lag, Event::Tell(node, news));
         } else {
             self.told.push((node, news));
