@@ -88,7 +88,7 @@ impl Decode<'_> {
             None => (Phase::Running, Kind::Local),
             Some(from) => (Phase::Reserving(self.expected(&job, from)), Kind::Import),
         };
-        match self.node.engine.submit(Submission { job, kind }) {
+        match self.node.engine.submit(Submission { job, kind, held: false }) {
             Ok(()) => self.node.hub.begin(stream, id, phase),
             Err(error) => {
                 self.node.hub.refuse(stream, id, Refusal::new(&error, error.retry()));

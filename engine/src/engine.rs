@@ -107,6 +107,17 @@ impl Engine {
         self.0.inbox.imported(id, first);
     }
 
+    /// Lets a job that was submitted held be admitted. Without effect on other jobs.
+    pub fn release(&self, id: TransferId) {
+        self.0.inbox.release(id);
+    }
+
+    /// Every piece of a fetch's blocks has been written: they are cached. Without effect on other
+    /// jobs.
+    pub fn fetched(&self, id: TransferId) {
+        self.0.inbox.fetched(id);
+    }
+
     /// Ends a job in whatever phase it is. An unknown id is fine.
     pub fn cancel(&self, id: TransferId) {
         self.0.inbox.cancel(id);

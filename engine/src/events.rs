@@ -19,6 +19,11 @@ pub enum Kind {
     Export,
     /// Reserve the prompt's blocks, wait until their KV has been written, then generate.
     Import,
+    /// Lease the tokens' full blocks to be read, all of which must be cached. Nothing is computed.
+    Serve,
+    /// Lease the tokens' full blocks to be written, and cache them when they have been. Nothing is
+    /// computed. Fails at once where there is no room.
+    Fetch,
 }
 
 /// A job and what is to be done with it.
@@ -28,6 +33,9 @@ pub struct Submission {
     pub job: Job,
     /// What to do with it.
     pub kind: Kind,
+    /// It keeps its place in the queue but is not admitted before
+    /// [`Engine::release`](crate::Engine::release). Of jobs that compute or import.
+    pub held: bool,
 }
 
 /// A job was not taken.
@@ -85,7 +93,7 @@ pub enum EngineEvent {
     Admitted {
         /// The job.
         id: TransferId,
-        /// The blocks to read (export) or to write (import); `None` for local jobs.
+        /// The blocks to read (export, serve) or to write (import, fetch); `None` for local jobs.
         lease: Option<Arc<BlockLease>>,
         /// Leading tokens whose KV was found in the prefix cache.
         cached_tokens: u32,

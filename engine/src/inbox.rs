@@ -33,8 +33,12 @@ struct State {
 pub(crate) struct Inputs {
     /// New jobs with their times of arrival.
     pub(crate) submitted: Vec<(Submission, Instant)>,
+    /// Held jobs that may be admitted.
+    pub(crate) released: BTreeSet<TransferId>,
     /// Imports whose KV is complete.
     pub(crate) imported: BTreeMap<TransferId, FirstToken>,
+    /// Fetches whose KV is complete.
+    pub(crate) fetched: BTreeSet<TransferId>,
     /// Jobs to stop.
     pub(crate) cancelled: BTreeSet<TransferId>,
     /// Jobs whose lease was dropped.
@@ -47,9 +51,11 @@ pub(crate) struct Inputs {
 
 impl Inputs {
     fn is_empty(&self) -> bool {
-        let Self { submitted, imported, cancelled, returned, snapshot, stop } = self;
-        let lists = submitted.is_empty() && imported.is_empty() && cancelled.is_empty();
-        lists && returned.is_empty() && !snapshot && !stop
+        let Self { submitted, released, imported, fetched, cancelled, returned, .. } = self;
+        let new = submitted.is_empty() && released.is_empty();
+        let arrived = imported.is_empty() && fetched.is_empty();
+        let over = cancelled.is_empty() && returned.is_empty();
+        new && arrived && over && !self.snapshot && !self.stop
     }
 }
 
@@ -96,6 +102,22 @@ impl Inbox {
         let mut state = self.state();
         if state.live.contains(&id) {
             state.inputs.imported.entry(id).or_insert(first);
+            self.filled.notify_one();
+        }
+    }
+
+    pub(crate) fn release(&self, id: TransferId) {
+        let mut state = self.state();
+        if state.live.contains(&id) {
+            state.inputs.released.insert(id);
+            self.filled.notify_one();
+        }
+    }
+
+    pub(crate) fn fetched(&self, id: TransferId) {
+        let mut state = self.state();
+        if state.live.contains(&id) {
+            state.inputs.fetched.insert(id);
             self.filled.notify_one();
         }
     }

@@ -13,7 +13,7 @@ use baton_proto::ids::TransferId;
 
 use crate::inbox::Inbox;
 
-/// The blocks of one exported or imported sequence. Blocks are named by their ordinal in the
+/// The blocks of one exported or imported sequence, or of a prefix that is served or fetched. Blocks are named by their ordinal in the
 /// sequence. Dropping it gives the blocks back to the engine.
 pub struct BlockLease {
     id: TransferId,
@@ -83,13 +83,13 @@ impl BlockLease {
         self.blocks.len()
     }
 
-    /// Export: how many leading blocks could be read at admission.
+    /// Export, serve: how many leading blocks could be read at admission.
     #[must_use]
     pub fn ready_blocks(&self) -> usize {
         self.shared
     }
 
-    /// Import: how many leading blocks are here already; the others are to be written.
+    /// Import, fetch: how many leading blocks are here already; the others are to be written.
     #[must_use]
     pub fn held(&self) -> usize {
         self.shared

@@ -11,6 +11,9 @@
 //! - When a growing sequence finds no block, the latest-arrived sequence that computes here gives
 //!   its blocks back and waits again; its full blocks stay cached for as long as there is room.
 //!   Exports never grow and are never preempted; imports not before their KV has arrived.
+//! - A held sequence keeps its place but is overtaken until it is released: nothing is reserved for
+//!   KV that is not about to come.
+//! - Serving and fetching a cached prefix ([`pull`]) are leases without a sequence.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::time::{Duration, Instant};
@@ -23,9 +26,11 @@ use crate::blocks::User;
 use crate::events::{FirstToken, Kind};
 use crate::prefix::PrefixCache;
 use crate::sequence::{Phase, Sequence};
+use pull::Fetch;
 
 mod complete;
 mod plan;
+mod pull;
 #[cfg(test)]
 mod tests;
 
@@ -52,13 +57,13 @@ pub struct Limits {
 /// What the scheduler has to tell, in order.
 #[derive(Debug, PartialEq)]
 pub enum Event {
-    /// A sequence was admitted for the first time.
+    /// A job was admitted for the first time.
     Admitted {
         /// The job.
         id: TransferId,
         /// What is done with it.
         kind: Kind,
-        /// Exports and imports: the blocks that are leased until
+        /// All but local jobs: the blocks that are leased until
         /// [`Scheduler::lease_returned`]; otherwise empty.
         lease: Vec<u32>,
         /// Leading blocks that were cached.
@@ -111,10 +116,13 @@ pub struct Scheduler {
     sequences: BTreeMap<u64, Sequence>,
     numbers: HashMap<TransferId, u64>,
     waiting: BTreeSet<u64>,
+    /// Would wait, but are not to be admitted yet.
+    held: BTreeSet<u64>,
     importing: BTreeSet<u64>,
     running: BTreeSet<u64>,
     deadlines: BTreeSet<(Instant, u64)>,
     leases: HashMap<TransferId, Lease>,
+    fetches: HashMap<TransferId, Fetch>,
     arrivals: u64,
     /// Most prompt tokens of one step.
     prefill_limit: usize,
@@ -133,10 +141,12 @@ impl Scheduler {
             sequences: BTreeMap::new(),
             numbers: HashMap::new(),
             waiting: BTreeSet::new(),
+            held: BTreeSet::new(),
             importing: BTreeSet::new(),
             running: BTreeSet::new(),
             deadlines: BTreeSet::new(),
             leases: HashMap::new(),
+            fetches: HashMap::new(),
             arrivals: 0,
             events: Vec::new(),
         }
@@ -146,6 +156,11 @@ impl Scheduler {
     /// that the scheduler does not [know](Self::knows).
     pub fn add(&mut self, job: Job, kind: Kind, now: Instant) {
         debug_assert!(!self.knows(job.id), "{} is here already", job.id);
+        match kind {
+            Kind::Serve => return self.serve(&job),
+            Kind::Fetch => return self.fetch(&job),
+            Kind::Local | Kind::Export | Kind::Import => {}
+        }
         let number = self.arrivals;
         self.arrivals += 1;
         let sequence = Sequence::new(job, kind, &self.root, self.limits.block_tokens, now);
@@ -153,6 +168,25 @@ impl Scheduler {
         self.numbers.insert(sequence.id, number);
         self.waiting.insert(number);
         self.sequences.insert(number, sequence);
+    }
+
+    /// A job that waits is not admitted before it is [released](Self::release). Without effect on
+    /// others.
+    pub fn hold(&mut self, id: TransferId) {
+        if let Some(number) = self.numbers.get(&id)
+            && self.waiting.remove(number)
+        {
+            self.held.insert(*number);
+        }
+    }
+
+    /// A held job may be admitted, in its order of arrival. Without effect on others.
+    pub fn release(&mut self, id: TransferId) {
+        if let Some(number) = self.numbers.get(&id)
+            && self.held.remove(number)
+        {
+            self.waiting.insert(*number);
+        }
     }
 
     /// Ends a job in whatever phase it is; an unknown one is fine.
@@ -200,6 +234,7 @@ impl Scheduler {
     /// Nobody reads or writes a job's leased blocks any more.
     pub fn lease_returned(&mut self, id: TransferId) {
         let Some(lease) = self.leases.remove(&id) else { return };
+        self.fetches.remove(&id);
         for &block in lease.blocks.iter().rev() {
             self.cache.release(block, User::Transfer);
         }
@@ -257,10 +292,10 @@ impl Scheduler {
         self.deadlines.first().map(|&(deadline, _)| deadline)
     }
 
-    /// Sequences not admitted.
+    /// Sequences not admitted, held ones included.
     #[must_use]
     pub fn waiting(&self) -> usize {
-        self.waiting.len()
+        self.waiting.len() + self.held.len()
     }
 
     /// Sequences admitted.
@@ -309,7 +344,7 @@ impl Scheduler {
         if let Some(deadline) = sequence.deadline {
             self.deadlines.remove(&(deadline, number));
         }
-        for queue in [&mut self.waiting, &mut self.importing, &mut self.running] {
+        for queue in [&mut self.waiting, &mut self.held, &mut self.importing, &mut self.running] {
             queue.remove(&number);
         }
         release_blocks(&mut self.cache, &mut sequence);
@@ -344,11 +379,13 @@ impl Scheduler {
     pub fn check(&self) {
         self.cache.check();
         assert_eq!(self.numbers.len(), self.sequences.len());
-        let queued = self.waiting.len() + self.importing.len() + self.running.len();
+        let queued = self.waiting() + self.admitted();
         assert_eq!(queued, self.sequences.len(), "a sequence is in exactly one queue");
         assert!(self.admitted() <= self.limits.max_sequences);
+        assert!(self.fetches.keys().all(|id| self.leases.contains_key(id)));
         for (number, sequence) in &self.sequences {
             let queue = match sequence.phase {
+                Phase::Waiting if self.held.contains(number) => &self.held,
                 Phase::Waiting => &self.waiting,
                 Phase::Importing => &self.importing,
                 Phase::Running => &self.running,

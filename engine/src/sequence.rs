@@ -54,7 +54,7 @@ pub struct Sequence {
     pub deadline: Option<Instant>,
     /// Its admission has been told.
     pub announced: bool,
-    /// Time spent on steps that computed its prompt, until the first token.
+    /// Its tokens' share of the time of the steps that computed its prompt, until the first token.
     pub prefill: Duration,
     /// It has produced a token in this attempt.
     pub sampled: bool,

@@ -97,14 +97,26 @@ impl Device {
 
     fn apply(&mut self, inputs: Inputs) -> (bool, Vec<TransferId>) {
         for (submission, arrived) in inputs.submitted {
+            let (id, held) = (submission.job.id, submission.held);
             self.scheduler.add(submission.job, submission.kind, arrived);
+            if held {
+                self.scheduler.hold(id);
+            }
         }
-        for (id, first) in inputs.imported {
-            // From here on the blocks are the model's; a late write must not reach them.
-            if let Some(gate) = self.gates.get(&id) {
+        for id in inputs.released {
+            self.scheduler.release(id);
+        }
+        // From here on the blocks are the model's; a late write must not reach them.
+        for id in inputs.imported.keys().chain(&inputs.fetched) {
+            if let Some(gate) = self.gates.get(id) {
                 gate.seal();
             }
+        }
+        for (id, first) in inputs.imported {
             self.scheduler.imported(id, &first);
+        }
+        for id in inputs.fetched {
+            self.scheduler.fetched(id);
         }
         for id in inputs.cancelled {
             self.scheduler.cancel(id);
@@ -176,8 +188,8 @@ impl Device {
     ) -> Option<Arc<BlockLease>> {
         let gate = match kind {
             Kind::Local => return None,
-            Kind::Export => Gate::reading(self.layers, cached),
-            Kind::Import => Gate::writing(self.layers),
+            Kind::Export | Kind::Serve => Gate::reading(self.layers, cached),
+            Kind::Import | Kind::Fetch => Gate::writing(self.layers),
         };
         self.gates.insert(id, gate.clone());
         let (store, inbox) = (self.store.clone(), self.inbox.clone());

@@ -83,7 +83,9 @@ impl Prefill<'_> {
             blocks: geometry.blocks_for(job.tokens.len()) as u32,
             source: source.clone(),
         };
-        if let Err(error) = self.node.engine.submit(Submission { job, kind: Kind::Export }) {
+        if let Err(error) =
+            self.node.engine.submit(Submission { job, kind: Kind::Export, held: false })
+        {
             return self.node.hub.refuse(stream, id, Refusal::new(&error, error.retry()));
         }
         let transfer = Arc::new(self.node.endpoint.send(outgoing));

@@ -30,8 +30,11 @@ impl Scheduler {
         let mut over = Vec::new();
         let results = outcome.sampled.into_iter().zip(outcome.prompt_logprobs);
         assert_eq!(plan.chunks.len(), results.len(), "an outcome has an entry per chunk");
+        let per_token = outcome.took.div_f64(plan.tokens().max(1) as f64);
         for (chunk, (sampled, prompt_logprobs)) in plan.chunks.iter().zip(results) {
-            self.computed(chunk, prompt_logprobs, outcome.took);
+            // Sequences share a step; what the others computed is not this one's time.
+            let share = per_token.mul_f64(chunk.tokens as f64);
+            self.computed(chunk, prompt_logprobs, share);
             if chunk.samples {
                 let sampled = sampled.expect("a chunk that samples has a token");
                 let token = self.sampled(chunk, sampled);

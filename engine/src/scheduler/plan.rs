@@ -166,8 +166,7 @@ impl Scheduler {
     /// one for every sequence that grows.
     fn give_blocks(&mut self, number: u64) -> bool {
         let block_tokens = self.limits.block_tokens;
-        let admitted = self.running.iter().chain(&self.importing);
-        let grow = admitted.filter(|number| self.sequences[number].kind != Kind::Export).count();
+        let grow = self.growing();
         let sequence = self.sequences.get_mut(&number).expect("waiting sequences are here");
         let found = self.cache.find(sequence.matchable(block_tokens));
         let needed = sequence.tokens.len().div_ceil(block_tokens) - found.blocks;
@@ -176,7 +175,7 @@ impl Scheduler {
         }
         sequence.phase = match sequence.kind {
             Kind::Import => Phase::Importing,
-            Kind::Local | Kind::Export => Phase::Running,
+            _ => Phase::Running,
         };
         let (user, mut blocks) = (sequence.user(), Vec::with_capacity(found.blocks + needed));
         let cached = &sequence.hashes[..found.blocks];
@@ -190,6 +189,12 @@ impl Scheduler {
         true
     }
 
+    /// Sequences that may each need one more block soon.
+    pub(super) fn growing(&self) -> usize {
+        let admitted = self.running.iter().chain(&self.importing);
+        admitted.filter(|number| self.sequences[number].kind != Kind::Export).count()
+    }
+
     /// Tells the first admission of a sequence, and leases its blocks if it is for a transfer.
     fn announce(&mut self, number: u64, now: Instant) {
         let sequence = self.sequences.get_mut(&number).expect("admitted sequences are here");
@@ -199,7 +204,7 @@ impl Scheduler {
         let Sequence { id, kind, cached_blocks, arrived, .. } = *sequence;
         let lease = match kind {
             Kind::Local => Vec::new(),
-            Kind::Export | Kind::Import => sequence.blocks.clone(),
+            _ => sequence.blocks.clone(),
         };
         if kind != Kind::Local {
             for &block in &lease {

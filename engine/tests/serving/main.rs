@@ -284,7 +284,9 @@ fn cache_events_add_up_to_the_snapshot() {
 #[test]
 fn what_cannot_be_served_is_refused_at_once() {
     let (_permits, node) = Node::gated(EngineConfig { kv_blocks: 10, max_waiting: 2, ..config() });
-    let refused = |job: Job| node.engine.submit(Submission { job, kind: Kind::Local }).unwrap_err();
+    let refused = |job: Job| {
+        node.engine.submit(Submission { job, kind: Kind::Local, held: false }).unwrap_err()
+    };
     assert_eq!(node.engine.info().max_model_len, 40, "no longer than the cache");
     let too_long = SubmitError::TooLong { tokens: 40, limit: 40 };
     assert_eq!(refused(job(1, prompt(1, 40), 1)), too_long);
@@ -347,7 +349,9 @@ fn jobs_of_a_broken_engine_fail_and_new_ones_are_refused() {
     let model = FakeModel::new(128, 200).on_step(Box::new(|_| panic!("the device is on fire")));
     let sink = Box::new(move |event| drop(sink.send(event)));
     let engine = Engine::start(config(), Box::new(model), sink);
-    let submit = |n| engine.submit(Submission { job: job(n, prompt(1, 9), 5), kind: Kind::Local });
+    let submission =
+        |n| Submission { job: job(n, prompt(1, 9), 5), kind: Kind::Local, held: false };
+    let submit = |n| engine.submit(submission(n));
     submit(1).unwrap();
     let failed =
         |event: &EngineEvent| matches!(event, EngineEvent::Failed { retry: Retry::OtherNode, .. });

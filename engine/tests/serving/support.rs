@@ -79,7 +79,7 @@ impl Node {
     }
 
     pub(crate) fn submit(&self, job: &Job, kind: Kind) {
-        let submitted = self.engine.submit(Submission { job: job.clone(), kind });
+        let submitted = self.engine.submit(Submission { job: job.clone(), kind, held: false });
         submitted.expect("the engine takes the job");
     }
 

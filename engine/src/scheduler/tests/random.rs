@@ -8,12 +8,20 @@ enum Op {
     Cancel(usize),
     Imported(usize),
     ReturnLease(usize),
+    Hold(usize),
+    Release(usize),
     Limit(usize),
     Step,
 }
 
 fn op() -> impl Strategy<Value = Op> {
-    let kind = prop_oneof![Just(Kind::Local), Just(Kind::Export), Just(Kind::Import)];
+    let kind = prop_oneof![
+        2 => Just(Kind::Local),
+        2 => Just(Kind::Export),
+        2 => Just(Kind::Import),
+        1 => Just(Kind::Serve),
+        1 => Just(Kind::Fetch),
+    ];
     // Few different tokens, so that prompts share prefixes.
     let tokens = prop::collection::vec(0..2_u32, 1..30);
     let add = (kind, tokens, 1..12_u32, prop::option::weighted(0.2, 1..40_u64));
@@ -24,6 +32,8 @@ fn op() -> impl Strategy<Value = Op> {
         1 => any::<usize>().prop_map(Op::Cancel),
         2 => any::<usize>().prop_map(Op::Imported),
         2 => any::<usize>().prop_map(Op::ReturnLease),
+        1 => any::<usize>().prop_map(Op::Hold),
+        1 => any::<usize>().prop_map(Op::Release),
         1 => (1..12_usize).prop_map(Op::Limit),
         8 => Just(Op::Step),
     ]
@@ -58,6 +68,12 @@ impl World {
                 let id = self.leased.swap_remove(i % self.leased.len());
                 self.rig.scheduler.lease_returned(id);
             }
+            Op::Hold(i) if !self.prompts.is_empty() => {
+                self.rig.scheduler.hold(id((i % self.prompts.len()) as u128));
+            }
+            Op::Release(i) if !self.prompts.is_empty() => {
+                self.rig.scheduler.release(id((i % self.prompts.len()) as u128));
+            }
             Op::Limit(tokens) => self.rig.scheduler.set_prefill_limit(tokens),
             _ => {
                 self.rig.now += Duration::from_millis(1);
@@ -73,6 +89,9 @@ impl World {
     }
 
     fn imported(&mut self, id: TransferId) {
+        if self.prompts[&id].1 == Kind::Fetch {
+            return self.rig.scheduler.fetched(id);
+        }
         let token = next_token(&self.prompts[&id].0);
         let first = FirstToken { token, logprobs: None, finish: None };
         self.rig.scheduler.imported(id, &first);
@@ -81,11 +100,17 @@ impl World {
     fn see(&mut self) {
         self.rig.events.extend(self.rig.scheduler.take_events());
         for event in &self.rig.events[self.seen..] {
-            if let Event::Admitted { id, kind: Kind::Export | Kind::Import, lease, .. } = event {
-                self.leased.push(*id);
-                let blocks = self.prompts[id].0.len().div_ceil(BLOCK_TOKENS);
-                assert_eq!(lease.len(), blocks, "a lease covers the prompt");
-            }
+            let Event::Admitted { id, kind, lease, cached_blocks, .. } = event else { continue };
+            let tokens = self.prompts[id].0.len();
+            let (covered, cached) = match kind {
+                Kind::Local => continue,
+                Kind::Export | Kind::Import => (tokens.div_ceil(BLOCK_TOKENS), 0..=tokens),
+                Kind::Serve => (tokens / BLOCK_TOKENS, lease.len()..=lease.len()),
+                Kind::Fetch => (tokens / BLOCK_TOKENS, 0..=lease.len() - 1),
+            };
+            self.leased.push(*id);
+            assert_eq!(lease.len(), covered, "a lease covers the prompt, a pull its full blocks");
+            assert!(cached.contains(cached_blocks));
         }
         self.seen = self.rig.events.len();
     }
@@ -95,6 +120,7 @@ impl World {
         for _ in 0..2_000 {
             for id in self.prompts.keys().copied().collect::<Vec<_>>() {
                 self.imported(id);
+                self.rig.scheduler.release(id);
             }
             while let Some(id) = self.leased.pop() {
                 self.rig.scheduler.lease_returned(id);
@@ -124,6 +150,9 @@ impl World {
             let right = continuation(prompt, 40);
             for (i, (position, token)) in (first..).zip(&told) {
                 assert_eq!((*position, *token), (i, right[i as usize]), "{id} goes its own way");
+            }
+            if matches!(kind, Kind::Serve | Kind::Fetch) {
+                assert!(told.is_empty(), "a pull computes nothing");
             }
             if *kind == Kind::Export {
                 assert!(told.len() <= 1, "an export has one token");

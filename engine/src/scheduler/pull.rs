@@ -1,0 +1,86 @@
+//! Cached prefixes that leave for another node, or come from one: leases without a sequence.
+//!
+//! Neither waits for blocks. A prefix is served only as far as it is cached, which takes no block,
+//! and fetched only where there is room now: who cannot fetch computes.
+
+use std::time::Duration;
+
+use baton_proto::hash::BlockHash;
+use baton_proto::ids::TransferId;
+use baton_proto::message::{Job, Retry};
+
+use super::{Event, Lease, Scheduler};
+use crate::blocks::User;
+use crate::events::Kind;
+
+/// A prefix whose KV is on its way.
+#[derive(Debug)]
+pub(super) struct Fetch {
+    hashes: Vec<BlockHash>,
+    blocks: Vec<u32>,
+    /// Leading blocks that were cached before.
+    held: usize,
+}
+
+impl Scheduler {
+    /// Leases the full blocks of `job`'s tokens, if all are cached.
+    pub(super) fn serve(&mut self, job: &Job) {
+        let hashes = self.root.chain(job.salt, &job.tokens, self.limits.block_tokens);
+        let found = self.cache.find(&hashes).blocks;
+        if hashes.is_empty() || found < hashes.len() {
+            let wanted = hashes.len();
+            return self.fail_pull(job.id, format!("{found} of {wanted} blocks are cached"));
+        }
+        let mut blocks = Vec::with_capacity(found);
+        self.cache.share(&hashes, User::Transfer, &mut blocks);
+        self.lease(job.id, Kind::Serve, blocks, found);
+    }
+
+    /// Leases blocks for the full blocks of `job`'s tokens, if there is room for those that are not
+    /// cached.
+    pub(super) fn fetch(&mut self, job: &Job) {
+        let hashes = self.root.chain(job.salt, &job.tokens, self.limits.block_tokens);
+        let found = self.cache.find(&hashes);
+        let needed = hashes.len() - found.blocks;
+        if needed == 0 {
+            return self.fail_pull(job.id, "nothing is missing".to_owned());
+        }
+        if needed + self.growing() > self.cache.available() - found.unused {
+            return self.fail_pull(job.id, format!("there is no room for {needed} blocks"));
+        }
+        let mut blocks = Vec::with_capacity(hashes.len());
+        self.cache.share(&hashes[..found.blocks], User::Transfer, &mut blocks);
+        let allocated = self.cache.allocate(needed, User::Transfer, &mut blocks);
+        allocated.expect("as many blocks as were found available");
+        let fetch = Fetch { hashes, blocks: blocks.clone(), held: found.blocks };
+        self.fetches.insert(job.id, fetch);
+        self.lease(job.id, Kind::Fetch, blocks, found.blocks);
+    }
+
+    /// The KV of a fetch is complete, and nobody writes it any more: it is cached. Without effect
+    /// on other jobs.
+    pub fn fetched(&mut self, id: TransferId) {
+        let Some(Fetch { hashes, blocks, held }) = self.fetches.remove(&id) else { return };
+        let lease = self.leases.get_mut(&id).expect("a fetch has its blocks leased");
+        for ordinal in held..blocks.len() {
+            let parent = ordinal.checked_sub(1).map(|before| hashes[before]);
+            let cached = self.cache.insert(parent, hashes[ordinal], blocks[ordinal]);
+            // Somebody computed an equal block meanwhile; its successors are cached under that.
+            if cached != blocks[ordinal] {
+                self.cache.retain(cached, User::Transfer);
+                lease.blocks.push(cached);
+            }
+        }
+    }
+
+    fn lease(&mut self, id: TransferId, kind: Kind, blocks: Vec<u32>, cached_blocks: usize) {
+        // There is no sequence that could end later.
+        self.leases.insert(id, Lease { blocks: blocks.clone(), ended: true });
+        let queued = Duration::ZERO;
+        self.events.push(Event::Admitted { id, kind, lease: blocks, cached_blocks, queued });
+    }
+
+    fn fail_pull(&mut self, id: TransferId, reason: String) {
+        self.events.push(Event::Failed { id, reason, retry: Retry::OtherNode });
+    }
+}
