@@ -1,8 +1,10 @@
 //! Clusters under virtual time.
 //!
 //! - `trace`: requests that somebody's service once received.
-//! - `replay`: a cluster of modelled nodes that serves a trace under a placement policy. It answers
-//!   how good a placement is, and how many nodes a trace needs.
+//! - `replay`: a cluster of modelled nodes that serves a trace under a placement policy.
+//! - `plan`: how many nodes a trace needs; `device`: what they can do.
 
+pub mod device;
+pub mod plan;
 pub mod replay;
 pub mod trace;
