@@ -65,6 +65,10 @@ async fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         // Whoever read the output has seen enough.
         Err(error) if is_closed_pipe(&*error) => ExitCode::SUCCESS,
+        Err(error) if error.is::<clap::Error>() => {
+            eprint!("{error}");
+            ExitCode::from(2)
+        }
         Err(error) => {
             eprintln!("baton: {error}");
             ExitCode::FAILURE

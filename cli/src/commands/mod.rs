@@ -15,3 +15,8 @@ mod orders;
 
 /// What a command fails with: one line for a person.
 pub(crate) type CommandError = Box<dyn std::error::Error + Send + Sync>;
+
+/// The command line is wrong in a way that its parser cannot see.
+pub(crate) fn usage(problem: &str) -> CommandError {
+    clap::Error::raw(clap::error::ErrorKind::ValueValidation, format!("{problem}\n")).into()
+}

@@ -1,7 +1,9 @@
-//! `baton plan`: plays a trace against a modelled cluster.
+//! `baton plan`: plays a trace against modelled clusters.
 
 mod cluster;
+mod plot;
 mod replay;
+mod size;
 
 use std::path::PathBuf;
 
@@ -11,14 +13,20 @@ use super::CommandError;
 
 /// Command line of `baton plan`.
 #[derive(clap::Args)]
+#[command(
+    after_help = "With --replay, a fixed cluster serves the trace. Without, the smallest and \
+    the cheapest clusters are sought that meet --ttft-ms and --tpot-ms."
+)]
 pub(crate) struct PlanArgs {
     /// Serve the trace with the given nodes and say how that went
-    #[arg(long, required = true)]
+    #[arg(long, requires = "prefill", requires = "decode")]
     replay: bool,
     #[command(flatten)]
     trace: TraceArgs,
     #[command(flatten)]
     fixed: replay::ReplayArgs,
+    #[command(flatten)]
+    targets: size::TargetArgs,
     #[command(flatten)]
     cluster: cluster::ClusterArgs,
     /// Print JSON
@@ -57,6 +65,9 @@ impl TraceArgs {
 
 /// Runs `baton plan`.
 pub(crate) fn run(args: &PlanArgs) -> Result<(), CommandError> {
-    let trace = args.trace.read()?;
-    replay::run(&args.fixed, &args.cluster, &trace, args.json)
+    if args.replay {
+        replay::run(&args.fixed, &args.cluster, || args.trace.read(), args.json)
+    } else {
+        size::run(&args.targets, &args.cluster, || args.trace.read(), args.json)
+    }
 }

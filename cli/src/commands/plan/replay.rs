@@ -2,79 +2,40 @@
 
 use std::time::Instant;
 
-use baton_sim::replay::{PolicyKind, Settings, Summary, replay};
+use baton_sim::replay::{Distribution, Settings, Summary};
 use baton_sim::trace::Trace;
-use clap::ValueEnum;
 use serde_json::{Value, json};
 
 use super::cluster::ClusterArgs;
-use crate::commands::CommandError;
+use crate::commands::{CommandError, usage};
 use crate::output::{print, table};
 
 #[derive(clap::Args)]
 pub(super) struct ReplayArgs {
     /// Prefill nodes
-    #[arg(long, value_name = "N", default_value_t = 8,
+    #[arg(long, value_name = "N", requires = "replay",
           value_parser = clap::value_parser!(u32).range(0..=4096))]
-    prefill: u32,
+    prefill: Option<u32>,
     /// Decode nodes; 0 replays the placement of prefills alone
-    #[arg(long, value_name = "N", default_value_t = 0,
+    #[arg(long, value_name = "N", requires = "replay",
           value_parser = clap::value_parser!(u32).range(0..=4096))]
-    decode: u32,
-    /// Who decides where requests go
-    #[arg(long, value_enum, default_value_t = PolicyName::Baton)]
-    policy: PolicyName,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum PolicyName {
-    /// The coordinator of this program
-    Baton,
-    /// Any node
-    Random,
-    /// The nodes in turn
-    RoundRobin,
-    /// The node with the fewest prompt tokens to compute
-    LeastLoaded,
-    /// The node that had the first request beginning with the same 1,024 tokens
-    Session,
-    /// The node that holds most of the prompt
-    Prefix,
-    /// llm-d's: a node that holds 80 % of the prompt, unless that costs too much
-    Sticky,
-    /// Mooncake's: the node where the first token comes earliest
-    MinTtft,
-}
-
-impl PolicyName {
-    fn kind(self) -> Result<PolicyKind, CommandError> {
-        Ok(match self {
-            Self::Baton => return Err("--policy baton: not simulated yet".into()),
-            Self::Random => PolicyKind::Random,
-            Self::RoundRobin => PolicyKind::RoundRobin,
-            Self::LeastLoaded => PolicyKind::LeastLoaded,
-            Self::Session => PolicyKind::Session,
-            Self::Prefix => PolicyKind::Prefix,
-            Self::Sticky => PolicyKind::Sticky,
-            Self::MinTtft => PolicyKind::MinTtft,
-        })
-    }
+    decode: Option<u32>,
 }
 
 pub(super) fn run(
     args: &ReplayArgs,
     cluster: &ClusterArgs,
-    trace: &Trace,
+    trace: impl FnOnce() -> Result<Trace, CommandError>,
     as_json: bool,
 ) -> Result<(), CommandError> {
-    let (prefill, decode) = (args.prefill as usize, args.decode as usize);
+    let (prefill, decode) = (args.prefill.unwrap_or(0) as usize, args.decode.unwrap_or(0) as usize);
     if prefill + decode == 0 {
-        return Err("--prefill and --decode are both 0: there is no node".into());
+        return Err(usage("--prefill and --decode are both 0, and somebody must compute"));
     }
-    let settings = cluster.settings(prefill, decode);
+    let trace = trace()?;
+    let settings = cluster.settings(prefill, decode, &trace);
     let began = Instant::now();
-    let outcome = replay(&settings, trace, &mut *args.policy.kind()?.build(settings.seed))?;
-    let summary = outcome.summary(&settings, trace);
+    let summary = cluster.play(&settings, &trace)?;
     let wall_seconds = began.elapsed().as_secs_f64();
     if as_json {
         let value = in_json(&summary, wall_seconds);
@@ -110,7 +71,7 @@ fn in_json(summary: &Summary, wall_seconds: f64) -> Value {
 
 fn in_words(summary: &Summary, settings: &Settings, wall_seconds: f64) -> String {
     let percent = |ratio: f64| format!("{:.1} %", ratio * 100.0);
-    let times = |name: &str, d: baton_sim::replay::Distribution| {
+    let times = |name: &str, d: Distribution| {
         let mut row = vec![name.to_owned()];
         row.extend([d.mean, d.p50, d.p90, d.p99].map(|ms| format!("{ms:.1}")));
         row
