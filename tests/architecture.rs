@@ -45,6 +45,7 @@ const STATE_MACHINES: &[&str] = &[
     "coordinator/src/cluster.rs",
     "coordinator/src/orders.rs",
     "coordinator/src/peers.rs",
+    "coordinator/src/roles.rs",
     "engine/src/blocks.rs",
     "engine/src/prefix.rs",
     "engine/src/scheduler.rs",

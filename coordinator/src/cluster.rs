@@ -8,6 +8,7 @@ use baton_proto::ids::{Epoch, NodeId, Role};
 use baton_proto::message::{Hello, Peer, Report};
 
 use crate::core::{ModelInfo, NodeView};
+use crate::roles::Seen;
 
 /// Most nodes joined at once.
 pub const MAX_NODES: usize = 1024;
@@ -185,6 +186,16 @@ impl Cluster {
     /// Joined nodes that have this model and take new work.
     pub fn serving(&self, root: ModelRoot) -> impl Iterator<Item = (&NodeId, &Member)> {
         self.members.iter().filter(move |(_, m)| m.hello.root == root && !m.report.draining)
+    }
+
+    /// Nodes that take work, by model.
+    #[must_use]
+    pub fn seen(&self) -> BTreeMap<ModelRoot, Vec<Seen>> {
+        let mut models: BTreeMap<ModelRoot, Vec<Seen>> = BTreeMap::new();
+        for (node, member) in self.members.iter().filter(|(_, m)| !m.report.draining) {
+            models.entry(member.hello.root).or_default().push(Seen::new(node, member));
+        }
+        models
     }
 
     /// All models known.

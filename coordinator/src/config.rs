@@ -62,6 +62,10 @@ pub struct Settings {
     /// there is no prefill node. Default: auto.
     #[arg(long, env = "BATON_LOCAL_PREFILL", value_name = "WHEN")]
     pub local_prefill: Option<LocalPrefill>,
+    /// Makes decode nodes prefill nodes, and the other way round, as load shifts. Set it on all
+    /// coordinators of the same nodes or on none. Default: false.
+    #[arg(long, env = "BATON_AUTO_ROLES", num_args = 0..=1, default_missing_value = "true")]
+    pub auto_roles: Option<bool>,
     /// Seconds that running requests get to finish after SIGTERM. Default: 60.
     #[arg(long, env = "BATON_DRAIN_TIMEOUT_S", value_name = "SECONDS")]
     pub drain_timeout_s: Option<u64>,
@@ -124,6 +128,8 @@ pub struct Config {
     pub models: Vec<(String, PathBuf)>,
     /// Bounds on what is held, and how requests are placed.
     pub options: Options,
+    /// Whether nodes are shifted between roles.
+    pub auto_roles: bool,
     /// What running requests get after SIGTERM.
     pub drain_timeout: Duration,
     /// Log filter.
@@ -166,6 +172,7 @@ impl Settings {
             max_held_tokens: self.max_held_tokens.or(other.max_held_tokens),
             index_blocks: self.index_blocks.or(other.index_blocks),
             local_prefill: self.local_prefill.or(other.local_prefill),
+            auto_roles: self.auto_roles.or(other.auto_roles),
             drain_timeout_s: self.drain_timeout_s.or(other.drain_timeout_s),
             log: self.log.or(other.log),
             log_format: self.log_format.or(other.log_format),
@@ -233,6 +240,7 @@ impl TryFrom<Settings> for Config {
             identity: settings.identity.ok_or(ConfigError::Missing("identity"))?,
             models,
             options: Options { limits, index_blocks, local_prefill },
+            auto_roles: settings.auto_roles.unwrap_or(false),
             drain_timeout: Duration::from_secs(settings.drain_timeout_s.unwrap_or(60)),
             log: settings.log.unwrap_or_else(|| "info".to_owned()),
             log_json,

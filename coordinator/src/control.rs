@@ -19,6 +19,7 @@ use crate::peers::{Own, Shares};
 use crate::placement::LocalPrefill;
 use crate::placing::Placing;
 use crate::requests::{Action, Context, Limits, Requests, Totals};
+use crate::roles::Roles;
 
 /// Index entries of nodes that left, cleared per report.
 const SWEEP_PER_REPORT: usize = 4096;
@@ -39,6 +40,8 @@ pub struct Options {
 pub struct Control {
     nodes: Placing,
     requests: Requests,
+    /// Shifts nodes between roles, if that is wanted.
+    roles: Option<Roles>,
     started: Instant,
 }
 
@@ -53,7 +56,7 @@ impl Control {
             shares: Shares::default(),
             local_prefill: options.local_prefill,
         };
-        Self { nodes, requests: Requests::new(options.limits), started: now }
+        Self { nodes, requests: Requests::new(options.limits), roles: None, started: now }
     }
 
     /// A node says hello on a new stream. An earlier stream of it is over with this.
@@ -171,14 +174,36 @@ impl Control {
     /// When [`Self::handle_timeout`] must be called next.
     #[must_use]
     pub fn poll_timeout(&self) -> Option<Instant> {
-        let timeouts = [self.requests.poll_timeout(), self.nodes.shares.poll_timeout()];
+        let roles = self.roles.as_ref().map(Roles::poll_timeout);
+        let timeouts = [self.requests.poll_timeout(), self.nodes.shares.poll_timeout(), roles];
         timeouts.into_iter().flatten().min()
     }
 
     /// Does what is due.
     pub fn handle_timeout(&mut self, now: Instant, out: &mut Vec<Action>) {
         self.nodes.shares.expire(now);
+        self.move_nodes(now, out);
         self.requests.handle_timeout(&mut Context { now, placer: &mut self.nodes, out });
+    }
+
+    /// From now on nodes are shifted between roles as load shifts. `name`: this coordinator; of several
+    /// that hear each other, the first by name decides.
+    pub fn adjust_roles(&mut self, name: NodeId, now: Instant) {
+        self.roles = Some(Roles::new(name, now));
+    }
+
+    fn move_nodes(&mut self, now: Instant, out: &mut Vec<Action>) {
+        let Some(roles) = self.roles.as_mut().filter(|roles| roles.poll_timeout() <= now) else {
+            return;
+        };
+        let Placing { cluster, shares, .. } = &self.nodes;
+        let decides = shares.peers().all(|peer| roles.name < *peer);
+        for (node, role) in roles.observe(&cluster.seen(), decides, now) {
+            // A node that left meanwhile needs no order.
+            if let Ok((to, command)) = Order::Role(role).command(&node, false, cluster) {
+                out.push(Action::Send { to, command });
+            }
+        }
     }
 
     /// An operator asks something of a node.

@@ -89,6 +89,11 @@ impl Driver {
         (driver, Core::new(asks_sender, dropped_sender, models_receiver), links_sender)
     }
 
+    /// From now on nodes are shifted between roles as load shifts. `name`: this coordinator.
+    pub(crate) fn adjust_roles(&mut self, name: NodeId) {
+        self.control.adjust_roles(name, Instant::now());
+    }
+
     /// Runs until every [`Core`] is dropped.
     pub(crate) async fn run(mut self) {
         let mut gauges = tokio::time::interval(GAUGE_INTERVAL);

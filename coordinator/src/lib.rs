@@ -14,6 +14,7 @@ pub mod peers;
 pub mod placement;
 pub mod placing;
 pub mod requests;
+pub mod roles;
 pub mod server;
 
 mod bits;

@@ -80,7 +80,10 @@ impl Coordinator {
         let (http_listener, http) = bind("http", config.http).await?;
         let (cluster_listener, cluster) = bind("cluster_listen", config.cluster_listen).await?;
 
-        let (driver, core, links) = Driver::new(config.options);
+        let (mut driver, core, links) = Driver::new(config.options);
+        if config.auto_roles {
+            driver.adjust_roles(identity.node_id().clone());
+        }
         let front = Front::new(core.clone(), models);
         let (closing, closed) = watch::channel(false);
         let (mut servers, mut nodes) = (JoinSet::new(), JoinSet::new());

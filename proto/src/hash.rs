@@ -11,7 +11,7 @@ use crate::geometry::KvGeometry;
 pub struct BlockHash(pub [u8; 16]);
 
 /// Identity of a model and of its KV layout; equal on all nodes that can exchange blocks.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
 pub struct ModelRoot(pub [u8; 16]);
 
 /// Separates the caches of tenants: requests with different salts share no block.
