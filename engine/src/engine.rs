@@ -143,7 +143,7 @@ impl Engine {
 
 impl EngineInfo {
     /// What would break the model or the scheduler later is refused here.
-    fn check(&self, Submission { job, .. }: &Submission) -> Result<(), SubmitError> {
+    pub fn check(&self, Submission { job, .. }: &Submission) -> Result<(), SubmitError> {
         let (tokens, limit) = (job.tokens.len(), self.max_model_len);
         if job.prompt_tokens == 0 || job.prompt_tokens > tokens {
             let what = format!("{} of {tokens} tokens are prompt", job.prompt_tokens);

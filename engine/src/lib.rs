@@ -10,7 +10,7 @@ pub mod generation;
 mod inbox;
 mod lease;
 pub mod model;
-mod pace;
+pub mod pace;
 pub mod prefix;
 mod rope;
 pub mod sampler;

@@ -15,7 +15,7 @@ const DECODE_SHARE: f64 = 0.1;
 
 /// Measured speeds. They change when tokens are computed, never which ones.
 #[derive(Debug, Default)]
-pub(crate) struct Pace {
+pub struct Pace {
     /// Prompt tokens and the seconds that they took, older ones with less weight.
     tokens: f64,
     seconds: f64,
@@ -24,7 +24,7 @@ pub(crate) struct Pace {
 
 impl Pace {
     /// A step of `prefill` prompt tokens and `decode` generating sequences took so long.
-    pub(crate) fn observe(&mut self, prefill: usize, decode: usize, took: Duration) {
+    pub fn observe(&mut self, prefill: usize, decode: usize, took: Duration) {
         let took = took.as_secs_f64();
         if prefill == 0 {
             let before = self.decode_seconds.unwrap_or(took);
@@ -42,7 +42,8 @@ impl Pace {
     }
 
     /// Most prompt tokens of the next step for it to end in time.
-    pub(crate) fn prefill_limit(&self, decoding: bool) -> usize {
+    #[must_use]
+    pub fn prefill_limit(&self, decoding: bool) -> usize {
         let speed = self.prefill_tokens_per_second();
         if speed == 0.0 {
             return FIRST_PREFILL;
@@ -53,12 +54,14 @@ impl Pace {
     }
 
     /// 0 until measured.
-    pub(crate) fn prefill_tokens_per_second(&self) -> f64 {
+    #[must_use]
+    pub fn prefill_tokens_per_second(&self) -> f64 {
         if self.seconds > 0.0 { self.tokens / self.seconds } else { 0.0 }
     }
 
     /// 0 until measured.
-    pub(crate) fn decode_step_ms(&self) -> f64 {
+    #[must_use]
+    pub fn decode_step_ms(&self) -> f64 {
         self.decode_seconds.unwrap_or(0.0) * 1e3
     }
 }
