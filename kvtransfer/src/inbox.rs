@@ -1,7 +1,7 @@
 //! Which incoming transfers are expected, which offers wait, and which transfers have ended.
 //! No I/O and no clock.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::time::{Duration, Instant};
 
 use baton_proto::ids::{Epoch, NodeId, TransferId};
@@ -14,14 +14,17 @@ use crate::limits::{
 use crate::sender::LinkId;
 
 /// Where an offer or a peer comes from.
-pub(crate) trait Origin: Clone {
+pub trait Origin: Clone {
+    /// The connection.
     fn id(&self) -> LinkId;
+    /// The peer's node.
     fn node(&self) -> &NodeId;
+    /// Which life of it.
     fn epoch(&self) -> Epoch;
 }
 
 /// What becomes of an offer.
-pub(crate) enum Routed<S> {
+pub enum Routed<S> {
     /// It is expected: hand it to the receiver.
     Deliver(S, Offer),
     /// It will not be taken: send this back.
@@ -31,13 +34,13 @@ pub(crate) enum Routed<S> {
 }
 
 /// `S` is a receiver, `L` a connection.
-pub(crate) struct Inbox<S, L> {
+pub struct Inbox<S, L> {
     /// How long an offer may wait.
     patience: Duration,
-    expected: HashMap<TransferId, Expected<S>>,
-    pending: HashMap<(NodeId, TransferId), Pending<L>>,
+    expected: BTreeMap<TransferId, Expected<S>>,
+    pending: BTreeMap<(NodeId, TransferId), Pending<L>>,
     /// Ended transfers with the answer to a repeated offer, oldest first in `ended_order`.
-    ended: HashMap<(NodeId, TransferId), Frame>,
+    ended: BTreeMap<(NodeId, TransferId), Frame>,
     ended_order: VecDeque<(NodeId, TransferId)>,
 }
 
@@ -54,19 +57,21 @@ struct Pending<L> {
 }
 
 impl<S: Clone, L: Origin> Inbox<S, L> {
-    pub(crate) fn new(patience: Duration) -> Self {
+    /// Nothing is expected; an offer may wait for `patience`.
+    #[must_use]
+    pub fn new(patience: Duration) -> Self {
         Self {
             patience,
-            expected: HashMap::new(),
-            pending: HashMap::new(),
-            ended: HashMap::new(),
+            expected: BTreeMap::new(),
+            pending: BTreeMap::new(),
+            ended: BTreeMap::new(),
             ended_order: VecDeque::new(),
         }
     }
 
     /// Registers a receiver; `None` if there are too many, or this one already. Returns an offer
     /// that has waited for it, to be routed again.
-    pub(crate) fn expect(
+    pub fn expect(
         &mut self,
         id: TransferId,
         from: NodeId,
@@ -82,7 +87,8 @@ impl<S: Clone, L: Origin> Inbox<S, L> {
         Some(waiting.map(|pending| (pending.link, pending.offer)))
     }
 
-    pub(crate) fn route(&mut self, now: Instant, link: &L, offer: Offer) -> Routed<S> {
+    /// An offer came over `link`.
+    pub fn route(&mut self, now: Instant, link: &L, offer: Offer) -> Routed<S> {
         let id = offer.manifest.transfer;
         if let Some(expected) = self.expected.get(&id) {
             return match expected {
@@ -105,19 +111,20 @@ impl<S: Clone, L: Origin> Inbox<S, L> {
     }
 
     /// The receiver of a transfer, if this peer is its sender.
-    pub(crate) fn find(&self, id: TransferId, link: &L) -> Option<S> {
+    #[must_use]
+    pub fn find(&self, id: TransferId, link: &L) -> Option<S> {
         let expected = self.expected.get(&id)?;
         let sender = expected.from == *link.node() && expected.epoch == link.epoch();
         sender.then(|| expected.receiver.clone())
     }
 
     /// The peer takes a waiting offer back.
-    pub(crate) fn withdraw(&mut self, id: TransferId, link: &L) {
+    pub fn withdraw(&mut self, id: TransferId, link: &L) {
         self.pending.remove(&(link.node().clone(), id));
     }
 
     /// A transfer has ended; `answer` is for repeated offers.
-    pub(crate) fn close(&mut self, id: TransferId, answer: Frame) {
+    pub fn close(&mut self, id: TransferId, answer: Frame) {
         let Some(expected) = self.expected.remove(&id) else {
             return;
         };
@@ -133,26 +140,35 @@ impl<S: Clone, L: Origin> Inbox<S, L> {
     }
 
     /// A connection is lost, and with it the offers that wait.
-    pub(crate) fn forget_link(&mut self, link: LinkId) {
+    pub fn forget_link(&mut self, link: LinkId) {
         self.pending.retain(|_, pending| pending.link.id() != link);
     }
 
     /// Receivers that expect something from lives of `node` before `epoch`.
-    pub(crate) fn before(&self, node: &NodeId, epoch: Epoch) -> Vec<S> {
+    #[must_use]
+    pub fn before(&self, node: &NodeId, epoch: Epoch) -> Vec<S> {
         let old = |e: &&Expected<S>| e.from == *node && e.epoch < epoch;
         let receiver = |e: &Expected<S>| e.receiver.clone();
         self.expected.values().filter(old).map(receiver).collect()
     }
 
     /// Every receiver.
-    pub(crate) fn all(&self) -> Vec<S> {
+    #[must_use]
+    pub fn all(&self) -> Vec<S> {
         let receiver = |e: &Expected<S>| e.receiver.clone();
         self.expected.values().map(receiver).collect()
     }
 
     /// How many are expected.
-    pub(crate) fn len(&self) -> usize {
+    #[must_use]
+    pub fn len(&self) -> usize {
         self.expected.len()
+    }
+
+    /// Whether nothing is expected.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.expected.is_empty()
     }
 
     fn has_room(&self, key: &(NodeId, TransferId), hashes: usize) -> bool {

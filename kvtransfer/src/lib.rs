@@ -20,6 +20,7 @@
 //! been silent for as long as their own lease.
 
 pub mod frame;
+pub mod inbox;
 pub mod limits;
 
 mod accept;
@@ -28,7 +29,6 @@ mod dial;
 mod endpoint;
 mod error;
 mod grid;
-mod inbox;
 mod link;
 mod memory;
 mod payload;
