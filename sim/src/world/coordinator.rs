@@ -1,0 +1,173 @@
+//! A coordinator: the real [`Control`], its nodes' streams and its clients.
+
+use std::collections::BTreeMap;
+use std::time::Instant;
+
+use baton_coordinator::cluster::LinkId;
+use baton_coordinator::control::{Control, Options};
+use baton_coordinator::core::{NewRequest, SubmitError, Update};
+use baton_coordinator::requests::Action;
+use baton_proto::hash::BlockHash;
+use baton_proto::ids::{Epoch, RequestId};
+
+use super::Event;
+use super::log::note;
+use super::net::{Close, Message, Net, WireId};
+use super::node::index_of;
+
+/// See the module's description.
+pub(crate) struct Coordinator {
+    index: usize,
+    pub(crate) life: u64,
+    pub(crate) control: Control,
+    /// Of each joined node: its stream and its epoch.
+    links: BTreeMap<usize, (WireId, Epoch)>,
+    /// Which client has which request.
+    clients: BTreeMap<RequestId, usize>,
+    actions: Vec<Action>,
+    armed: Option<Instant>,
+}
+
+impl Coordinator {
+    /// A process that has just started.
+    pub(crate) fn start(index: usize, life: u64, options: Options, now: Instant) -> Self {
+        Self {
+            index,
+            life,
+            control: Control::new(options, now),
+            links: BTreeMap::new(),
+            clients: BTreeMap::new(),
+            actions: Vec::new(),
+            armed: None,
+        }
+    }
+
+    /// How many nodes have joined.
+    pub(crate) fn joined(&self) -> usize {
+        self.links.len()
+    }
+
+    /// Clients that wait for an answer.
+    pub(crate) fn clients(&self) -> Vec<usize> {
+        self.clients.values().copied().collect()
+    }
+
+    /// Something arrived on a node's stream.
+    pub(crate) fn hear(
+        &mut self,
+        wire: WireId,
+        node: &baton_proto::ids::NodeId,
+        message: Message,
+        net: &mut Net,
+    ) -> Vec<(usize, Update)> {
+        let (now, index) = (net.now(), index_of(node));
+        match message {
+            Message::Hello(hello) => {
+                let epoch = hello.epoch;
+                match self.control.join(node, *hello, LinkId(wire), now, &mut self.actions) {
+                    Ok(()) => {
+                        if let Some((earlier, _)) = self.links.insert(index, (wire, epoch)) {
+                            net.close(earlier, 1, Close::Replaced, false);
+                        }
+                        net.send(wire, 1, 0, Message::Welcome);
+                    }
+                    Err(refusal) => {
+                        note!(net, "coordinator-{} refuses {node}: {refusal}", self.index);
+                        net.close(wire, 1, Close::Plain, false);
+                    }
+                }
+            }
+            Message::Said(event) => {
+                self.control.event(node, LinkId(wire), *event, now, &mut self.actions);
+            }
+            other => panic!("a node said {other:?}"),
+        }
+        self.settle(net)
+    }
+
+    /// A node's stream has ended.
+    pub(crate) fn lost(
+        &mut self,
+        wire: WireId,
+        node: &baton_proto::ids::NodeId,
+        net: &mut Net,
+    ) -> Vec<(usize, Update)> {
+        if self.control.leave(node, LinkId(wire), net.now(), &mut self.actions) {
+            self.links.remove(&index_of(node));
+        }
+        self.settle(net)
+    }
+
+    /// A client asks.
+    pub(crate) fn submit(
+        &mut self,
+        client: usize,
+        request: NewRequest,
+        chain: Vec<BlockHash>,
+        net: &mut Net,
+    ) -> (Result<(), SubmitError>, Vec<(usize, Update)>) {
+        let (now, id) = (net.now(), request.id);
+        let result = self.control.submit(request, chain, now, now, &mut self.actions);
+        if result.is_ok() {
+            self.clients.insert(id, client);
+        }
+        (result, self.settle(net))
+    }
+
+    /// A client leaves, or has what it wanted.
+    pub(crate) fn end(
+        &mut self,
+        id: RequestId,
+        satisfied: bool,
+        net: &mut Net,
+    ) -> Vec<(usize, Update)> {
+        if satisfied {
+            self.control.stop(id, net.now(), &mut self.actions);
+        } else {
+            self.control.cancel(id, net.now(), &mut self.actions);
+        }
+        self.settle(net)
+    }
+
+    /// Its timer is due.
+    pub(crate) fn due(&mut self, net: &mut Net) -> Vec<(usize, Update)> {
+        self.armed = None;
+        if self.control.poll_timeout().is_some_and(|due| due <= net.now()) {
+            self.control.handle_timeout(net.now(), &mut self.actions);
+        }
+        self.settle(net)
+    }
+
+    /// Carries out what was decided; what clients are told is returned.
+    fn settle(&mut self, net: &mut Net) -> Vec<(usize, Update)> {
+        let mut updates = Vec::new();
+        for action in self.actions.drain(..) {
+            note!(net, "coordinator-{} {action:?}", self.index);
+            match action {
+                Action::Send { to, command } => {
+                    let link = self.links.get(&index_of(&to.node));
+                    if let Some(&(wire, _)) = link.filter(|(_, epoch)| *epoch == to.epoch) {
+                        net.send(wire, 1, 0, Message::Command(Box::new(command)));
+                    }
+                }
+                Action::Update { request, update } => {
+                    let ended = matches!(update, Update::Done(_) | Update::Failed(_));
+                    let client = self.clients.get(&request).copied();
+                    let client = client.expect("an update for a request that has ended");
+                    if ended {
+                        self.clients.remove(&request);
+                    }
+                    updates.push((client, update));
+                }
+            }
+        }
+        if let Some(due) = self.control.poll_timeout()
+            && self.armed.is_none_or(|armed| due < armed)
+        {
+            self.armed = Some(due);
+            let (coordinator, life) = (self.index, self.life);
+            net.timeline.at(due, Event::Coordinator { coordinator, life });
+        }
+        updates
+    }
+}

@@ -1,0 +1,377 @@
+//! A node's engine under virtual time: the real scheduler, with a modelled device instead of a
+//! thread that computes. Mirrors the thread's loop: inputs, plan, step, results.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
+use std::time::{Duration, Instant};
+
+use baton_engine::pace::Pace;
+use baton_engine::sampler::Sampled;
+use baton_engine::scheduler::{Event, Limits, Outcome, Plan, Scheduler};
+use baton_engine::{EngineInfo, FirstToken, Kind, Submission, SubmitError, Wanted};
+use baton_proto::hash::BlockHash;
+use baton_proto::ids::TransferId;
+use baton_proto::message::{Logprobs, Report};
+
+use super::memory::{Memory, Piece, embed, next_token};
+
+/// How long a device takes.
+#[derive(Clone, Copy, Debug)]
+pub struct Device {
+    /// Of a prompt of L tokens of which m are cached: `a + b (L - m) + c (L² - m²)` ms.
+    pub prefill_ms: [f64; 3],
+    /// Of a step of B sequences with K tokens of KV: `d0 + d1 B + d2 K` ms; a prompt's chunk in the
+    /// same step takes the place of `d0` if it is longer.
+    pub decode_ms: [f64; 3],
+}
+
+/// What an engine tells its node.
+#[derive(Debug)]
+pub(crate) enum News {
+    /// What the scheduler tells.
+    Event(Event),
+    /// Export: one layer of these blocks may be read.
+    KvReady { id: TransferId, layer: usize, blocks: Range<usize> },
+    /// Entered and left the prefix cache.
+    Cache { stored: Vec<BlockHash>, removed: Vec<BlockHash> },
+    /// All that the prefix cache holds.
+    Snapshot(Vec<BlockHash>),
+}
+
+/// Blocks that a transfer may read or write.
+struct Lease {
+    blocks: Vec<u32>,
+    /// Leading blocks that were here at admission.
+    shared: usize,
+    /// Export: of each layer, how many leading blocks may be read.
+    readable: Vec<usize>,
+    /// Import: nothing may be written any more.
+    sealed: bool,
+}
+
+#[derive(Default)]
+struct Inputs {
+    submitted: Vec<(Submission, Instant)>,
+    imported: BTreeMap<TransferId, FirstToken>,
+    cancelled: BTreeSet<TransferId>,
+    returned: Vec<TransferId>,
+    snapshot: bool,
+}
+
+/// A step on the device.
+struct Step {
+    plan: Plan,
+    /// Of each chunk.
+    rows: Vec<Vec<u64>>,
+    exported: Vec<(TransferId, Range<usize>)>,
+    began: Instant,
+    took: Duration,
+    layers_done: usize,
+}
+
+/// See the module's description.
+pub(crate) struct Engine {
+    pub(crate) info: EngineInfo,
+    pub(crate) scheduler: Scheduler,
+    memory: Memory,
+    device: Device,
+    /// How many times longer than the device model says everything takes.
+    pub(crate) slowness: f64,
+    pace: Pace,
+    max_waiting: usize,
+    inputs: Inputs,
+    /// Jobs between their submission and the return of their last block.
+    live: BTreeSet<TransferId>,
+    leases: BTreeMap<TransferId, Lease>,
+    step: Option<Step>,
+    /// Steps begun.
+    pub(crate) steps: u64,
+}
+
+impl Engine {
+    pub(crate) fn new(
+        info: EngineInfo,
+        limits: Limits,
+        max_waiting: usize,
+        device: Device,
+    ) -> Self {
+        let layers = info.geometry.layers as usize;
+        Self {
+            memory: Memory::new(layers, limits.kv_blocks, limits.block_tokens),
+            scheduler: Scheduler::new(limits, info.root),
+            info,
+            device,
+            slowness: 1.0,
+            pace: Pace::default(),
+            max_waiting,
+            inputs: Inputs::default(),
+            live: BTreeSet::new(),
+            leases: BTreeMap::new(),
+            step: None,
+            steps: 0,
+        }
+    }
+
+    pub(crate) fn submit(&mut self, job: Submission, now: Instant) -> Result<(), SubmitError> {
+        self.info.check(&job)?;
+        let waiting = self.scheduler.waiting() + self.inputs.submitted.len();
+        if waiting >= self.max_waiting {
+            return Err(SubmitError::Full(waiting));
+        }
+        if !self.live.insert(job.job.id) {
+            return Err(SubmitError::Duplicate(job.job.id));
+        }
+        self.inputs.submitted.push((job, now));
+        Ok(())
+    }
+
+    pub(crate) fn imported(&mut self, id: TransferId, first: FirstToken) {
+        if self.live.contains(&id) {
+            self.inputs.imported.entry(id).or_insert(first);
+        }
+    }
+
+    pub(crate) fn cancel(&mut self, id: TransferId) {
+        if self.live.contains(&id) {
+            self.inputs.cancelled.insert(id);
+        }
+    }
+
+    pub(crate) fn return_lease(&mut self, id: TransferId) {
+        self.inputs.returned.push(id);
+    }
+
+    pub(crate) fn request_snapshot(&mut self) {
+        self.inputs.snapshot = true;
+    }
+
+    /// Whether a step is under way.
+    pub(crate) fn is_busy(&self) -> bool {
+        self.step.is_some()
+    }
+
+    /// Whether the next turn would find something to do.
+    pub(crate) fn has_inputs(&self) -> bool {
+        let Inputs { submitted, imported, cancelled, returned, snapshot } = &self.inputs;
+        let jobs = submitted.len() + imported.len() + cancelled.len() + returned.len();
+        jobs > 0 || *snapshot
+    }
+
+    /// Whether nothing is left of any job.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.live.is_empty() && self.leases.is_empty()
+    }
+
+    /// The blocks of a lease.
+    pub(crate) fn leased(&self, id: TransferId) -> Option<(usize, usize)> {
+        self.leases.get(&id).map(|lease| (lease.blocks.len(), lease.shared))
+    }
+
+    /// One layer of an exported block.
+    ///
+    /// # Panics
+    /// If it was not said to be readable.
+    pub(crate) fn read(&self, id: TransferId, layer: u32, ordinal: u32) -> Piece {
+        let lease = self.leases.get(&id).expect("what is sent is leased");
+        let (layer, ordinal) = (layer as usize, ordinal as usize);
+        assert!(ordinal < lease.readable[layer], "block {ordinal} is not complete");
+        self.memory.piece(layer, lease.blocks[ordinal])
+    }
+
+    /// Writes one layer of an imported block, if the lease still allows it.
+    pub(crate) fn write(&mut self, id: TransferId, layer: u32, ordinal: u32, piece: Piece) {
+        let lease = self.leases.get(&id).expect("what is received is leased");
+        let ordinal = ordinal as usize;
+        if !lease.sealed && ordinal >= lease.shared {
+            self.memory.set(layer as usize, lease.blocks[ordinal], piece);
+        }
+    }
+
+    /// Takes the inputs and begins the next step, if there is something to compute.
+    pub(crate) fn turn(&mut self, now: Instant, news: &mut Vec<News>) {
+        assert!(self.step.is_none(), "steps follow each other");
+        let inputs = std::mem::take(&mut self.inputs);
+        for (Submission { job, kind, .. }, arrived) in inputs.submitted {
+            self.scheduler.add(job, kind, arrived);
+        }
+        for (id, first) in inputs.imported {
+            if let Some(lease) = self.leases.get_mut(&id) {
+                lease.sealed = true;
+            }
+            self.scheduler.imported(id, &first);
+        }
+        inputs.cancelled.into_iter().for_each(|id| self.scheduler.cancel(id));
+        for id in &inputs.returned {
+            self.leases.remove(id);
+            self.scheduler.lease_returned(*id);
+        }
+        let limit = self.pace.prefill_limit(self.scheduler.decodes());
+        self.scheduler.set_prefill_limit(limit);
+        let plan = self.scheduler.plan(now);
+        self.tell(&inputs.returned, inputs.snapshot, news);
+        if !plan.chunks.is_empty() {
+            self.begin(plan, now);
+        }
+    }
+
+    /// When the step's next layer is complete.
+    pub(crate) fn next_layer(&self) -> Option<Instant> {
+        let step = self.step.as_ref()?;
+        let share = (step.layers_done + 1) as f64 / f64::from(self.info.geometry.layers);
+        Some(step.began + step.took.mul_f64(share))
+    }
+
+    /// The step's next layer is complete; true if that ends the step.
+    pub(crate) fn layer_done(&mut self, news: &mut Vec<News>) -> bool {
+        let step = self.step.as_mut().expect("a layer belongs to a step");
+        let layer = step.layers_done;
+        for (chunk, rows) in step.plan.chunks.iter().zip(&mut step.rows) {
+            let blocks = &self.scheduler.sequence(chunk).blocks;
+            self.memory.attend(layer, blocks, chunk.start, rows);
+        }
+        for (id, blocks) in &step.exported {
+            let lease = self.leases.get_mut(id).expect("exports are leased until they end");
+            lease.readable[layer] = blocks.end;
+            news.push(News::KvReady { id: *id, layer, blocks: blocks.clone() });
+        }
+        step.layers_done += 1;
+        let mut jobs = step.plan.chunks.iter().map(|chunk| chunk.id);
+        let cancelled = &self.inputs.cancelled;
+        if !cancelled.is_empty() && jobs.all(|id| cancelled.contains(&id)) {
+            self.step = None;
+            return true;
+        }
+        if step.layers_done < self.info.geometry.layers as usize {
+            return false;
+        }
+        self.complete(news);
+        true
+    }
+
+    /// The load, as after the last step.
+    pub(crate) fn report(&self) -> Report {
+        Report {
+            waiting: self.scheduler.waiting() as u32,
+            running: self.scheduler.admitted() as u32,
+            queued_tokens: self.scheduler.queued_tokens() as u64,
+            blocks: self.scheduler.blocks(),
+            prefill_tokens_per_second: self.pace.prefill_tokens_per_second(),
+            decode_step_ms: self.pace.decode_step_ms(),
+            ..Report::default()
+        }
+    }
+
+    fn begin(&mut self, plan: Plan, now: Instant) {
+        let took = Duration::from_secs_f64(self.step_ms(&plan) * self.slowness / 1e3);
+        let rows = plan.chunks.iter().map(|chunk| {
+            let tokens = &self.scheduler.sequence(chunk).tokens[chunk.start..chunk.end()];
+            let row = |(token, position): (&u32, usize)| embed(*token, position);
+            tokens.iter().zip(chunk.start..).map(row).collect()
+        });
+        let (rows, exported) = (rows.collect(), self.exported(&plan));
+        self.steps += 1;
+        self.step = Some(Step { plan, rows, exported, began: now, took, layers_done: 0 });
+    }
+
+    fn step_ms(&self, plan: &Plan) -> f64 {
+        let ([a, b, c], [d0, d1, d2]) = (self.device.prefill_ms, self.device.decode_ms);
+        let (mut prefill, mut sequences, mut held) = (0.0, 0.0, 0.0);
+        for chunk in &plan.chunks {
+            let (start, end) = (chunk.start as f64, chunk.end() as f64);
+            if chunk.decode {
+                sequences += 1.0;
+                held += end;
+            } else {
+                // What a prompt costs once comes with its last chunk.
+                let once = if chunk.samples { a } else { 0.0 };
+                prefill += once + b * (end - start) + c * (end * end - start * start);
+            }
+        }
+        if sequences == 0.0 { prefill } else { d0.max(prefill) + d1 * sequences + d2 * held }
+    }
+
+    fn exported(&self, plan: &Plan) -> Vec<(TransferId, Range<usize>)> {
+        let size = self.info.geometry.block_tokens as usize;
+        let exports = plan.chunks.iter().filter_map(|chunk| {
+            let export = self.scheduler.sequence(chunk).kind == Kind::Export;
+            let end = if chunk.samples { chunk.end().div_ceil(size) } else { chunk.end() / size };
+            export.then_some((chunk.id, chunk.start / size..end))
+        });
+        exports.filter(|(_, blocks)| !blocks.is_empty()).collect()
+    }
+
+    fn complete(&mut self, news: &mut Vec<News>) {
+        let step = self.step.take().expect("a complete step was under way");
+        let vocab = self.info.vocab_size as u32;
+        let sampled = step.plan.chunks.iter().zip(&step.rows).map(|(chunk, rows)| {
+            let last = *rows.last().expect("chunks are not empty");
+            chunk.samples.then(|| Sampled { token: next_token(last, vocab), logprobs: None })
+        });
+        let outcome = Outcome {
+            sampled: sampled.collect(),
+            prompt_logprobs: self.prompt_logprobs(&step),
+            took: step.took,
+        };
+        let decode = step.plan.chunks.iter().filter(|chunk| chunk.decode).count();
+        self.pace.observe(step.plan.prefill_tokens(), decode, step.took);
+        self.scheduler.complete(&step.plan, outcome);
+        self.tell(&[], false, news);
+    }
+
+    /// The model's log-probability of any token is the low half of the row before it.
+    fn prompt_logprobs(&self, step: &Step) -> Vec<Vec<(u32, Logprobs)>> {
+        let of_chunk = |(chunk, rows): (&baton_engine::scheduler::PlannedChunk, &Vec<u64>)| {
+            let sequence = self.scheduler.sequence(chunk);
+            let Some(before) = &sequence.prompt_logprobs else { return Vec::new() };
+            if chunk.logits != Wanted::All {
+                return Vec::new();
+            }
+            let first = (before.len() + 1).max(chunk.start + 1);
+            let last = sequence.prompt_tokens.min(chunk.end() + 1);
+            let at = |position: usize| {
+                let row = rows[position - 1 - chunk.start];
+                let logprob = -((row & 0xffff) as f32);
+                (sequence.tokens[position], Logprobs { logprob, top: Vec::new() })
+            };
+            (first..last).map(at).collect()
+        };
+        step.plan.chunks.iter().zip(&step.rows).map(of_chunk).collect()
+    }
+
+    /// Tells what happened, and forgets jobs of which nothing is left.
+    fn tell(&mut self, returned: &[TransferId], snapshot: bool, news: &mut Vec<News>) {
+        let events = self.scheduler.take_events();
+        let ended = events.iter().filter_map(|event| match event {
+            Event::Ended { id } | Event::Failed { id, .. } => Some(id),
+            _ => None,
+        });
+        for id in returned.iter().chain(ended) {
+            if !self.scheduler.knows(*id) {
+                self.live.remove(id);
+            }
+        }
+        let (stored, removed) = self.scheduler.take_cache_changes();
+        if !stored.is_empty() || !removed.is_empty() {
+            news.push(News::Cache { stored, removed });
+        }
+        if snapshot {
+            news.push(News::Snapshot(self.scheduler.cached_hashes()));
+        }
+        let layers = self.info.geometry.layers as usize;
+        for event in events {
+            if let Event::Admitted { id, kind, lease, cached_blocks, .. } = &event
+                && *kind != Kind::Local
+            {
+                let readable = if *kind == Kind::Export { *cached_blocks } else { 0 };
+                let lease = Lease {
+                    blocks: lease.clone(),
+                    shared: *cached_blocks,
+                    readable: vec![readable; layers],
+                    sealed: false,
+                };
+                self.leases.insert(*id, lease);
+            }
+            news.push(News::Event(event));
+        }
+    }
+}

@@ -1,0 +1,106 @@
+//! What goes wrong, and its mending.
+
+use super::net::{Close, Party, Presence};
+use super::{Ended, Event, World, note};
+
+/// See the module's description.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Fault {
+    /// A process dies; `dark`: with its machine, so that nobody is told.
+    Die { party: Party, dark: bool },
+    /// It starts again, in a new life.
+    Start(Party),
+    /// Two parties cannot reach each other.
+    Cut(Party, Party),
+    /// They can again.
+    Heal(Party, Party),
+    /// A node's steps take so many times longer.
+    Slow { node: usize, times: f64 },
+    /// The connections between two parties break.
+    Break(Party, Party),
+    /// A node takes nothing new; or does again.
+    Drain { node: usize, draining: bool },
+    /// Everything is mended.
+    Mend,
+}
+
+impl World {
+    pub(crate) fn happen(&mut self, fault: Fault) {
+        match fault {
+            Fault::Die { party, dark } => self.die(party, dark),
+            Fault::Start(Party::Node(node)) => self.start_node(node),
+            Fault::Start(Party::Coordinator(coordinator)) => self.start_coordinator(coordinator),
+            Fault::Cut(a, b) => self.net.cut(a, b),
+            Fault::Heal(a, b) => self.net.heal(a, b),
+            Fault::Slow { node, times } => {
+                if let Some(node) = &mut self.nodes[node] {
+                    node.engine.slowness = times;
+                }
+            }
+            Fault::Break(a, b) => self.break_between(a, b),
+            Fault::Drain { node, draining } => {
+                if let Some(node) = &mut self.nodes[node] {
+                    node.drain(draining, &mut self.net);
+                }
+            }
+            Fault::Mend => self.mend(),
+        }
+    }
+
+    fn die(&mut self, party: Party, dark: bool) {
+        if self.net.presence(party) != Presence::Up {
+            return;
+        }
+        let presence = if dark { Presence::Dark } else { Presence::Stopped };
+        let life = self.net.life(party);
+        self.net.set_presence(party, presence, life);
+        for (wire, end) in self.net.ends_of(party) {
+            let other = self.net.party(wire, 1 - end);
+            // The end of a process ends its TCP streams; QUIC peers wait in vain.
+            let quic = matches!((party, other), (Party::Node(_), Some(Party::Node(_))));
+            if dark || quic {
+                self.net.vanish(wire, end);
+            } else {
+                let abrupt = self.net.random.bool();
+                self.net.close(wire, end, Close::Plain, abrupt);
+            }
+        }
+        match party {
+            Party::Node(node) => self.nodes[node] = None,
+            Party::Coordinator(coordinator) => {
+                let process = self.coordinators[coordinator].take().expect("it was up");
+                for client in process.clients() {
+                    let reaction = self.clients[client].abandoned();
+                    self.open -= usize::from(self.clients[client].ended == Some(Ended::Left));
+                    note!(self.net, "client {client} has lost its coordinator");
+                    self.react(client, reaction);
+                }
+            }
+        }
+    }
+
+    /// Each end notices by itself.
+    fn break_between(&mut self, a: Party, b: Party) {
+        for (wire, end) in self.net.ends_of(a) {
+            if self.net.party(wire, 1 - end) == Some(b) {
+                self.net.close(wire, end, Close::Plain, true);
+                self.connection_lost(wire, end, a, b, Close::Plain);
+            }
+        }
+    }
+
+    fn mend(&mut self) {
+        self.net.heal_all();
+        (0..self.options.len()).for_each(|coordinator| self.start_coordinator(coordinator));
+        for node in 0..self.specs.len() {
+            self.start_node(node);
+            self.happen(Fault::Slow { node, times: 1.0 });
+            self.happen(Fault::Drain { node, draining: false });
+        }
+    }
+
+    /// Arranges that faults happen.
+    pub(crate) fn arrange(&mut self, after: std::time::Duration, fault: Fault) {
+        self.net.timeline.after(after, Event::Fault(fault));
+    }
+}

@@ -1,0 +1,377 @@
+//! A whole cluster in one process under virtual time: the real `Control` of every coordinator, the
+//! real `Scheduler`, `Sender`, `Receiver` and `Inbox` of every node, with a modelled device, a
+//! modelled network and faults.
+//!
+//! Everything follows from a seed, so that a run that fails can be seen again, event by event.
+
+use std::collections::VecDeque;
+use std::time::{Duration, Instant};
+
+use baton_coordinator::control::Options;
+use baton_coordinator::core::{NewRequest, Update};
+use baton_proto::hash::{CacheSalt, ModelRoot};
+use baton_proto::ids::{Epoch, NodeId, TransferId};
+
+mod check;
+mod client;
+mod coordinator;
+mod endpoint;
+mod engine;
+mod faults;
+mod log;
+mod memory;
+mod net;
+mod node;
+mod scenario;
+mod timeline;
+
+pub use engine::Device;
+pub use log::Logging;
+pub use scenario::{Report, run_seed};
+
+use client::{Client, Ended, Plan, Question, Reaction};
+use coordinator::Coordinator;
+use faults::Fault;
+use log::note;
+use memory::request_id;
+use net::{Close, Message, Net, Party, Presence, WireId};
+use node::{Node, NodeSpec};
+
+/// A silent peer of a join stream is given up after so long.
+const JOIN_PATIENCE: Duration = Duration::from_secs(5);
+/// A dial of a coordinator that nobody answers takes so long.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
+/// Pauses between dials double from the least to the most.
+const LEAST_PAUSE: Duration = Duration::from_millis(50);
+const MOST_PAUSE: Duration = Duration::from_secs(1);
+/// Most time until a client whose request was lost or refused asks again.
+const ASK_AGAIN: Duration = Duration::from_secs(1);
+
+/// What happens.
+#[derive(Debug)]
+pub(crate) enum Event {
+    /// A message arrives at an end of a connection.
+    Deliver { wire: WireId, to: usize, message: Message },
+    /// An end of a connection may have heard nothing for too long.
+    Silence { wire: WireId, end: usize },
+    /// A timer of one life of a node.
+    Node { node: usize, life: u64, what: NodeTimer },
+    /// The timer of one life of a coordinator.
+    Coordinator { coordinator: usize, life: u64 },
+    /// A client asks.
+    Ask(usize),
+    /// A client goes away.
+    Leave(usize),
+    /// Something goes wrong, or is mended.
+    Fault(Fault),
+}
+
+/// A node's timers.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum NodeTimer {
+    /// Dials a coordinator.
+    Join {
+        coordinator: usize,
+        attempt: u32,
+    },
+    /// The engine looks for input.
+    Turn,
+    /// A layer of the engine's step is complete.
+    Layer,
+    /// Reports the load.
+    Report {
+        wire: WireId,
+        regular: bool,
+    },
+    /// A transfer's deadline.
+    Sender(TransferId),
+    Receiver(TransferId),
+    /// A payload unit has left.
+    Departed(TransferId),
+    /// A KV dial had the time to succeed.
+    Dialled {
+        target: usize,
+        epoch: Epoch,
+    },
+}
+
+/// See the module's description.
+pub(crate) struct World {
+    pub(crate) net: Net,
+    names: Vec<NodeId>,
+    specs: Vec<NodeSpec>,
+    nodes: Vec<Option<Node>>,
+    options: Vec<Options>,
+    coordinators: Vec<Option<Coordinator>>,
+    clients: Vec<Client>,
+    /// Clients that have not ended.
+    open: usize,
+    root: ModelRoot,
+    block_tokens: usize,
+    updates: VecDeque<(usize, Update)>,
+}
+
+impl World {
+    /// Starts all processes.
+    pub(crate) fn new(net: Net, specs: Vec<NodeSpec>, options: Vec<Options>) -> Self {
+        let info = specs[0].info;
+        let name = |at: usize| format!("node-{at}").parse().expect("a node name");
+        let mut world = Self {
+            net,
+            names: (0..specs.len()).map(name).collect(),
+            nodes: specs.iter().map(|_| None).collect(),
+            coordinators: options.iter().map(|_| None).collect(),
+            specs,
+            options,
+            clients: Vec::new(),
+            open: 0,
+            root: info.root,
+            block_tokens: info.geometry.block_tokens as usize,
+            updates: VecDeque::new(),
+        };
+        (0..world.options.len()).for_each(|coordinator| world.start_coordinator(coordinator));
+        (0..world.specs.len()).for_each(|node| world.start_node(node));
+        world
+    }
+
+    /// Adds a client that asks at `at`.
+    pub(crate) fn add_client(&mut self, at: Instant, client: Client) {
+        let number = self.clients.len();
+        if let Plan::LeaveAfter(after) = client.question.plan {
+            self.net.timeline.at(at + after, Event::Leave(number));
+        }
+        self.net.timeline.at(at, Event::Ask(number));
+        self.clients.push(client);
+        self.open += 1;
+    }
+
+    /// The next event happens; false if there is none.
+    pub(crate) fn step(&mut self) -> bool {
+        let Some(event) = self.net.timeline.next() else { return false };
+        note!(self.net, "{event:?}");
+        match event {
+            Event::Deliver { wire, to, message } => self.deliver(wire, to, message),
+            Event::Silence { wire, end } => {
+                let (own, other) = (self.net.party(wire, end), self.net.party(wire, 1 - end));
+                if let (Some(own), Some(other), true) = (own, other, self.net.lost(wire, end)) {
+                    self.connection_lost(wire, end, own, other, Close::Plain);
+                }
+            }
+            Event::Node { node, life, what } => self.node_due(node, life, what),
+            Event::Coordinator { coordinator, life } => {
+                let process = self.coordinators[coordinator].as_mut();
+                if let Some(process) = process.filter(|process| process.life == life) {
+                    let updates = process.due(&mut self.net);
+                    self.tell_clients(updates);
+                }
+            }
+            Event::Ask(client) => self.ask(client),
+            Event::Leave(client) => self.leave(client, false),
+            Event::Fault(fault) => self.happen(fault),
+        }
+        true
+    }
+
+    fn deliver(&mut self, wire: WireId, to: usize, message: Message) {
+        let (own, other) = (self.net.party(wire, to), self.net.party(wire, 1 - to));
+        let (Some(own), Some(other)) = (own, other) else { return };
+        let Some(message) = self.net.arrive(wire, to, message) else { return };
+        if let Message::Closed(why) = message {
+            self.net.heard_close(wire, to);
+            return self.connection_lost(wire, to, own, other, why);
+        }
+        match (own, other) {
+            (Party::Node(own), Party::Node(_)) => self.kv(own, |endpoint, around| match to {
+                0 => endpoint.hear_out(wire, message, around),
+                _ => endpoint.hear_in(wire, message, around),
+            }),
+            (Party::Node(own), Party::Coordinator(_)) => {
+                if let Some(node) = &mut self.nodes[own] {
+                    node.hear(wire, message, &mut self.net, &self.names);
+                }
+            }
+            (Party::Coordinator(own), Party::Node(node)) => {
+                if let Some(process) = &mut self.coordinators[own] {
+                    let updates = process.hear(wire, &self.names[node], message, &mut self.net);
+                    self.tell_clients(updates);
+                }
+            }
+            (Party::Coordinator(_), Party::Coordinator(_)) => {
+                unreachable!("coordinators do not dial each other")
+            }
+        }
+    }
+
+    fn kv(
+        &mut self,
+        node: usize,
+        act: impl FnOnce(&mut endpoint::Endpoint, &mut endpoint::Around<'_>),
+    ) {
+        if let Some(node) = &mut self.nodes[node] {
+            node.kv(&mut self.net, &self.names, act);
+        }
+    }
+
+    /// `own` learns that its connection to `other` is over.
+    fn connection_lost(&mut self, wire: WireId, end: usize, own: Party, other: Party, why: Close) {
+        match (own, other) {
+            (Party::Node(own), Party::Node(_)) => self.kv(own, |endpoint, around| match end {
+                0 => endpoint.hear_out(wire, Message::Closed(why), around),
+                _ => endpoint.hear_in(wire, Message::Closed(why), around),
+            }),
+            (Party::Node(own), Party::Coordinator(coordinator)) => {
+                if let Some(node) = &mut self.nodes[own] {
+                    node.join_lost(wire, &mut self.net, &self.names);
+                    let life = node.life;
+                    self.dial_later(own, life, coordinator, 0);
+                }
+            }
+            (Party::Coordinator(own), Party::Node(node)) => {
+                if let Some(process) = &mut self.coordinators[own] {
+                    let updates = process.lost(wire, &self.names[node], &mut self.net);
+                    self.tell_clients(updates);
+                }
+            }
+            (Party::Coordinator(_), Party::Coordinator(_)) => {
+                unreachable!("coordinators do not dial each other")
+            }
+        }
+    }
+
+    fn node_due(&mut self, node: usize, life: u64, what: NodeTimer) {
+        let process = self.nodes[node].as_mut();
+        let Some(process) = process.filter(|process| process.life == life) else { return };
+        match what {
+            NodeTimer::Join { coordinator, attempt } => self.dial(node, coordinator, attempt),
+            what => process.due(what, &mut self.net, &self.names),
+        }
+    }
+
+    fn dial(&mut self, node: usize, coordinator: usize, attempt: u32) {
+        let Some(process) = &self.nodes[node] else { return };
+        let (own, other) = (Party::Node(node), Party::Coordinator(coordinator));
+        if !self.net.answers(own, other) || self.net.presence(other) != Presence::Up {
+            let life = process.life;
+            return self.dial_later(node, life, coordinator, attempt + 1);
+        }
+        let wire = self.net.connect(own, other, JOIN_PATIENCE);
+        self.net.send(wire, 0, 0, Message::Hello(Box::new(process.hello())));
+    }
+
+    fn dial_later(&mut self, node: usize, life: u64, coordinator: usize, attempt: u32) {
+        let (own, other) = (Party::Node(node), Party::Coordinator(coordinator));
+        let full = LEAST_PAUSE.saturating_mul(1 << attempt.min(16)).min(MOST_PAUSE);
+        let mut pause = full / 2 + self.net.some(full / 2);
+        if !self.net.answers(own, other) {
+            pause += CONNECT_TIMEOUT;
+        }
+        let what = NodeTimer::Join { coordinator, attempt };
+        self.net.timeline.after(pause, Event::Node { node, life, what });
+    }
+
+    pub(crate) fn start_node(&mut self, node: usize) {
+        if self.nodes[node].is_some() {
+            return;
+        }
+        let party = Party::Node(node);
+        let life = self.net.life(party) + 1;
+        self.net.set_presence(party, Presence::Up, life);
+        self.nodes[node] = Some(Node::start(node, self.specs[node].clone(), life));
+        for coordinator in 0..self.options.len() {
+            let what = NodeTimer::Join { coordinator, attempt: 0 };
+            let after = self.net.some(LEAST_PAUSE);
+            self.net.timeline.after(after, Event::Node { node, life, what });
+        }
+    }
+
+    pub(crate) fn start_coordinator(&mut self, coordinator: usize) {
+        if self.coordinators[coordinator].is_some() {
+            return;
+        }
+        let party = Party::Coordinator(coordinator);
+        let life = self.net.life(party) + 1;
+        self.net.set_presence(party, Presence::Up, life);
+        let (options, now) = (self.options[coordinator], self.net.now());
+        self.coordinators[coordinator] = Some(Coordinator::start(coordinator, life, options, now));
+    }
+
+    fn ask(&mut self, number: usize) {
+        let up = self.coordinators.iter().enumerate();
+        let up: Vec<usize> = up.filter(|(_, c)| c.is_some()).map(|(at, _)| at).collect();
+        let client = &mut self.clients[number];
+        if client.ended.is_some() || client.coordinator.is_some() {
+            return;
+        }
+        let waited = self.net.now().saturating_duration_since(client.asked);
+        let deadline = client.question.deadline.map(|most| most.saturating_sub(waited));
+        if deadline.is_some_and(|left| left.is_zero()) {
+            return self.end(number, Ended::Late);
+        }
+        if up.is_empty() {
+            return self.ask_again(number);
+        }
+        let coordinator = up[self.net.random.usize(..up.len())];
+        client.ask(coordinator);
+        let Question { prompt, sampling, .. } = client.question.clone();
+        let salt = CacheSalt::default();
+        let chain = self.root.chain(salt, &prompt, self.block_tokens);
+        let id = request_id(number, client.submissions);
+        let model = "demo".to_owned();
+        let request = NewRequest { id, model, tokens: prompt, sampling, salt, deadline };
+        let process = self.coordinators[coordinator].as_mut().expect("it is up");
+        let (result, updates) = process.submit(number, request, chain, &mut self.net);
+        if let Err(error) = result {
+            note!(self.net, "client {number} is refused: {error}");
+            let reaction = self.clients[number].refused(&error);
+            self.react(number, reaction);
+        }
+        self.tell_clients(updates);
+    }
+
+    fn ask_again(&mut self, client: usize) {
+        let pause = self.net.some(ASK_AGAIN);
+        self.net.timeline.after(pause, Event::Ask(client));
+    }
+
+    /// A client goes away; `satisfied`: it has what it wanted.
+    fn leave(&mut self, number: usize, satisfied: bool) {
+        let client = &mut self.clients[number];
+        if client.ended.is_some() || client.leaving {
+            return;
+        }
+        client.leaving = true;
+        let Some(coordinator) = client.coordinator else {
+            return self.end(number, Ended::Left);
+        };
+        let id = request_id(number, client.submissions);
+        let process = self.coordinators[coordinator].as_mut().expect("it has the request");
+        let updates = process.end(id, satisfied, &mut self.net);
+        self.tell_clients(updates);
+    }
+
+    fn end(&mut self, client: usize, ended: Ended) {
+        self.clients[client].ended = Some(ended);
+        self.open -= 1;
+    }
+
+    fn tell_clients(&mut self, updates: Vec<(usize, Update)>) {
+        let idle = self.updates.is_empty();
+        self.updates.extend(updates);
+        // A client's reaction may bring more; they are told from the outermost call.
+        while idle && let Some((client, update)) = self.updates.pop_front() {
+            let now = self.net.now();
+            let reaction = self.clients[client].hear(update, now);
+            self.open -= usize::from(self.clients[client].ended.is_some());
+            self.react(client, reaction);
+        }
+    }
+
+    fn react(&mut self, client: usize, reaction: Reaction) {
+        match reaction {
+            Reaction::None => {}
+            Reaction::Leave => self.leave(client, false),
+            Reaction::Satisfied => self.leave(client, true),
+            Reaction::AskAgain => self.ask_again(client),
+        }
+    }
+}

@@ -1,0 +1,283 @@
+//! A cluster, its clients and its faults, all from a seed.
+
+use std::time::Duration;
+
+use baton_coordinator::control::Options;
+use baton_coordinator::placement::LocalPrefill;
+use baton_coordinator::requests::Limits as RequestLimits;
+use baton_engine::EngineInfo;
+use baton_engine::scheduler::Limits;
+use baton_kvtransfer::Timing;
+use baton_proto::geometry::{KvDtype, KvGeometry};
+use baton_proto::hash::ModelRoot;
+use baton_proto::ids::Role;
+use baton_proto::sampling::SamplingParams;
+use fastrand::Rng;
+
+use super::client::{Client, Ended, Plan, Question};
+use super::faults::Fault;
+use super::log::{Log, Logging};
+use super::memory::{Oracle, made_up_tokens};
+use super::net::{Net, Party, Quality};
+use super::node::NodeSpec;
+use super::{Device, World};
+
+/// Clients ask, and things go wrong, within this time; then everything is mended.
+const TROUBLE: Duration = Duration::from_secs(10);
+/// When everything has been mended for so long, all must be done.
+const PATIENCE: Duration = Duration::from_secs(900);
+/// For what is still under way when all is done: cache events, reports, cancels.
+const QUIET: Duration = Duration::from_secs(2);
+
+/// What a run came to.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Report {
+    /// Requests by how they ended: complete, satisfied early, left, late.
+    pub ended: [usize; 4],
+    /// Faults, their mending not counted.
+    pub faults: usize,
+    /// Attempts that coordinators repeated.
+    pub retried: u64,
+    /// Times that a client had to ask again.
+    pub asked_again: u32,
+    /// Events.
+    pub events: u64,
+    /// Virtual time.
+    pub lasted: Duration,
+    /// Of the event log, if one was kept.
+    pub log_hash: u64,
+}
+
+/// Runs the cluster of a seed to its end.
+///
+/// # Panics
+/// If a client hears something wrong, a machine contradicts itself, or anything is left.
+#[must_use]
+pub fn run_seed(seed: u64, logging: Logging) -> Report {
+    let mut dice = Rng::with_seed(seed);
+    let scenario = Scenario::roll(&mut dice);
+    let net = Net::new(dice.u64(..), scenario.quality, Log::new(logging));
+    let mut world = World::new(net, scenario.specs.clone(), scenario.options.clone());
+    scenario.add_clients(&mut world, &mut dice);
+    let faults = scenario.add_faults(&mut world, &mut dice);
+    run(&mut world);
+    world.check(scenario.indexed);
+    report(&world, faults)
+}
+
+fn run(world: &mut World) {
+    let start = world.net.now();
+    let (mended, end) = (start + TROUBLE, start + TROUBLE + PATIENCE);
+    let mut idle_since = None;
+    loop {
+        let now = world.net.now();
+        assert!(now < end, "not done {PATIENCE:?} after all was mended: {}", world.left());
+        if now > mended {
+            match idle_since {
+                Some(since) if now > since + QUIET => return,
+                Some(_) => {}
+                None if world.is_idle() => idle_since = Some(now),
+                None => {}
+            }
+        }
+        assert!(world.step(), "nothing is to come: {}", world.left());
+    }
+}
+
+fn report(world: &World, faults: usize) -> Report {
+    let mut report = Report { faults, ..Report::default() };
+    for client in &world.clients {
+        let kinds = [Ended::Complete, Ended::Satisfied, Ended::Left, Ended::Late];
+        let kind = kinds.iter().position(|&kind| client.ended == Some(kind));
+        report.ended[kind.expect("every client has ended")] += 1;
+        report.asked_again += client.submissions.saturating_sub(1);
+    }
+    let totals = world.coordinators.iter().flatten().map(|c| c.control.totals());
+    report.retried = totals.map(|totals| totals.retried).sum();
+    report.events = world.net.timeline.made();
+    report.lasted = world.net.timeline.elapsed();
+    report.log_hash = world.net.log.hash();
+    report
+}
+
+struct Scenario {
+    quality: Quality,
+    specs: Vec<NodeSpec>,
+    options: Vec<Options>,
+    max_model_len: usize,
+    /// The index has room for all that the nodes may hold.
+    indexed: bool,
+}
+
+fn one_of<T: Copy>(dice: &mut Rng, all: &[T]) -> T {
+    all[dice.usize(..all.len())]
+}
+
+fn between(dice: &mut Rng, least: f64, most: f64) -> f64 {
+    least + (most - least) * dice.f64()
+}
+
+fn millis(dice: &mut Rng, least: f64, most: f64) -> Duration {
+    Duration::from_secs_f64(between(dice, least, most) / 1e3)
+}
+
+impl Scenario {
+    fn roll(dice: &mut Rng) -> Self {
+        let block_tokens = one_of(dice, &[2, 4, 8]);
+        let head_dim = one_of(dice, &[1, 1024, 8192]);
+        let (layers, dtype) = (dice.u32(2..4), KvDtype::F32);
+        let geometry = KvGeometry { layers, kv_heads: 1, head_dim, dtype, block_tokens };
+        let prefill = dice.usize(0..4);
+        let roles = std::iter::repeat_n(Role::Prefill, prefill)
+            .chain(std::iter::repeat_n(Role::Decode, dice.usize(1..4)));
+        let roles: Vec<Role> = roles.collect();
+        let blocks = || one_of(dice, &[8, 12, 20, 40, 200]);
+        let blocks: Vec<usize> = std::iter::repeat_with(blocks).take(roles.len()).collect();
+        let least = *blocks.iter().min().expect("there are nodes");
+        let max_model_len = (least * block_tokens as usize).min(120);
+        let timing = Self::timing(dice);
+        let report = millis(dice, 20.0, 500.0);
+        let vocab_size = dice.usize(20..1000);
+        let info = |kv_blocks| EngineInfo {
+            root: ModelRoot::new(&[7; 32], &geometry),
+            geometry,
+            vocab_size,
+            max_model_len,
+            kv_blocks,
+        };
+        let spec = |(role, kv_blocks): (Role, usize)| {
+            let max_batch_tokens = one_of(dice, &[4, 16, 64, 256]);
+            let limits = Limits {
+                block_tokens: block_tokens as usize,
+                kv_blocks,
+                max_batch_tokens,
+                max_sequences: one_of(dice, &[1, 2, 4, 16]).min(max_batch_tokens),
+                max_model_len,
+                vocab_size,
+            };
+            let max_waiting = one_of(dice, &[2, 8, 64]);
+            let device = Self::device(dice);
+            NodeSpec { role, info: info(kv_blocks), limits, max_waiting, device, timing, report }
+        };
+        let specs = roles.into_iter().zip(blocks).map(spec).collect();
+        let indexed = dice.u32(..4) > 0;
+        let requests = one_of(dice, &[3, 100, 100]);
+        let options = Options {
+            limits: RequestLimits { requests, tokens: 100_000 },
+            index_blocks: if indexed { 10_000 } else { dice.usize(1..30) },
+            local_prefill: LocalPrefill::Auto,
+        };
+        let coordinators = one_of(dice, &[1, 1, 1, 2, 3]);
+        let piece_seconds = millis(dice, 0.01, 5.0).as_secs_f64();
+        let quality = Quality {
+            latency: millis(dice, 0.05, 3.0),
+            jitter: Duration::from_millis(one_of(dice, &[0, 0, 1, 10, 100])),
+            bytes_per_second: geometry.piece_bytes() as f64 / piece_seconds,
+        };
+        Self { quality, specs, options: vec![options; coordinators], max_model_len, indexed }
+    }
+
+    fn timing(dice: &mut Rng) -> Timing {
+        let short = Timing {
+            lease: Duration::from_secs(2),
+            begin: Duration::from_secs(10),
+            producer: Duration::from_secs(20),
+            complete: Duration::from_secs(5),
+            reconnect: Duration::from_secs(2),
+            ..Timing::default()
+        };
+        one_of(dice, &[Timing::default(), short])
+    }
+
+    fn device(dice: &mut Rng) -> Device {
+        Device {
+            prefill_ms: [
+                between(dice, 0.0, 10.0),
+                between(dice, 0.05, 2.0),
+                between(dice, 0.0, 0.001),
+            ],
+            decode_ms: [
+                between(dice, 1.0, 20.0),
+                between(dice, 0.01, 1.0),
+                between(dice, 0.0, 0.01),
+            ],
+        }
+    }
+
+    fn add_clients(&self, world: &mut World, dice: &mut Rng) {
+        let vocab = world.specs[0].info.vocab_size as u32;
+        let layers = world.specs[0].info.geometry.layers as usize;
+        for _ in 0..dice.usize(3..40) {
+            let prompt = self.prompt(dice, vocab);
+            let question = self.question(dice, prompt, vocab);
+            let at = world.net.now() + TROUBLE.mul_f64(dice.f64() * 0.8);
+            let oracle = Oracle::new(layers, world.block_tokens, vocab);
+            world.add_client(at, Client::new(question, oracle, self.max_model_len, at));
+        }
+    }
+
+    /// One of a few beginnings, and something of its own.
+    fn prompt(&self, dice: &mut Rng, vocab: u32) -> Vec<u32> {
+        let most = (self.max_model_len - 2).min(60);
+        let shared = dice.usize(..most + 1);
+        let family = dice.u64(..3);
+        let own = dice.u64(..);
+        let length = dice.usize(1..=most);
+        let tokens = made_up_tokens(family, shared.min(length), vocab);
+        tokens.chain(made_up_tokens(own, length.saturating_sub(shared), vocab)).collect()
+    }
+
+    fn question(&self, dice: &mut Rng, prompt: Vec<u32>, vocab: u32) -> Question {
+        let max_tokens = dice.u32(1..25);
+        let sampling = SamplingParams {
+            max_tokens,
+            min_tokens: dice.u32(..max_tokens),
+            eos_token_ids: (0..dice.u32(..4)).map(|_| dice.u32(..vocab)).collect(),
+            prompt_logprobs: (prompt.len() > 1 && dice.u32(..10) == 0).then_some(0),
+            ..SamplingParams::default()
+        };
+        let wanted = dice.usize(1..=max_tokens as usize);
+        let plan = match dice.u32(..12) {
+            0 => Plan::LeaveAfter(millis(dice, 0.0, 1000.0)),
+            1 => Plan::LeaveAt(wanted),
+            2 => Plan::SatisfiedAt(wanted),
+            _ => Plan::Stay,
+        };
+        let deadline = (dice.u32(..12) == 0).then(|| millis(dice, 10.0, 8000.0));
+        Question { prompt, sampling, deadline, plan }
+    }
+
+    /// Returns how many.
+    fn add_faults(&self, world: &mut World, dice: &mut Rng) -> usize {
+        let count = one_of(dice, &[0, 1, 2, 3, 4, 6, 8]);
+        for _ in 0..count {
+            let at = TROUBLE.mul_f64(dice.f64() * 0.9);
+            let (fault, mending) = self.fault(dice);
+            world.arrange(at, fault);
+            if let Some(mending) = mending {
+                world.arrange(at + millis(dice, 50.0, 8000.0), mending);
+            }
+        }
+        world.arrange(TROUBLE, Fault::Mend);
+        count
+    }
+
+    fn fault(&self, dice: &mut Rng) -> (Fault, Option<Fault>) {
+        let node = dice.usize(..self.specs.len());
+        let coordinator = Party::Coordinator(dice.usize(..self.options.len()));
+        let other = (node + dice.usize(..self.specs.len())) % self.specs.len();
+        let other = if other == node { coordinator } else { Party::Node(other) };
+        let (party, dark) = (Party::Node(node), dice.bool());
+        match dice.u32(..9) {
+            0 | 1 => (Fault::Die { party, dark }, Some(Fault::Start(party))),
+            2 => (Fault::Die { party: coordinator, dark }, Some(Fault::Start(coordinator))),
+            3 | 4 => (Fault::Cut(party, other), Some(Fault::Heal(party, other))),
+            5 => (Fault::Slow { node, times: 10.0 }, Some(Fault::Slow { node, times: 1.0 })),
+            6 | 7 => (Fault::Break(party, other), None),
+            _ => {
+                let drain = |draining| Fault::Drain { node, draining };
+                (drain(true), Some(drain(false)))
+            }
+        }
+    }
+}
