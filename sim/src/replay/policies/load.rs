@@ -68,7 +68,7 @@ fn least_loaded(cluster: &Cluster<'_>, random: &mut fastrand::Rng) -> usize {
 }
 
 /// When the first token would come from a prefill node, from now.
-pub(super) fn ttft_ms(cluster: &Cluster<'_>, now_ms: f64, request: usize, at: usize) -> f64 {
+fn ttft_ms(cluster: &Cluster<'_>, now_ms: f64, request: usize, at: usize) -> f64 {
     let matched = cluster.matched_blocks(Node::Prefill(at), request);
     let cached = cluster.cached_tokens(request, matched);
     let tokens = cluster.request(request).input_tokens;

@@ -2,7 +2,6 @@
 
 use std::collections::HashMap;
 
-use super::load::ttft_ms;
 use super::{Choose, Cluster, least};
 use crate::replay::Node;
 
@@ -57,7 +56,7 @@ impl Prefix {
 impl Choose for Sticky {
     fn choose(
         &mut self,
-        now_ms: f64,
+        _now_ms: f64,
         request: usize,
         cluster: &Cluster<'_>,
         random: &mut fastrand::Rng,
@@ -69,13 +68,15 @@ impl Choose for Sticky {
             cluster.cached_tokens(request, matched)
         };
         let load = |at| (cluster.outstanding_tokens(at) + u64::from(tokens - cached(at))) as f64;
-        let explores = random.f64() < EXPLORED;
         let warm = |at: &usize| f64::from(cached(*at)) >= WARM * f64::from(tokens);
+        // Its estimate of the time to first token has tokens in it only.
+        let token_ms = cluster.settings().prefill_cost.token_ms;
         let fastest = |nodes: &mut dyn Iterator<Item = usize>| {
-            nodes.map(|at| ttft_ms(cluster, now_ms, request, at)).fold(f64::INFINITY, f64::min)
+            nodes.map(|at| load(at) * token_ms).fold(f64::INFINITY, f64::min)
         };
         let warm_ms = fastest(&mut nodes.clone().filter(warm));
         let cold_ms = fastest(&mut nodes.clone().filter(|at| !warm(at)));
+        let explores = random.f64() < EXPLORED;
         if explores || !warm_ms.is_finite() || warm_ms - cold_ms > WARM_PENALTY_MS {
             least(random, nodes, load)
         } else {
