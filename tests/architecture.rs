@@ -41,6 +41,7 @@ const STATE_MACHINES: &[&str] = &[
     "coordinator/src/placing.rs",
     "coordinator/src/placement.rs",
     "coordinator/src/index.rs",
+    "coordinator/src/index",
     "coordinator/src/ledger.rs",
     "coordinator/src/cluster.rs",
     "coordinator/src/orders.rs",

@@ -54,7 +54,7 @@ pub struct Settings {
     /// Default: 67108864 (256 MiB).
     #[arg(long, env = "BATON_MAX_HELD_TOKENS", value_name = "N")]
     pub max_held_tokens: Option<usize>,
-    /// Most KV blocks in the index of the nodes' caches, about 100 bytes each; more than all nodes
+    /// Most KV blocks in the index of the nodes' caches, 24 bytes each; more than all nodes
     /// hold is best. Default: 4194304.
     #[arg(long, env = "BATON_INDEX_BLOCKS", value_name = "N")]
     pub index_blocks: Option<usize>,

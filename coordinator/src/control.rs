@@ -12,7 +12,7 @@ use crate::cluster::{Cluster, LinkId, NodeRef, Refusal};
 use crate::core::{
     CacheView, ModelInfo, NewRequest, NodeCacheView, NodeView, StatusView, SubmitError,
 };
-use crate::index::{BYTES_PER_BLOCK, Heard, Index};
+use crate::index::{Heard, Index, Matches, NodeKeys, Tier};
 use crate::ledger::Ledger;
 use crate::orders::{Order, OrderError};
 use crate::peers::{Own, Shares};
@@ -51,7 +51,9 @@ impl Control {
     pub fn new(options: Options, now: Instant) -> Self {
         let nodes = Placing {
             cluster: Cluster::default(),
+            keys: NodeKeys::default(),
             index: Index::new(options.index_blocks),
+            matches: Matches::default(),
             ledger: Ledger::default(),
             shares: Shares::default(),
             local_prefill: options.local_prefill,
@@ -75,7 +77,8 @@ impl Control {
         let epoch = hello.epoch;
         self.nodes.cluster.join(node, hello, link, now)?;
         self.nodes.shares.joined(node, epoch);
-        self.nodes.index.join(node);
+        let key = self.nodes.keys.join(node);
+        self.nodes.index.join(key, Tier::Device);
         self.nodes.ledger.clear(node);
         self.requests.node_joined(&mut Context { now, placer: &mut self.nodes, out });
         Ok(())
@@ -92,8 +95,10 @@ impl Control {
         let Some(member) = self.nodes.cluster.leave(node, link) else {
             return false;
         };
-        self.nodes.index.leave(node);
         self.nodes.shares.left(node);
+        if let Some(key) = self.nodes.keys.leave(node) {
+            self.nodes.index.leave(key);
+        }
         self.nodes.ledger.clear(node);
         let lost = NodeRef { node: node.clone(), epoch: member.hello.epoch };
         self.requests.node_lost(&lost, &mut Context { now, placer: &mut self.nodes, out });
@@ -113,21 +118,23 @@ impl Control {
             return;
         };
         let from = NodeRef { node: node.clone(), epoch: member.hello.epoch };
+        let Some(key) = self.nodes.keys.of(node) else { return };
+        let index = &mut self.nodes.index;
         match event {
             NodeEvent::Report(report) => {
                 self.nodes.ledger.report(node, &report, now);
                 self.nodes.shares.reported(node, now);
                 self.nodes.cluster.report(node, report, now);
-                self.nodes.index.sweep(SWEEP_PER_REPORT);
+                index.sweep(SWEEP_PER_REPORT);
             }
             NodeEvent::Cache { sequence, stored, removed } => {
-                if self.nodes.index.event(node, sequence, &stored, &removed) == Heard::NeedSnapshot
-                {
+                let heard = index.event(key, sequence, Tier::Device, &stored, &removed);
+                if heard == Heard::NeedSnapshot {
                     out.push(Action::Send { to: from, command: Command::SendSnapshot });
                 }
             }
             NodeEvent::Snapshot { sequence, hashes, last } => {
-                self.nodes.index.snapshot(node, sequence, &hashes, last);
+                index.snapshot(key, sequence, Tier::Device, &hashes, last);
             }
             other => {
                 let mut cx = Context { now, placer: &mut self.nodes, out };
@@ -287,20 +294,16 @@ impl Control {
         chain: &[BlockHash],
         block_tokens: usize,
     ) -> CacheView {
-        let matched = self.nodes.index.longest(chain);
-        let tokens = |id: &NodeId| {
-            let blocks = matched.iter().find(|(node, _)| node == id).map_or(0, |&(_, n)| n);
-            (blocks * block_tokens) as u64
+        let Placing { cluster, keys, index, matches, .. } = &mut self.nodes;
+        index.longest(chain, matches);
+        let names = cluster.names().filter(|id| node.is_none_or(|node| node == *id));
+        let view = |id: &NodeId| {
+            let key = keys.of(id)?;
+            let matched_tokens = (matches.of(key).blocks * block_tokens) as u64;
+            Some(NodeCacheView { node: id.clone(), blocks: index.blocks_of(key), matched_tokens })
         };
-        let names = self.nodes.cluster.names().filter(|id| node.is_none_or(|node| node == *id));
-        let view = |id: &NodeId| NodeCacheView {
-            node: id.clone(),
-            blocks: self.nodes.index.blocks_of(id),
-            matched_tokens: tokens(id),
-        };
-        let nodes = names.map(view).collect();
-        let index_blocks = self.index_blocks();
-        CacheView { nodes, index_blocks, index_bytes: index_blocks * BYTES_PER_BLOCK }
+        let (nodes, index_bytes) = (names.filter_map(view).collect(), index.bytes() as u64);
+        CacheView { nodes, index_blocks: self.index_blocks(), index_bytes }
     }
 
     /// Blocks in the index.

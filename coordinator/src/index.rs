@@ -1,30 +1,53 @@
 //! Which node's prefix cache holds which block.
 //!
 //! Nodes number their cache events; a gap voids what is known of a node and asks for a snapshot,
-//! and nothing waits for it. Memory is bounded: beyond the cap the least recently matched blocks
-//! are forgotten (a clock hand with one reference bit), which costs cache hits, never correctness.
+//! and nothing waits for it. Memory is bounded: beyond the cap the least recently matched blocks of
+//! nodes that have more than their share are forgotten (a clock hand with one reference bit), which
+//! costs cache hits, never correctness.
 //!
-//! A block's holders are a set of *slots*. Every life of a node gets a fresh slot, so forgetting
-//! a node is O(1): its slot stops being live. The clock hand clears it from the blocks later, and
-//! a slot is used again only after the hand has passed every block that might name it.
-
-use std::collections::HashMap;
+//! A block is known by 64 bits of its hash. Two blocks that share them would be taken for one, and a
+//! node credited with a block that it lacks; it finds out by itself, by the whole hash.
 
 use baton_proto::hash::BlockHash;
-use baton_proto::ids::NodeId;
 
-use crate::bits::Bits;
-use crate::cluster::MAX_NODES;
+use holders::{Holders, Sets};
+use lives::{Life, Lives, Sync};
+use lookup::Run;
+use table::{Position, Table};
 
-/// Bytes of memory that one block takes, holders beyond the first 64 slots not counted.
-pub const BYTES_PER_BLOCK: u64 =
-    (size_of::<Entry>() + size_of::<(BlockHash, u32)>() + size_of::<u32>()) as u64;
-/// Most slots, live or not; more than nodes, as each life of a node takes one.
-const MAX_SLOTS: usize = 4 * MAX_NODES;
-/// When the hand has come round so often, it has passed every block that was there at the start.
-const LAPS: u8 = 2;
+pub use keys::NodeKeys;
+pub use matches::{Held, Matches};
+
+mod clock;
+mod holders;
+mod keys;
+mod lives;
+mod lookup;
+mod matches;
+mod table;
+
+/// Bytes of memory that the index takes at most per block that it may hold, if it may hold more than
+/// some ten thousand.
+pub const BYTES_PER_BLOCK: usize = 24;
+/// How many of them are for sets of holders that several blocks share.
+const SET_BYTES_PER_BLOCK: usize = 4;
+/// For sets of holders, however few blocks there may be.
+const MIN_SET_BYTES: usize = 64 << 10;
 /// Blocks that the clock hand passes per block stored while there is something to clear.
 const SWEEP_PER_STORED: usize = 2;
+
+/// A node, by a number that the caller gives; memory is taken for all numbers below the largest.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+pub struct NodeKey(pub u32);
+
+/// Where a node keeps blocks. A block in a tier counts for all slower ones too.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Tier {
+    /// Memory that the model computes in.
+    Device,
+    /// Memory of the machine, from which blocks are copied back.
+    Host,
+}
 
 /// What to do after an event of a node.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -39,322 +62,220 @@ pub enum Heard {
 /// Blocks by hash, with the nodes that hold them. See the module's description.
 #[derive(Debug)]
 pub struct Index {
-    by_hash: HashMap<BlockHash, u32>,
-    entries: Vec<Entry>,
-    unused: Vec<u32>,
-    hand: usize,
+    /// Holders by hash, and whether the block was asked for since the hand passed it.
+    table: Table,
+    sets: Sets,
+    lives: Lives,
+    hand: Position,
     max_blocks: usize,
-    slots: Vec<Slot>,
-    /// How many of them are stale.
-    stale: usize,
-    by_node: HashMap<NodeId, usize>,
-    /// Slots of joined nodes.
-    live: Bits,
-}
-
-#[derive(Debug)]
-struct Entry {
-    hash: BlockHash,
-    /// Empty: the entry is unused. May name slots that are live no more.
-    holders: Bits,
-    matched: bool,
-}
-
-#[derive(Debug)]
-enum Slot {
-    Unused,
-    Live {
-        node: NodeId,
-        sync: Sync,
-        blocks: u64,
-    },
-    /// Blocks may still name it.
-    Stale {
-        laps: u8,
-    },
-}
-
-/// How far a node's events are known.
-#[derive(Clone, Copy, Debug)]
-enum Sync {
-    /// A snapshot is on its way; events before it are part of it.
-    Asked,
-    /// Some parts of the snapshot taken after this event arrived.
-    Loading(u64),
-    /// Everything up to this event is known.
-    Following(u64),
+    lookups: usize,
+    /// Empty between lookups.
+    runs: Vec<Run>,
 }
 
 impl Index {
     /// An empty index of at most `max_blocks` blocks (at least one).
     #[must_use]
     pub fn new(max_blocks: usize) -> Self {
+        let set_bytes = max_blocks.saturating_mul(SET_BYTES_PER_BLOCK).max(MIN_SET_BYTES);
         Self {
-            by_hash: HashMap::new(),
-            entries: Vec::new(),
-            unused: Vec::new(),
-            hand: 0,
-            max_blocks: max_blocks.clamp(1, u32::MAX as usize),
-            slots: Vec::new(),
-            stale: 0,
-            by_node: HashMap::new(),
-            live: Bits::default(),
+            table: Table::new(max_blocks),
+            sets: Sets::new(set_bytes),
+            lives: Lives::default(),
+            hand: Position::default(),
+            max_blocks: max_blocks.max(1),
+            lookups: 0,
+            runs: Vec::new(),
         }
     }
 
     /// Blocks known.
     #[must_use]
     pub fn len(&self) -> usize {
-        self.by_hash.len()
+        self.table.len()
     }
 
     /// Whether no block is known.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.by_hash.is_empty()
+        self.len() == 0
     }
 
-    /// Blocks known of a node.
+    /// Pairs of a block and who holds it; a block in two tiers of a node counts twice.
     #[must_use]
-    pub fn blocks_of(&self, node: &NodeId) -> u64 {
-        match self.by_node.get(node).map(|&slot| &self.slots[slot]) {
-            Some(Slot::Live { blocks, .. }) => *blocks,
-            _ => 0,
-        }
+    pub fn pairs(&self) -> u64 {
+        self.lives.pairs()
     }
 
-    /// A node joined: nothing is known of it until its snapshot, which it sends unasked.
-    pub fn join(&mut self, node: &NodeId) {
+    /// Memory that all of it takes, in bytes.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        self.table.bytes() + self.sets.bytes() + self.lives.bytes()
+    }
+
+    /// Blocks known of a node, in any tier.
+    #[must_use]
+    pub fn blocks_of(&self, node: NodeKey) -> u64 {
+        self.lives.of(node).map_or(0, |life| self.lives.blocks(life.slowest()))
+    }
+
+    /// A node joined, with tiers down to `slowest`: nothing is known of it until its snapshot, which
+    /// it sends unasked.
+    pub fn join(&mut self, node: NodeKey, slowest: Tier) {
         self.leave(node);
-        let slot = self.unused_slot();
-        self.slots[slot] = Slot::Live { node: node.clone(), sync: Sync::Asked, blocks: 0 };
-        self.live.insert(slot);
-        self.by_node.insert(node.clone(), slot);
+        if self.lives.is_full() {
+            // One round may miss a block that a removal moved behind the hand.
+            while self.lives.stale() > 0 {
+                self.sweep(self.max_blocks);
+            }
+        }
+        self.lives.begin(node, slowest);
     }
 
     /// A node left: what it held is void.
-    pub fn leave(&mut self, node: &NodeId) {
-        if let Some(slot) = self.by_node.remove(node) {
-            self.live.remove(slot);
-            self.slots[slot] = Slot::Stale { laps: 0 };
-            self.stale += 1;
-        }
+    pub fn leave(&mut self, node: NodeKey) {
+        self.lives.end(node);
     }
 
-    /// Blocks that entered and left a node's cache.
+    /// Blocks that entered and left a tier of a node's cache. An event may come in parts with the same
+    /// number, those with the blocks that left before the others.
     pub fn event(
         &mut self,
-        node: &NodeId,
+        node: NodeKey,
         sequence: u64,
+        tier: Tier,
         stored: &[BlockHash],
         removed: &[BlockHash],
     ) -> Heard {
-        match self.sync(node) {
-            None | Some(Sync::Asked) => return Heard::Fine,
-            Some(Sync::Following(last)) if sequence <= last => return Heard::Fine,
-            Some(Sync::Following(last)) if sequence == last + 1 => {}
+        let Some(life) = self.lives.of(node) else { return Heard::Fine };
+        match life.sync {
+            Sync::Asked => return Heard::Fine,
+            Sync::Following(last) if sequence < last => return Heard::Fine,
+            // What is repeated changes nothing.
+            Sync::Following(last) if sequence - last <= 1 => {}
             // A gap, or an event inside a snapshot.
-            Some(_) => {
-                self.join(node);
+            _ => {
+                self.void(node, life);
                 return Heard::NeedSnapshot;
             }
         }
-        self.set_sync(node, Sync::Following(sequence));
-        if let Some(&slot) = self.by_node.get(node) {
-            removed.iter().for_each(|hash| self.remove(slot, hash));
-            stored.iter().for_each(|&hash| self.store(slot, hash));
-        }
+        self.lives.set_sync(node, Sync::Following(sequence));
+        removed.iter().for_each(|hash| self.remove(life, tier, hash));
+        stored.iter().for_each(|hash| self.store(life, tier, hash));
         Heard::Fine
     }
 
-    /// A part of all that a node's cache held just after event `sequence`.
-    pub fn snapshot(&mut self, node: &NodeId, sequence: u64, hashes: &[BlockHash], last: bool) {
-        match self.sync(node) {
-            None => return,
-            Some(Sync::Asked) => {}
-            Some(Sync::Loading(loading)) if loading == sequence => {}
-            Some(_) => self.join(node),
+    /// A part of all that a tier of a node's cache held just after event `sequence`; the `last` one of
+    /// all tiers.
+    pub fn snapshot(
+        &mut self,
+        node: NodeKey,
+        sequence: u64,
+        tier: Tier,
+        hashes: &[BlockHash],
+        last: bool,
+    ) {
+        let Some(mut life) = self.lives.of(node) else { return };
+        match life.sync {
+            Sync::Asked => {}
+            Sync::Loading(loading) if loading == sequence => {}
+            _ => life = self.void(node, life),
         }
         let next = if last { Sync::Following(sequence) } else { Sync::Loading(sequence) };
-        self.set_sync(node, next);
-        if let Some(&slot) = self.by_node.get(node) {
-            hashes.iter().for_each(|&hash| self.store(slot, hash));
-        }
+        self.lives.set_sync(node, next);
+        hashes.iter().for_each(|hash| self.store(life, tier, hash));
     }
 
-    /// How many leading blocks of `chain` each node holds; nodes that hold none are left out.
-    pub fn longest(&mut self, chain: &[BlockHash]) -> Vec<(NodeId, usize)> {
-        let mut found = Vec::new();
-        let mut holding = self.live.clone();
-        let mut length = 0;
-        for hash in chain {
-            let Some(&at) = self.by_hash.get(hash) else {
-                break;
-            };
-            let entry = &mut self.entries[at as usize];
-            entry.matched = true;
-            if length > 0 {
-                holding.difference(&entry.holders, |slot| found.push((slot, length)));
-            }
-            holding.intersect(&entry.holders);
-            if holding.is_empty() {
-                break;
-            }
-            length += 1;
-        }
-        if length > 0 {
-            holding.each(|slot| found.push((slot, length)));
-        }
-        let named = found.into_iter().filter_map(|(slot, length)| match &self.slots[slot] {
-            Slot::Live { node, .. } => Some((node.clone(), length)),
-            _ => None,
-        });
-        named.collect()
+    /// What is known of a joined node is void; its new life.
+    fn void(&mut self, node: NodeKey, life: Life) -> Life {
+        self.join(node, if life.host.is_some() { Tier::Host } else { Tier::Device });
+        self.lives.of(node).unwrap_or(life)
     }
 
-    /// Clears up to `steps` blocks of nodes that left. Cheap when there are none.
-    pub fn sweep(&mut self, steps: usize) {
-        for _ in 0..steps {
-            if self.stale == 0 {
-                return;
-            }
-            if let Some(at) = self.advance() {
-                self.clear_stale(at);
-            }
+    fn store(&mut self, life: Life, tier: Tier, hash: &BlockHash) {
+        if tier == Tier::Device {
+            self.add(life.device, hash);
         }
-    }
-
-    fn sync(&self, node: &NodeId) -> Option<Sync> {
-        match self.slots[*self.by_node.get(node)?] {
-            Slot::Live { sync, .. } => Some(sync),
-            _ => None,
-        }
-    }
-
-    fn set_sync(&mut self, node: &NodeId, to: Sync) {
-        if let Some(&slot) = self.by_node.get(node)
-            && let Slot::Live { sync, .. } = &mut self.slots[slot]
-        {
-            *sync = to;
-        }
-    }
-
-    fn unused_slot(&mut self) -> usize {
-        if self.slots.len() >= MAX_SLOTS {
-            self.sweep((self.entries.len() + 1) * usize::from(LAPS));
-        }
-        let unused = |slot: &Slot| matches!(slot, Slot::Unused);
-        if let Some(slot) = self.slots.iter().position(unused) {
-            return slot;
-        }
-        self.slots.push(Slot::Unused);
-        self.slots.len() - 1
-    }
-
-    fn store(&mut self, slot: usize, hash: BlockHash) {
-        let at = match self.by_hash.get(&hash) {
-            Some(&at) => at as usize,
-            None => self.new_entry(hash),
-        };
-        if self.entries[at].holders.insert(slot) {
-            self.count(slot, 1);
+        if let Some(host) = life.host {
+            self.add(host, hash);
         }
         self.sweep(SWEEP_PER_STORED);
     }
 
-    fn remove(&mut self, slot: usize, hash: &BlockHash) {
-        let Some(&at) = self.by_hash.get(hash) else {
+    fn remove(&mut self, life: Life, tier: Tier, hash: &BlockHash) {
+        self.take(life.device, hash);
+        if let (Tier::Host, Some(host)) = (tier, life.host) {
+            self.take(host, hash);
+        }
+    }
+
+    fn add(&mut self, slot: u32, hash: &BlockHash) {
+        let known = self.table.find(key(hash));
+        let known = known.and_then(|at| Some((at, self.clear_stale(at)?)));
+        let Some((at, (holders, marked))) = known else {
+            if self.len() >= self.max_blocks {
+                self.evict();
+            }
+            // Without room in this part of the table it stays unknown.
+            if self.table.insert(key(hash), Holders::One(slot).pack(false)).is_ok() {
+                self.lives.named(slot);
+            }
             return;
         };
-        if self.entries[at as usize].holders.remove(slot) {
-            self.count(slot, -1);
-            self.clear_stale(at as usize);
+        if self.sets.contains(holders, slot) {
+            return;
+        }
+        // Without room for another set one holder more stays unknown.
+        if let Ok(more) = self.sets.with(holders, slot) {
+            self.sets.release(holders);
+            self.lives.named(slot);
+            self.table.set(at, more.pack(marked));
         }
     }
 
-    fn count(&mut self, slot: usize, change: i64) {
-        if let Slot::Live { blocks, .. } = &mut self.slots[slot] {
-            *blocks = blocks.saturating_add_signed(change);
+    fn take(&mut self, slot: u32, hash: &BlockHash) {
+        let Some(at) = self.table.find(key(hash)) else { return };
+        let Some((_, packed)) = self.table.entry(at) else { return };
+        let (holders, _) = Holders::unpack(packed);
+        if self.sets.contains(holders, slot) {
+            let own = |chunk| if chunk == slot / 64 { 1 << (slot % 64) } else { 0 };
+            self.retain(at, |lives, chunk| lives.live(chunk) & !own(chunk));
         }
     }
 
-    fn new_entry(&mut self, hash: BlockHash) -> usize {
-        if self.by_hash.len() >= self.max_blocks {
-            self.evict();
+    /// Keeps those of a block's holders that `keep` has among the slots of a chunk; `None` if that left
+    /// none, and no entry.
+    fn retain(
+        &mut self,
+        at: Position,
+        keep: impl Fn(&Lives, u32) -> u64,
+    ) -> Option<(Holders, bool)> {
+        let Self { table, sets, lives, .. } = self;
+        let (holders, marked) = Holders::unpack(table.entry(at)?.1);
+        let mut all = true;
+        sets.each(holders, |chunk| all &= chunk.bits & !keep(lives, chunk.at) == 0);
+        if all {
+            return Some((holders, marked));
         }
-        let entry = Entry { hash, holders: Bits::default(), matched: false };
-        let at = match self.unused.pop() {
-            Some(at) => {
-                self.entries[at as usize] = entry;
-                at as usize
-            }
-            None => {
-                self.entries.push(entry);
-                self.entries.len() - 1
-            }
-        };
-        self.by_hash.insert(hash, at as u32);
-        at
-    }
-
-    /// Forgets one block: one that no live node holds, else one not matched since the last round.
-    /// Called at the cap only, when every entry is used.
-    fn evict(&mut self) {
-        while let Some(at) = self.advance() {
-            if self.clear_stale(at) {
-                return;
-            }
-            if !std::mem::take(&mut self.entries[at].matched) {
-                let holders = std::mem::take(&mut self.entries[at].holders);
-                holders.each(|slot| self.count(slot, -1));
-                self.forget(at);
-                return;
-            }
+        // Without room for the set that is left the block is forgotten.
+        let kept = sets.retained(holders, |chunk| keep(lives, chunk)).unwrap_or(None);
+        sets.each(holders, |mut chunk| {
+            chunk.bits &= if kept.is_some() { !keep(lives, chunk.at) } else { u64::MAX };
+            chunk.each(|slot| lives.unnamed(slot));
+        });
+        sets.release(holders);
+        match kept {
+            Some(holders) => table.set(at, holders.pack(marked)),
+            None => table.remove(at),
         }
-    }
-
-    /// Moves the hand on; the entry that it passed.
-    fn advance(&mut self) -> Option<usize> {
-        let at = self.hand;
-        self.hand += 1;
-        if self.hand >= self.entries.len() {
-            self.hand = 0;
-            self.lap();
-        }
-        (at < self.entries.len()).then_some(at)
-    }
-
-    /// The hand came round: slots that no block can name any more are free again.
-    fn lap(&mut self) {
-        for slot in &mut self.slots {
-            if let Slot::Stale { laps } = slot {
-                *laps += 1;
-                if *laps == LAPS {
-                    *slot = Slot::Unused;
-                    self.stale -= 1;
-                }
-            }
-        }
-    }
-
-    /// Takes dead holders out of an entry; true if that left none in a used one.
-    fn clear_stale(&mut self, at: usize) -> bool {
-        let entry = &mut self.entries[at];
-        entry.holders.intersect(&self.live);
-        // An unused entry has empty holders as well, but its hash leads elsewhere.
-        if !entry.holders.is_empty() || self.by_hash.get(&entry.hash) != Some(&(at as u32)) {
-            return false;
-        }
-        self.forget(at);
-        true
-    }
-
-    fn forget(&mut self, at: usize) {
-        self.by_hash.remove(&self.entries[at].hash);
-        self.unused.push(at as u32);
+        Some((kept?, marked))
     }
 }
 
+fn key(hash: &BlockHash) -> u64 {
+    let [a, b, c, d, e, f, g, h, ..] = hash.0;
+    u64::from_le_bytes([a, b, c, d, e, f, g, h])
+}
+
 #[cfg(test)]
-#[path = "index_tests.rs"]
 mod tests;

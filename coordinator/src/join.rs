@@ -35,6 +35,8 @@ const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(2);
 const GREETING_TIMEOUT: Duration = Duration::from_secs(5);
 /// A node needs one.
 const MAX_STREAMS_PER_CONNECTION: u32 = 4;
+/// Hashes that the driver takes at once, so that no request waits long for a large cache's news.
+const MAX_HASHES: usize = 256;
 /// How often nodes report their load.
 const REPORT_INTERVAL: Duration = Duration::from_millis(100);
 
@@ -161,12 +163,40 @@ async fn read(
         else {
             break;
         };
-        if driver.send(FromLink::Event { node: node.clone(), link, event }).await.is_err() {
-            return;
+        for event in parts(event) {
+            if driver.send(FromLink::Event { node: node.clone(), link, event }).await.is_err() {
+                return;
+            }
         }
     }
     // If the driver is gone, so is what it knew of the node.
     let _ = driver.send(FromLink::Closed { node, link }).await;
+}
+
+/// Cuts news of many blocks into parts as [`Index::event`](crate::index::Index::event) and
+/// [`Index::snapshot`](crate::index::Index::snapshot) take them.
+fn parts(event: NodeEvent) -> Vec<NodeEvent> {
+    match event {
+        NodeEvent::Cache { sequence, stored, removed }
+            if stored.len() + removed.len() > MAX_HASHES =>
+        {
+            let part = |stored: &[_], removed: &[_]| {
+                let (stored, removed) = (stored.to_vec(), removed.to_vec());
+                NodeEvent::Cache { sequence, stored, removed }
+            };
+            let removals = removed.chunks(MAX_HASHES).map(|removed| part(&[], removed));
+            removals.chain(stored.chunks(MAX_HASHES).map(|stored| part(stored, &[]))).collect()
+        }
+        NodeEvent::Snapshot { sequence, hashes, last } if hashes.len() > MAX_HASHES => {
+            let count = hashes.len().div_ceil(MAX_HASHES);
+            let parts = hashes.chunks(MAX_HASHES).enumerate().map(|(number, part)| {
+                let (hashes, last) = (part.to_vec(), last && number + 1 == count);
+                NodeEvent::Snapshot { sequence, hashes, last }
+            });
+            parts.collect()
+        }
+        event => vec![event],
+    }
 }
 
 #[cfg(test)]

@@ -1,9 +1,10 @@
 //! The join service over real connections.
 
+use std::collections::BTreeSet;
 use std::net::SocketAddr;
 
 use baton_identity::{COORDINATOR_SERVER_NAME, ClusterCa, Part};
-use baton_proto::hash::CacheSalt;
+use baton_proto::hash::{BlockHash, CacheSalt};
 use baton_proto::ids::{RequestId, Role};
 use baton_proto::message::Command;
 use baton_proto::sampling::SamplingParams;
@@ -15,7 +16,7 @@ use tonic::transport::{ClientTlsConfig, Endpoint};
 
 use super::*;
 use crate::control::Options;
-use crate::core::{Core, NewRequest, Updates};
+use crate::core::{CacheQuery, Core, NewRequest, Updates};
 use crate::driver::Driver;
 use crate::exchange::Caller;
 use crate::placement::LocalPrefill;
@@ -27,7 +28,7 @@ const REQUESTS: usize = 10;
 fn drive() -> (Core, mpsc::Sender<FromLink>) {
     let limits = Limits { requests: REQUESTS, tokens: 1000 };
     let (driver, core, links) =
-        Driver::new(Options { limits, index_blocks: 100, local_prefill: LocalPrefill::Auto });
+        Driver::new(Options { limits, index_blocks: 2000, local_prefill: LocalPrefill::Auto });
     tokio::spawn(driver.run());
     (core, links)
 }
@@ -67,6 +68,10 @@ impl World {
     async fn join(&self, name: &str, hello: Hello) -> Result<Node, Status> {
         let identity = self.issue(Part::Node, name, name);
         dial(&identity, self.address, hello).await
+    }
+
+    async fn blocks_known(&self) -> u64 {
+        self.core.cache(CacheQuery::default()).await.index_blocks
     }
 
     async fn submit(&self) -> Updates {
@@ -228,4 +233,24 @@ async fn coordinators_hear_each_other_and_no_node() {
     heard(world.core.clone(), vec!["c2".to_owned()]).await;
     calling.abort();
     heard(world.core.clone(), Vec::new()).await;
+}
+
+#[tokio::test]
+async fn news_of_many_blocks_arrives_whole() {
+    let world = World::start().await;
+    let node = world.join("d", hello(Role::Decode, 1)).await.unwrap();
+    let hash = |number: u32| BlockHash([0; 16]).child(&[number]);
+    let hashes: Vec<_> = (0..1000).map(hash).collect();
+    let snapshot = NodeEvent::Snapshot { sequence: 7, hashes: hashes.clone(), last: true };
+    let (stored, removed) = ((1000..1600).map(hash).collect(), hashes[..999].to_vec());
+    let events = [snapshot, NodeEvent::Cache { sequence: 8, stored, removed }];
+    for event in events {
+        node._events.send(event.into()).await.unwrap();
+    }
+    // Nothing answers an event; what is known tells when both were heard.
+    let mut known = BTreeSet::new();
+    while !known.contains(&601) {
+        known.insert(world.blocks_known().await);
+    }
+    assert!(known.iter().all(|&blocks| blocks <= 1000), "{known:?}");
 }

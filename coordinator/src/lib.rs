@@ -17,7 +17,6 @@ pub mod requests;
 pub mod roles;
 pub mod server;
 
-mod bits;
 mod exchange;
 mod join;
 mod life;

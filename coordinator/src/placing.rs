@@ -1,13 +1,12 @@
 //! Puts a request's demand and what is known of the nodes together, for [`choose`] to decide.
 
-use std::collections::HashMap;
 use std::time::Instant;
 
 use baton_proto::ids::{NodeId, Role, TransferId};
 use baton_proto::message::Report;
 
 use crate::cluster::{Cluster, Member, NodeRef};
-use crate::index::Index;
+use crate::index::{Index, Matches, NodeKeys};
 use crate::ledger::Ledger;
 use crate::peers::Shares;
 use crate::placement::{Candidate, Demand, LocalPrefill, choose};
@@ -18,8 +17,12 @@ use crate::requests::{Placed, Placer, Wanted};
 pub struct Placing {
     /// Who they are.
     pub cluster: Cluster,
+    /// Their numbers in the index.
+    pub keys: NodeKeys,
     /// What they hold.
     pub index: Index,
+    /// What they hold of the prompt placed last.
+    pub matches: Matches,
     /// What they were asked to do.
     pub ledger: Ledger,
     /// What other coordinators asked them to do.
@@ -37,8 +40,7 @@ impl Placer for Placing {
             blocks: geometry.blocks_for(wanted.tokens + 1) as u64,
             local_prefill: self.local_prefill,
         };
-        let matched: HashMap<NodeId, usize> =
-            self.index.longest(wanted.chain).into_iter().collect();
+        self.index.longest(wanted.chain, &mut self.matches);
         let (mut prefill, mut decode) = (Vec::new(), Vec::new());
         for (node, member) in self.cluster.serving(wanted.model.root) {
             // A node with less room would end the output earlier than the others.
@@ -46,8 +48,8 @@ impl Placer for Placing {
             if too_small || wanted.avoid.iter().any(|avoid| is(avoid, node, member)) {
                 continue;
             }
-            let blocks = matched.get(node).copied().unwrap_or(0);
-            let cached_tokens = blocks * geometry.block_tokens as usize;
+            let held = self.keys.of(node).map(|key| self.matches.of(key)).unwrap_or_default();
+            let cached_tokens = held.device_blocks * geometry.block_tokens as usize;
             let candidate = candidate(node, member, cached_tokens, self);
             match member.hello.role {
                 Role::Prefill => prefill.push(candidate),
@@ -127,7 +129,9 @@ mod tests {
         let now = Instant::now();
         let mut placing = Placing {
             cluster: Cluster::default(),
+            keys: NodeKeys::default(),
             index: Index::new(1),
+            matches: Matches::default(),
             ledger: Ledger::default(),
             shares: Shares::default(),
             local_prefill: LocalPrefill::Auto,
