@@ -15,8 +15,8 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("baton-kvtransfer", &["baton-identity", "baton-proto"]),
     ("baton-coordinator", &["baton-identity", "baton-proto"]),
     ("baton-node", &["baton-engine", "baton-identity", "baton-kvtransfer", "baton-proto"]),
-    ("baton-prefill-node", &["baton-engine", "baton-kvtransfer", "baton-node", "baton-proto"]),
-    ("baton-decode-node", &["baton-engine", "baton-kvtransfer", "baton-node", "baton-proto"]),
+    ("baton-prefill-node", &["baton-node", "baton-proto"]),
+    ("baton-decode-node", &["baton-node", "baton-proto"]),
     ("baton-sim", &["baton-coordinator", "baton-engine", "baton-kvtransfer", "baton-proto"]),
 ];
 
@@ -59,6 +59,8 @@ const STATE_MACHINES: &[&str] = &[
     "kvtransfer/src/inbox.rs",
     "kvtransfer/src/sender.rs",
     "kvtransfer/src/receiver.rs",
+    "node/src/worker.rs",
+    "node/src/worker",
     "sim/src",
 ];
 

@@ -13,8 +13,8 @@ use tokio::net::TcpListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::config::{Config, ConfigError};
+use crate::driver::Event;
 use crate::epoch::next_epoch;
-use crate::hub::Event;
 use crate::node::{Node, Setup};
 use crate::settings::Settings;
 use crate::telemetry;
@@ -50,15 +50,10 @@ enum StartError {
     KvMemory { needed: u64, memory: u64 },
 }
 
-/// The `main` of a daemon: runs a node of `role` until it is told to stop, with `serve` doing the
-/// role's work. Exit status 2: the configuration is wrong; 1: the node could not start, or its
+/// The `main` of a daemon: runs a node that begins as `role` until it is told to stop. Exit status 2: the configuration is wrong; 1: the node could not start, or its
 /// engine failed.
-pub fn main<J, T: Send + 'static>(
-    role: Role,
-    name: &'static str,
-    about: &'static str,
-    serve: impl AsyncFnOnce(&mut Node<J, T>),
-) -> ExitCode {
+#[must_use]
+pub fn main(role: Role, name: &'static str, about: &'static str) -> ExitCode {
     let config = match configure(name, about) {
         Ok(config) => config,
         Err(error) => {
@@ -71,7 +66,7 @@ pub fn main<J, T: Send + 'static>(
         .enable_all()
         .build()
         .expect("a runtime needs only threads");
-    let result = runtime.block_on(run(config, role, serve));
+    let result = runtime.block_on(run(config, role));
     // A model that is still loading would hold the process up.
     runtime.shutdown_background();
     match result {
@@ -91,11 +86,7 @@ fn configure(name: &'static str, about: &'static str) -> Result<Config, String> 
     Ok(config)
 }
 
-async fn run<J, T: Send + 'static>(
-    config: Config,
-    role: Role,
-    serve: impl AsyncFnOnce(&mut Node<J, T>),
-) -> Result<(), StartError> {
+async fn run(config: Config, role: Role) -> Result<(), StartError> {
     let mut stop = Stop::new().map_err(StartError::Signals)?;
     let drain_timeout = config.drain_timeout;
     let mut node = tokio::select! {
@@ -106,24 +97,24 @@ async fn run<J, T: Send + 'static>(
     let stopped = async {
         stop.requested().await;
         tracing::info!("draining: taking nothing new, finishing what runs");
-        // A closed hub has drained.
-        let _ = events.send(Event::Drain).await;
+        // A node that takes no events has drained.
+        let _ = events.send(Event::Leave).await;
         tokio::select! {
             () = tokio::time::sleep(drain_timeout) => tracing::warn!("not drained in time"),
             () = stop.requested() => tracing::warn!("told again to stop"),
         }
     };
     tokio::select! {
-        () = serve(&mut node) => tracing::info!("nothing is left to do"),
+        () = node.serve() => tracing::info!("nothing is left to do"),
         () = stopped => {}
     }
-    let engine_stopped = node.hub.engine_stopped();
+    let engine_stopped = node.engine_stopped();
     node.leave().await;
     let _ = tokio::time::timeout(CLOSE_TIMEOUT, endpoint.close()).await;
     if engine_stopped { Err(StartError::Engine) } else { Ok(()) }
 }
 
-async fn start<J, T: Send + 'static>(config: Config, role: Role) -> Result<Node<J, T>, StartError> {
+async fn start(config: Config, role: Role) -> Result<Node, StartError> {
     // Everything that can be wrong is found before the long part, loading.
     let identity = Identity::load(&config.identity)?;
     if identity.part() != Part::Node {

@@ -1,5 +1,5 @@
 //! Keeps a node joined to one coordinator: dials it over mutual TLS, says hello, reports its load
-//! and carries commands to the hub and events back, again and again.
+//! and carries commands to the worker and events back, again and again.
 
 use std::hash::{BuildHasher, RandomState};
 use std::sync::Arc;
@@ -18,8 +18,8 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::Streaming;
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint};
 
-use crate::hub::{Event, News};
-use crate::streams::{MAX_OUTBOX, StreamId};
+use crate::driver::{Event, MAX_OUTBOX};
+use crate::worker::{News, StreamId};
 
 /// A coordinator that takes longer to answer a dial or a hello is dialled again.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
@@ -40,19 +40,19 @@ const REPORT_INTERVAL: std::ops::RangeInclusive<Duration> =
     Duration::from_millis(10)..=Duration::from_secs(10);
 
 /// What every session of a node shares.
-pub struct Joiner<T> {
+pub(crate) struct Joiner {
     /// Who the node is.
-    pub identity: Identity,
-    /// How it introduces itself.
-    pub hello: Hello,
+    pub(crate) identity: Identity,
+    /// How it introduced itself when it started.
+    pub(crate) hello: Hello,
     /// Where its reports come from.
-    pub engine: Engine,
+    pub(crate) engine: Engine,
     /// Where commands go.
-    pub hub: mpsc::Sender<Event<T>>,
+    pub(crate) events: mpsc::Sender<Event>,
     /// What is reported at once.
-    pub news: watch::Receiver<News>,
+    pub(crate) news: watch::Receiver<News>,
     /// Streams opened so far, to all coordinators.
-    pub streams: AtomicU64,
+    pub(crate) streams: AtomicU64,
 }
 
 /// Why a session with a coordinator ended.
@@ -87,12 +87,12 @@ fn pause(attempt: u32, random: u64) -> Duration {
     full / 2 + (full / 2).mul_f64(random as f64 / u64::MAX as f64)
 }
 
-impl<T: Send + 'static> Joiner<T> {
-    /// Dials `coordinator` (`host:port`), again and again until the hub is gone.
-    pub async fn keep_joined(self: Arc<Self>, coordinator: String) {
+impl Joiner {
+    /// Dials `coordinator` (`host:port`), again and again until the node ends.
+    pub(crate) async fn keep_joined(self: Arc<Self>, coordinator: String) {
         let random = RandomState::new();
         let mut attempt = 0;
-        while !self.hub.is_closed() {
+        while !self.events.is_closed() {
             let begun = Instant::now();
             let Err(error) = self.session(&coordinator).await;
             if begun.elapsed() > MOST_PAUSE {
@@ -107,7 +107,8 @@ impl<T: Send + 'static> Joiner<T> {
     async fn session(&self, coordinator: &str) -> Result<std::convert::Infallible, SessionError> {
         let channel = self.dial(coordinator).await?;
         let (outbox, events) = mpsc::channel::<NodeEvent>(MAX_OUTBOX);
-        let hello = tokio_stream::once(FromNode::from(self.hello.clone()));
+        let hello = Hello { role: self.news.borrow().role, ..self.hello.clone() };
+        let hello = tokio_stream::once(FromNode::from(hello));
         let outgoing = hello.chain(ReceiverStream::new(events).map(FromNode::from));
         let mut client = JoinClient::new(channel).max_decoding_message_size(MAX_MESSAGE_BYTES);
         let answer = tokio::time::timeout(CONNECT_TIMEOUT, client.join(outgoing)).await??;
@@ -116,7 +117,7 @@ impl<T: Send + 'static> Joiner<T> {
 
         let stream = StreamId(self.streams.fetch_add(1, Ordering::Relaxed));
         let (session, ended) = oneshot::channel();
-        self.to_hub(Event::Opened { stream, outbox: outbox.clone(), session }).await?;
+        self.pass_on(Event::Opened { stream, outbox: outbox.clone(), session }).await?;
         tracing::info!(coordinator, "joined");
         let listen = self.listen(stream, incoming);
         tokio::pin!(listen);
@@ -125,7 +126,7 @@ impl<T: Send + 'static> Joiner<T> {
             result = self.report(interval, outbox) => result,
             _ = ended => Err(SessionError::Left),
         };
-        let closed = self.to_hub(Event::Closed(stream)).await;
+        let closed = self.pass_on(Event::Closed(stream)).await;
         if matches!(result, Err(SessionError::Left)) {
             // The last sender is gone, so the stream ends after what is queued; the coordinator
             // closes its side when it has read all.
@@ -155,7 +156,7 @@ impl<T: Send + 'static> Joiner<T> {
         Ok(endpoint.connect().await?)
     }
 
-    /// Carries commands to the hub.
+    /// Carries commands to the worker.
     async fn listen(
         &self,
         stream: StreamId,
@@ -163,12 +164,12 @@ impl<T: Send + 'static> Joiner<T> {
     ) -> Result<std::convert::Infallible, SessionError> {
         while let Some(message) = incoming.message().await? {
             let command = Box::new(Command::try_from(message)?);
-            self.to_hub(Event::Command { stream, command }).await?;
+            self.pass_on(Event::Command { stream, command }).await?;
         }
         Err(SessionError::Closed)
     }
 
-    /// Reports the load every `interval`, and at once when blocks come back or draining begins.
+    /// Reports the load every `interval`, and at once when there is [`News`].
     async fn report(
         &self,
         interval: Duration,
@@ -183,15 +184,14 @@ impl<T: Send + 'static> Joiner<T> {
                 Ok(()) = news.changed() => tokio::time::sleep(LEAST_REPORT_PAUSE).await,
             }
             let mut report = self.engine.report();
-            report.role = self.hello.role;
-            report.draining |= news.borrow_and_update().draining;
+            News { role: report.role, draining: report.draining, .. } = *news.borrow_and_update();
             outbox.try_send(NodeEvent::Report(report)).map_err(|_| SessionError::Slow)?;
         }
     }
 
-    async fn to_hub(&self, event: Event<T>) -> Result<(), SessionError> {
-        // The hub ends with the process.
-        self.hub.send(event).await.map_err(|_| SessionError::Closed)
+    async fn pass_on(&self, event: Event) -> Result<(), SessionError> {
+        // The driver ends with the process.
+        self.events.send(event).await.map_err(|_| SessionError::Closed)
     }
 }
 

@@ -1,17 +1,18 @@
-//! What the two node daemons share: configuration, joining coordinators, reporting, draining.
+//! A node: engine, KV endpoint, streams to coordinators, and what brings them together.
 //!
-//! A node is an engine, a KV endpoint and a hub. The [`hub`] is the one place where what
-//! coordinators say meets what the engine and the transfers report; each role's crate takes the
-//! hub's inputs one by one and acts on engine and endpoint.
+//! All decisions are in one pure machine, [`worker::Worker`]; a [`node::Node`] drives it. Any node
+//! does any work. The daemons differ in the role that they begin with.
 
 pub mod config;
 pub mod daemon;
 pub mod epoch;
-pub mod hub;
 pub mod join;
 pub mod node;
 pub mod settings;
-pub mod streams;
 pub mod telemetry;
+pub mod worker;
 
+mod driver;
 mod load;
+
+pub use driver::{Event, MAX_EVENTS, MAX_OUTBOX};

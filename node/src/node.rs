@@ -1,4 +1,4 @@
-//! The parts of a running node, put together: engine, KV endpoint, hub, and one task per
+//! The parts of a running node, put together: engine, KV endpoint, worker, and one task per
 //! coordinator. The daemons and the tests start nodes here.
 
 use std::sync::Arc;
@@ -12,15 +12,16 @@ use baton_proto::ids::{Epoch, Role};
 use baton_proto::message::Hello;
 use tokio::sync::{mpsc, watch};
 
-use crate::hub::{Event, Hub, MAX_EVENTS, News};
+use crate::driver::{Driver, Event, MAX_EVENTS};
 use crate::join::Joiner;
+use crate::worker::News;
 
 /// How long leaving may take, a second to carry what is queued included.
 const LEAVE_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// What a node is made of.
 pub struct Setup {
-    /// What it does.
+    /// What it begins as.
     pub role: Role,
     /// Who it is.
     pub identity: Identity,
@@ -38,23 +39,20 @@ pub struct Setup {
     pub coordinators: Vec<String>,
 }
 
-/// A running node, as its role sees it. `J` is what the role keeps of a job, `T` how its
-/// transfers end. Dropping it leaves every coordinator.
-pub struct Node<J, T> {
-    /// Gives the role its inputs.
-    pub hub: Hub<J, T>,
-    /// Takes further events for the hub.
-    pub events: mpsc::Sender<Event<T>>,
+/// A running node. Dropping it leaves every coordinator.
+pub struct Node {
+    /// Takes further events.
+    pub events: mpsc::Sender<Event>,
     /// Computes.
     pub engine: Engine,
     /// Moves KV.
     pub endpoint: Endpoint,
-    /// What the coordinators know about the node.
-    pub hello: Hello,
+    driver: Driver,
+    received: mpsc::Receiver<Event>,
     sessions: tokio::task::JoinSet<()>,
 }
 
-impl<J, T: Send + 'static> Node<J, T> {
+impl Node {
     /// Starts a node that serves `model`. Must be called in a tokio runtime.
     pub fn start(setup: Setup, model: Box<dyn Forward>) -> Self {
         let (events, received) = mpsc::channel(MAX_EVENTS);
@@ -62,13 +60,14 @@ impl<J, T: Send + 'static> Node<J, T> {
         let sink = Box::new(move |event| sink.tell(Event::Engine(event)));
         let engine = Engine::start(setup.engine.clone(), model, sink);
         let hello = hello(&setup, &engine.info());
-        let (news, reported) = watch::channel(News::default());
-        let hub = Hub::new(received, engine.clone(), news);
+        let (news, reported) = watch::channel(News { role: hello.role, ..News::default() });
+        let parts = (engine.clone(), setup.endpoint.clone(), hello.clone());
+        let driver = Driver::new(parts, events.clone(), news);
         let joiner = Arc::new(Joiner {
             identity: setup.identity,
-            hello: hello.clone(),
+            hello,
             engine: engine.clone(),
-            hub: events.clone(),
+            events: events.clone(),
             news: reported,
             streams: AtomicU64::new(0),
         });
@@ -76,33 +75,42 @@ impl<J, T: Send + 'static> Node<J, T> {
         for coordinator in setup.coordinators {
             sessions.spawn(joiner.clone().keep_joined(coordinator));
         }
-        Self { hub, events, engine, endpoint: setup.endpoint, hello, sessions }
+        Self { events, engine, endpoint: setup.endpoint, driver, received, sessions }
     }
-}
 
-impl<J, T> Node<J, T> {
+    /// Works until the node has drained, or its engine has stopped.
+    pub async fn serve(&mut self) {
+        self.driver.run(&mut self.received).await;
+    }
+
+    /// Whether the engine stopped by itself: the node can do nothing any more.
+    #[must_use]
+    pub fn engine_stopped(&self) -> bool {
+        self.driver.engine_stopped()
+    }
+
     /// Leaves every coordinator, after what is still to be told has been, or a bounded wait.
     pub async fn leave(self) {
-        let Self { hub, mut sessions, .. } = self;
+        let Self { driver, received, mut sessions, .. } = self;
         // Ends the streams.
-        drop(hub);
+        drop((driver, received));
         let all = async { while sessions.join_next().await.is_some() {} };
         let _ = tokio::time::timeout(LEAVE_TIMEOUT, all).await;
     }
 }
 
-/// The engine's end of the hub's events. The engine's thread drops it when it ends.
-struct EngineSink<T>(mpsc::Sender<Event<T>>);
+/// The engine's end of the node's events. The engine's thread drops it when it ends.
+struct EngineSink(mpsc::Sender<Event>);
 
-impl<T> EngineSink<T> {
-    /// The engine's own thread waits here if the hub falls behind.
-    fn tell(&self, event: Event<T>) {
-        // Without a hub the process is ending.
+impl EngineSink {
+    /// The engine's own thread waits here if the driver falls behind.
+    fn tell(&self, event: Event) {
+        // Without a driver the process is ending.
         let _ = self.0.blocking_send(event);
     }
 }
 
-impl<T> Drop for EngineSink<T> {
+impl Drop for EngineSink {
     fn drop(&mut self) {
         self.tell(Event::EngineStopped);
     }

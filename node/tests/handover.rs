@@ -1,11 +1,11 @@
-//! A prefill and a decode node, wired as in the daemons, over real sockets: what a coordinator
+//! Two nodes over real sockets, one of either role: what a coordinator
 //! sees of jobs that succeed, are cancelled, fail or are abandoned.
 
 mod support;
 
 use std::collections::HashMap;
 
-use baton_node::hub::Event;
+use baton_node::Event;
 use baton_proto::ids::Epoch;
 use baton_proto::message::{Command, NodeEvent, NodeFinish, Retry};
 use support::{POISON, Pair, cancel, expected, hand_over, id, job, patiently, peer, started};
@@ -214,11 +214,6 @@ async fn what_cannot_be_done_is_refused_once_with_a_reason() {
             Retry::Never,
             "tokens",
         ),
-        (
-            Command::Decode { job: job(id(3), 1, 5, 5), prefill: None, pull: None },
-            Retry::OtherNode,
-            "prefill node",
-        ),
     ];
     for (command, expected, why) in commands {
         prefill.command(command).await;
@@ -240,7 +235,7 @@ async fn a_draining_node_finishes_what_runs_and_takes_nothing_new() {
     let running = job(id(1), 1, 10, 50);
     decode.command(Command::Decode { job: running.clone(), prefill: None, pull: None }).await;
     let first = decode.token(running.id).await;
-    pair.decode.events.send(Event::Drain).await.expect("serving");
+    pair.decode.events.send(Event::Leave).await.expect("serving");
     loop {
         if let NodeEvent::Report(report) = decode.any().await
             && report.draining

@@ -7,7 +7,7 @@ use baton_engine::testing::FakeModel;
 use baton_engine::{Engine, EngineConfig};
 use baton_identity::{ClusterCa, Identity, Part};
 use baton_kvtransfer::{Endpoint, Timing};
-use baton_node::hub::Event;
+use baton_node::Event;
 use baton_node::node::{Node, Setup};
 use baton_proto::hash::CacheSalt;
 use baton_proto::ids::{Epoch, RequestId, Role, TransferId};
@@ -137,14 +137,27 @@ impl Join for Service {
 // === the pair ===
 
 /// A node of the test.
-pub(crate) struct TestNode<T> {
+pub(crate) struct TestNode {
     pub(crate) engine: Engine,
     pub(crate) endpoint: Endpoint,
-    pub(crate) events: mpsc::Sender<Event<T>>,
+    pub(crate) events: mpsc::Sender<Event>,
     pub(crate) serving: JoinHandle<()>,
 }
 
-impl<T> TestNode<T> {
+impl TestNode {
+    fn start(setup: Setup) -> Self {
+        let mut node = Node::start(setup, Box::new(model()));
+        Self {
+            engine: node.engine.clone(),
+            endpoint: node.endpoint.clone(),
+            events: node.events.clone(),
+            serving: tokio::spawn(async move {
+                node.serve().await;
+                node.leave().await;
+            }),
+        }
+    }
+
     /// So many transfers are expected here.
     pub(crate) async fn expects(&self, count: usize) {
         let expects = async {
@@ -175,8 +188,8 @@ pub(crate) const KV_BLOCKS: usize = 256;
 /// A coordinator with one prefill and one decode node.
 pub(crate) struct Pair {
     pub(crate) joined: mpsc::Receiver<Joined>,
-    pub(crate) prefill: TestNode<baton_prefill_node::Outcome>,
-    pub(crate) decode: TestNode<baton_decode_node::Outcome>,
+    pub(crate) prefill: TestNode,
+    pub(crate) decode: TestNode,
 }
 
 impl Pair {
@@ -187,26 +200,8 @@ impl Pair {
         let own = identity(&ca, &folder, Part::Coordinator, "coordinator");
         let coordinator = serve(&own, sender).await;
         let setup = |role, name| setup(role, identity(&ca, &folder, Part::Node, name), coordinator);
-        let mut node = Node::start(setup(Role::Prefill, "prefill-0"), Box::new(model()));
-        let prefill = TestNode {
-            engine: node.engine.clone(),
-            endpoint: node.endpoint.clone(),
-            events: node.events.clone(),
-            serving: tokio::spawn(async move {
-                baton_prefill_node::serve(&mut node).await;
-                node.leave().await;
-            }),
-        };
-        let mut node = Node::start(setup(Role::Decode, "decode-0"), Box::new(model()));
-        let decode = TestNode {
-            engine: node.engine.clone(),
-            endpoint: node.endpoint.clone(),
-            events: node.events.clone(),
-            serving: tokio::spawn(async move {
-                baton_decode_node::serve(&mut node).await;
-                node.leave().await;
-            }),
-        };
+        let prefill = TestNode::start(setup(Role::Prefill, "prefill-0"));
+        let decode = TestNode::start(setup(Role::Decode, "decode-0"));
         Self { joined, prefill, decode }
     }
 

@@ -1,0 +1,308 @@
+//! Carries out what a [`Worker`] decides: between coordinators, engine and KV endpoint.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Instant;
+
+use baton_engine::{BlockLease, Engine, EngineEvent};
+use baton_kvtransfer::{
+    BlockSink, BlockSource, Endpoint, FirstToken, Incoming, Outgoing, ReceiveError, ReceiveHandle,
+    Room, SendError, SendHandle, Sent, Timing,
+};
+use baton_proto::ids::TransferId;
+use baton_proto::message::{Command, Hello, NodeEvent};
+use bytes::Bytes;
+use tokio::sync::{mpsc, oneshot, watch};
+
+use crate::worker::{Action, Input, News, StreamId, Transfer, Worker};
+
+/// Most events that wait for the driver; their senders wait then, the engine's thread among them.
+pub const MAX_EVENTS: usize = 8192;
+/// Most events that wait for a coordinator to take them; with more its stream is closed.
+pub const MAX_OUTBOX: usize = 4096;
+
+/// Something happened.
+pub enum Event {
+    /// A coordinator was joined.
+    Opened {
+        /// The stream.
+        stream: StreamId,
+        /// Takes what it is to be told.
+        outbox: mpsc::Sender<NodeEvent>,
+        /// Ends the session when dropped.
+        session: oneshot::Sender<()>,
+    },
+    /// A coordinator said something.
+    Command {
+        /// Its stream.
+        stream: StreamId,
+        /// What.
+        command: Box<Command>,
+    },
+    /// A stream ended.
+    Closed(StreamId),
+    /// The engine reports.
+    Engine(EngineEvent),
+    /// The engine's thread is gone; its jobs' failures came before.
+    EngineStopped,
+    /// An expected transfer was offered.
+    Offered(TransferId),
+    /// An expected transfer ended.
+    Received(TransferId, Result<FirstToken, ReceiveError>),
+    /// An outgoing transfer ended.
+    Sent(TransferId, Result<Sent, SendError>),
+    /// Take nothing new, and stop when all is done.
+    Leave,
+}
+
+/// A stream as its session is reached.
+struct Outbox {
+    events: mpsc::Sender<NodeEvent>,
+    /// Dropping it ends the session that serves the stream.
+    _session: oneshot::Sender<()>,
+}
+
+/// The worker of a node with its hands.
+pub(crate) struct Driver {
+    worker: Worker,
+    engine: Engine,
+    endpoint: Endpoint,
+    hello: Hello,
+    /// Takes further events.
+    events: mpsc::Sender<Event>,
+    outboxes: HashMap<StreamId, Outbox>,
+    sends: HashMap<TransferId, Arc<SendHandle>>,
+    receives: HashMap<TransferId, Arc<ReceiveHandle>>,
+    /// Of the admission that is being handled.
+    lease: Option<Arc<BlockLease>>,
+    engine_stopped: bool,
+    news: watch::Sender<News>,
+}
+
+impl Driver {
+    /// A driver that is fed by what `events` sends; `news` tells the sessions when to report.
+    pub(crate) fn new(
+        (engine, endpoint, hello): (Engine, Endpoint, Hello),
+        events: mpsc::Sender<Event>,
+        news: watch::Sender<News>,
+    ) -> Self {
+        Self {
+            worker: Worker::new(hello.role, hello.root, hello.geometry),
+            engine,
+            endpoint,
+            hello,
+            events,
+            outboxes: HashMap::new(),
+            sends: HashMap::new(),
+            receives: HashMap::new(),
+            lease: None,
+            engine_stopped: false,
+            news,
+        }
+    }
+
+    /// Works until the node has drained or its engine has stopped.
+    pub(crate) async fn run(&mut self, received: &mut mpsc::Receiver<Event>) {
+        while !(self.worker.has_left() || self.engine_stopped) {
+            let due = self.worker.poll_timeout().map(tokio::time::Instant::from_std);
+            let late = async {
+                match due {
+                    Some(due) => tokio::time::sleep_until(due).await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                event = received.recv() => match event {
+                    Some(event) => self.take(event),
+                    None => return,
+                },
+                () = late => self.worker.handle_timeout(Instant::now()),
+            }
+            self.act();
+        }
+    }
+
+    /// Whether the engine stopped by itself: the node can do nothing any more.
+    pub(crate) fn engine_stopped(&self) -> bool {
+        self.engine_stopped
+    }
+
+    fn take(&mut self, event: Event) {
+        let input = match event {
+            Event::Opened { stream, outbox, session } => {
+                let outbox = Outbox { events: outbox, _session: session };
+                self.outboxes.insert(stream, outbox);
+                Input::Opened(stream)
+            }
+            Event::Command { stream, command } => Input::Command { stream, command },
+            Event::Closed(stream) => {
+                self.outboxes.remove(&stream);
+                Input::Closed(stream)
+            }
+            Event::Engine(event) => self.engine_event(event),
+            Event::EngineStopped => {
+                self.engine_stopped = true;
+                return;
+            }
+            Event::Offered(id) => Input::Offered(id),
+            Event::Received(id, outcome) => {
+                self.receives.remove(&id);
+                Input::Received { id, outcome }
+            }
+            Event::Sent(id, outcome) => {
+                self.sends.remove(&id);
+                Input::Sent { id, outcome }
+            }
+            Event::Leave => Input::Leave,
+        };
+        self.worker.input(Instant::now(), input);
+    }
+
+    fn engine_event(&mut self, event: EngineEvent) -> Input {
+        match event {
+            EngineEvent::Admitted { id, lease, cached_tokens, queued } => {
+                self.lease = lease;
+                let cached_blocks = cached_tokens / self.hello.geometry.block_tokens;
+                Input::Admitted { id, cached_blocks, queued }
+            }
+            EngineEvent::KvReady { id, layer, blocks } => Input::KvReady {
+                id,
+                layer: layer as u32,
+                blocks: blocks.start as u32..blocks.end as u32,
+            },
+            EngineEvent::Tokens(tokens) => Input::Tokens(tokens),
+            EngineEvent::PromptLogprobs { id, tokens } => Input::PromptLogprobs { id, tokens },
+            EngineEvent::Failed { id, reason, retry } => Input::Failed { id, reason, retry },
+            EngineEvent::Ended { id } => Input::Ended(id),
+            EngineEvent::CacheChanged { stored, removed } => {
+                Input::CacheChanged { stored, removed }
+            }
+            EngineEvent::Snapshot(hashes) => Input::Snapshot(hashes),
+        }
+    }
+
+    fn act(&mut self) {
+        while let Some(action) = self.worker.poll_action() {
+            self.carry_out(action);
+        }
+        // Of a job that is not wanted any more.
+        self.lease = None;
+        let news = self.worker.news();
+        self.news.send_if_modified(|told| std::mem::replace(told, news) != news);
+    }
+
+    fn carry_out(&mut self, action: Action) {
+        match action {
+            Action::Tell { stream, event } => self.tell(stream, event),
+            Action::AskSnapshot => self.engine.snapshot(),
+            Action::Submit(submission) => {
+                let id = submission.job.id;
+                if let Err(error) = self.engine.submit(submission) {
+                    let (reason, retry) = (error.to_string(), error.retry());
+                    self.worker.input(Instant::now(), Input::Failed { id, reason, retry });
+                }
+            }
+            Action::Release(id) => self.engine.release(id),
+            Action::Imported { id, first } => self.engine.imported(id, first),
+            Action::Fetched(id) => self.engine.fetched(id),
+            Action::Stop(id) => self.engine.cancel(id),
+            Action::Send(transfer) => self.send(transfer),
+            Action::Ready { id, layer, blocks } => {
+                if let Some(send) = self.sends.get(&id) {
+                    send.ready(layer, blocks);
+                }
+            }
+            Action::Finish { id, first } => {
+                if let Some(send) = self.sends.get(&id) {
+                    send.finish(first);
+                }
+            }
+            Action::CancelSend(id) => {
+                if let Some(send) = self.sends.remove(&id) {
+                    send.cancel();
+                }
+            }
+            Action::Expect(transfer) => self.expect(transfer),
+            Action::Reserve { id, held } => {
+                if let (Some(receive), Some(lease)) = (self.receives.get(&id), self.lease.take()) {
+                    receive.reserve(Room { held, sink: Arc::new(LeaseSink(lease)) });
+                }
+            }
+            Action::CancelReceive(id) => {
+                if let Some(receive) = self.receives.remove(&id) {
+                    receive.cancel();
+                }
+            }
+        }
+    }
+
+    fn tell(&mut self, stream: StreamId, event: NodeEvent) {
+        let Some(outbox) = self.outboxes.get(&stream) else { return };
+        if outbox.events.try_send(event).is_err() {
+            tracing::warn!(stream = stream.0, "the coordinator does not read; closing its stream");
+            self.outboxes.remove(&stream);
+            self.worker.input(Instant::now(), Input::Closed(stream));
+        }
+    }
+
+    fn send(&mut self, transfer: Transfer) {
+        let Transfer { id, peer, hashes, blocks } = transfer;
+        let Some(lease) = self.lease.take() else {
+            tracing::error!(%id, "nothing was leased to be sent");
+            return;
+        };
+        let Hello { root, geometry, .. } = self.hello;
+        let source = Arc::new(LeaseSource(lease));
+        let outgoing = Outgoing { transfer: id, peer, root, geometry, hashes, blocks, source };
+        let send = Arc::new(self.endpoint.send(outgoing));
+        self.sends.insert(id, send.clone());
+        let events = self.events.clone();
+        tokio::spawn(async move {
+            let outcome = send.outcome().await;
+            // Without a driver the process is ending.
+            let _ = events.send(Event::Sent(id, outcome)).await;
+        });
+    }
+
+    fn expect(&mut self, transfer: Transfer) {
+        let Transfer { id, peer, hashes, blocks } = transfer;
+        let incoming = Incoming {
+            transfer: id,
+            from: peer.node,
+            epoch: peer.epoch,
+            root: self.hello.root,
+            geometry: self.hello.geometry,
+            hashes,
+            blocks,
+            room: None,
+            lease: Timing::default().lease,
+        };
+        let receive = Arc::new(self.endpoint.expect(incoming));
+        self.receives.insert(id, receive.clone());
+        let events = self.events.clone();
+        tokio::spawn(async move {
+            receive.offered().await;
+            let _ = events.send(Event::Offered(id)).await;
+            let outcome = receive.outcome().await;
+            let _ = events.send(Event::Received(id, outcome)).await;
+        });
+    }
+}
+
+/// The blocks of an export or of a served prefix.
+struct LeaseSource(Arc<BlockLease>);
+
+impl BlockSource for LeaseSource {
+    fn piece(&self, layer: u32, ordinal: u32) -> Bytes {
+        Bytes::from_owner(self.0.piece(layer as usize, ordinal as usize))
+    }
+}
+
+/// The blocks of an import or of a fetched prefix.
+struct LeaseSink(Arc<BlockLease>);
+
+impl BlockSink for LeaseSink {
+    fn write(&self, layer: u32, ordinal: u32, offset: usize, bytes: &[u8]) {
+        self.0.write(layer as usize, ordinal as usize, offset, bytes);
+    }
+}

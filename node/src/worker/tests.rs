@@ -1,0 +1,1 @@
+//! Any order of what coordinators, the engine and the endpoint say.
