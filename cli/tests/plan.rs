@@ -19,7 +19,7 @@ fn trace(folder: &Path) -> PathBuf {
         )
     };
     let file = folder.join("trace.jsonl");
-    std::fs::write(&file, (0..40).map(line).collect::<String>()).unwrap();
+    std::fs::write(&file, (0..40).map(line).collect::<String>()).expect("writable");
     file
 }
 
@@ -29,16 +29,16 @@ fn plan(file: &Path, arguments: &str) -> Output {
         .arg(file)
         .args(arguments.split_whitespace())
         .output()
-        .unwrap()
+        .expect("it was built with this test")
 }
 
 fn json(output: &Output) -> Value {
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    serde_json::from_slice(&output.stdout).unwrap()
+    serde_json::from_slice(&output.stdout).expect("JSON")
 }
 
 fn keys(value: &Value) -> Vec<&str> {
-    value.as_object().unwrap().keys().map(String::as_str).collect()
+    value.as_object().expect("an object").keys().map(String::as_str).collect()
 }
 
 #[test]
