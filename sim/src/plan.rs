@@ -101,8 +101,12 @@ pub fn search<E>(
     evaluate: impl FnMut(usize, usize) -> Result<Trial, E>,
 ) -> Result<Plan, E> {
     let mut search = Search { evaluate, tried: BTreeMap::new() };
-    if search.meets(most, most)? {
-        search.walk(fewest, most, prices)?;
+    let mut enough = 1;
+    while !search.meets(enough, enough)? && enough < most {
+        enough = most.min(2 * enough);
+    }
+    if search.meets(enough, enough)? {
+        search.walk(fewest, enough, most, prices)?;
     }
     let trials: Vec<Trial> = search.tried.into_values().collect();
     let price = |trial: &Trial| prices.of(trial.prefill, trial.decode);
@@ -123,25 +127,29 @@ struct Search<F> {
 }
 
 impl<E, F: FnMut(usize, usize) -> Result<Trial, E>> Search<F> {
-    /// Walks the border from the fewest prefill nodes on, for as long as it may get better.
-    fn walk(&mut self, fewest: usize, most: usize, prices: Prices) -> Result<(), E> {
-        let least_decode = least(1, most, |decode| self.meets(most, decode))?;
-        let mut prefill = least(fewest, most, |prefill| self.meets(prefill, most))?;
-        let mut decode = least(least_decode, most, |decode| self.meets(prefill, decode))?;
-        let (mut nodes, mut price) = (prefill + decode, prices.of(prefill, decode));
-        while decode > least_decode && prefill < most {
+    /// Walks the border from the fewest prefill nodes on, for as long as it may get better than
+    /// `enough` nodes of each kind, which do.
+    fn walk(&mut self, fewest: usize, enough: usize, most: usize, prices: Prices) -> Result<(), E> {
+        let (mut nodes, mut price) = (2 * enough, prices.of(enough, enough));
+        // Beyond these, one kind alone is more, and dearer.
+        let bound = |of_one: f64| most.min(nodes.max((price / of_one) as usize));
+        let (most_prefill, most_decode) = (bound(prices.prefill), bound(prices.decode));
+        let least_decode = least(1, enough, |decode| self.meets(most_prefill, decode))?;
+        let mut prefill = least(fewest, enough, |prefill| self.meets(prefill, most_decode))?;
+        let mut decode = least(least_decode, most_decode, |decode| self.meets(prefill, decode))?;
+        loop {
+            nodes = nodes.min(prefill + decode);
+            price = price.min(prices.of(prefill, decode));
             prefill += 1;
-            let best = prices.of(prefill, least_decode);
-            if prefill + least_decode > nodes && best > price {
-                break;
+            let hopeless =
+                prefill + least_decode > nodes && prices.of(prefill, least_decode) > price;
+            if decode == least_decode || prefill > most_prefill || hopeless {
+                return Ok(());
             }
             while decode > least_decode && self.meets(prefill, decode - 1)? {
                 decode -= 1;
             }
-            nodes = nodes.min(prefill + decode);
-            price = price.min(prices.of(prefill, decode));
         }
-        Ok(())
     }
 
     fn meets(&mut self, prefill: usize, decode: usize) -> Result<bool, E> {

@@ -47,7 +47,15 @@ proptest! {
         }).unwrap();
         prop_assert_eq!(found(&plan, prices), exhaustive(most, prices, meets));
         prop_assert_eq!(count, plan.trials.len());
+        let nodes = plan.smallest.map_or(1, |trial| trial.prefill + trial.decode);
         prop_assert!(count <= 2 * most + 16, "{count} trials for {most}");
+        let even = Prices { prefill: 1.0, decode: 1.0 };
+        let plan = search(0, most, even, |p, d| {
+            let times = Trial { prefill: p, decode: d, ttft_ms: 0.0, tpot_ms: 0.0, rejected: 0, meets: meets(p, d) };
+            Ok::<_, Infallible>(times)
+        }).unwrap();
+        let far = plan.trials.iter().filter(|trial| trial.prefill.max(trial.decode) > 4 * nodes);
+        prop_assert!(plan.smallest.is_none() || far.count() == 0);
     }
 }
 
