@@ -194,6 +194,7 @@ impl Scheduler {
         if let Some(&number) = self.numbers.get(&id) {
             self.end(number);
         }
+        self.stop_fetch(id);
     }
 
     /// The KV of an import is complete, and nobody writes it any more: it runs. Without effect on
@@ -234,7 +235,6 @@ impl Scheduler {
     /// Nobody reads or writes a job's leased blocks any more.
     pub fn lease_returned(&mut self, id: TransferId) {
         let Some(lease) = self.leases.remove(&id) else { return };
-        self.fetches.remove(&id);
         for &block in lease.blocks.iter().rev() {
             self.cache.release(block, User::Transfer);
         }
@@ -267,14 +267,18 @@ impl Scheduler {
     /// Whether anything of a job is still here: the sequence, or a lease of its blocks.
     #[must_use]
     pub fn knows(&self, id: TransferId) -> bool {
-        self.numbers.contains_key(&id) || self.leases.contains_key(&id)
+        self.holds(id) || self.leases.contains_key(&id)
     }
 
     /// Whether the job's end has been told while its lease is still out.
     #[must_use]
     pub fn end_told(&self, id: TransferId) -> bool {
         let lease = self.leases.get(&id);
-        !self.numbers.contains_key(&id) && lease.is_some_and(|lease| !lease.ended)
+        !self.holds(id) && lease.is_some_and(|lease| !lease.ended)
+    }
+
+    fn holds(&self, id: TransferId) -> bool {
+        self.numbers.contains_key(&id) || self.fetches.contains_key(&id)
     }
 
     /// The sequence of a planned chunk.
@@ -326,6 +330,11 @@ impl Scheduler {
 
     fn end(&mut self, number: u64) {
         let id = self.remove(number).id;
+        self.tell_end(id);
+    }
+
+    /// Tells that a job is over, with the return of its lease at the latest.
+    fn tell_end(&mut self, id: TransferId) {
         match self.leases.get_mut(&id) {
             Some(lease) => lease.ended = true,
             None => self.events.push(Event::Ended { id }),
@@ -382,7 +391,7 @@ impl Scheduler {
         let queued = self.waiting() + self.admitted();
         assert_eq!(queued, self.sequences.len(), "a sequence is in exactly one queue");
         assert!(self.admitted() <= self.limits.max_sequences);
-        assert!(self.fetches.keys().all(|id| self.leases.contains_key(id)));
+        assert!(self.fetches.keys().all(|id| !self.numbers.contains_key(id)));
         for (number, sequence) in &self.sequences {
             let queue = match sequence.phase {
                 Phase::Waiting if self.held.contains(number) => &self.held,
@@ -397,7 +406,7 @@ impl Scheduler {
                 _ => assert!((blocks - 1..=blocks).contains(&sequence.blocks.len())),
             }
         }
-        if self.sequences.is_empty() && self.leases.is_empty() {
+        if self.sequences.is_empty() && self.fetches.is_empty() && self.leases.is_empty() {
             let BlockCounts { active, leased, .. } = self.blocks();
             assert_eq!((active, leased), (0, 0), "nothing is left of ended sequences");
         }

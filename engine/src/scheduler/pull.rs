@@ -1,4 +1,5 @@
-//! Cached prefixes that leave for another node, or come from one: leases without a sequence.
+//! Cached prefixes that leave for another node, or come from one: leased blocks without a
+//! sequence.
 //!
 //! Neither waits for blocks. A prefix is served only as far as it is cached, which takes no block,
 //! and fetched only where there is room now: who cannot fetch computes.
@@ -13,7 +14,8 @@ use super::{Event, Lease, Scheduler};
 use crate::blocks::User;
 use crate::events::Kind;
 
-/// A prefix whose KV is on its way.
+/// A prefix whose KV is on its way. It owns its blocks besides the lease, which is returned before
+/// the end of the transfer is heard of.
 #[derive(Debug)]
 pub(super) struct Fetch {
     hashes: Vec<BlockHash>,
@@ -33,7 +35,8 @@ impl Scheduler {
         }
         let mut blocks = Vec::with_capacity(found);
         self.cache.share(&hashes, User::Transfer, &mut blocks);
-        self.lease(job.id, Kind::Serve, blocks, found);
+        // There is nothing but the lease.
+        self.lease(job.id, Kind::Serve, (blocks, found), true);
     }
 
     /// Leases blocks for the full blocks of `job`'s tokens, if there is room for those that are not
@@ -52,30 +55,57 @@ impl Scheduler {
         self.cache.share(&hashes[..found.blocks], User::Transfer, &mut blocks);
         let allocated = self.cache.allocate(needed, User::Transfer, &mut blocks);
         allocated.expect("as many blocks as were found available");
+        for &block in &blocks {
+            self.cache.retain(block, User::Transfer);
+        }
         let fetch = Fetch { hashes, blocks: blocks.clone(), held: found.blocks };
         self.fetches.insert(job.id, fetch);
-        self.lease(job.id, Kind::Fetch, blocks, found.blocks);
+        self.lease(job.id, Kind::Fetch, (blocks, found.blocks), false);
     }
 
     /// The KV of a fetch is complete, and nobody writes it any more: it is cached. Without effect
     /// on other jobs.
     pub fn fetched(&mut self, id: TransferId) {
-        let Some(Fetch { hashes, blocks, held }) = self.fetches.remove(&id) else { return };
-        let lease = self.leases.get_mut(&id).expect("a fetch has its blocks leased");
-        for ordinal in held..blocks.len() {
+        let Some(Fetch { hashes, mut blocks, held }) = self.fetches.remove(&id) else { return };
+        for ordinal in held..hashes.len() {
             let parent = ordinal.checked_sub(1).map(|before| hashes[before]);
             let cached = self.cache.insert(parent, hashes[ordinal], blocks[ordinal]);
-            // Somebody computed an equal block meanwhile; its successors are cached under that.
+            // Somebody computed an equal block meanwhile: its successors are cached under that, and
+            // who uses them uses it too.
             if cached != blocks[ordinal] {
                 self.cache.retain(cached, User::Transfer);
-                lease.blocks.push(cached);
+                blocks.push(cached);
+                if let Some(lease) = self.leases.get_mut(&id) {
+                    self.cache.retain(cached, User::Transfer);
+                    lease.blocks.push(cached);
+                }
             }
+        }
+        self.end_fetch(id, &blocks);
+    }
+
+    /// The KV of a fetch will not come. Without effect on other jobs.
+    pub(super) fn stop_fetch(&mut self, id: TransferId) {
+        if let Some(fetch) = self.fetches.remove(&id) {
+            self.end_fetch(id, &fetch.blocks);
         }
     }
 
-    fn lease(&mut self, id: TransferId, kind: Kind, blocks: Vec<u32>, cached_blocks: usize) {
-        // There is no sequence that could end later.
-        self.leases.insert(id, Lease { blocks: blocks.clone(), ended: true });
+    fn end_fetch(&mut self, id: TransferId, blocks: &[u32]) {
+        for &block in blocks.iter().rev() {
+            self.cache.release(block, User::Transfer);
+        }
+        self.tell_end(id);
+    }
+
+    fn lease(
+        &mut self,
+        id: TransferId,
+        kind: Kind,
+        (blocks, cached_blocks): (Vec<u32>, usize),
+        ended: bool,
+    ) {
+        self.leases.insert(id, Lease { blocks: blocks.clone(), ended });
         let queued = Duration::ZERO;
         self.events.push(Event::Admitted { id, kind, lease: blocks, cached_blocks, queued });
     }
