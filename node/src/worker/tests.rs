@@ -32,7 +32,7 @@ fn job(request: usize, seed: u32, length: usize, max_tokens: u32) -> Job {
         prompt_tokens: length,
         sampling: SamplingParams { max_tokens, ..SamplingParams::default() },
         salt: CacheSalt::default(),
-        deadline: None,
+        deadline: (seed == 2).then(|| Duration::from_millis(20)),
     }
 }
 
@@ -267,6 +267,7 @@ impl World {
     /// A transfer to here ends; well, if it can.
     fn receive(&mut self, id: TransferId, well: bool) {
         let Some(receive) = self.receives.remove(&id) else { return };
+        // As in the endpoint: the blocks are let go before the end is told.
         let whole = receive.reserved && receive.offered;
         if receive.reserved {
             self.scheduler.lease_returned(id);
@@ -347,6 +348,16 @@ impl World {
     }
 
     fn judge(&self) {
+        let mut failed = BTreeSet::new();
+        for (_, event) in &self.told {
+            match event {
+                NodeEvent::Failed { id, .. } => assert!(failed.insert(*id), "{id} fails twice"),
+                NodeEvent::Started { id, .. } | NodeEvent::Pulled { id, .. } => {
+                    assert!(!failed.contains(id), "{id} goes on after its end");
+                }
+                _ => {}
+            }
+        }
         for (&id, stream) in &self.begun {
             let open = self.streams[stream];
             let ends = self.ends(id);
@@ -361,11 +372,36 @@ impl World {
 
 #[derive(Clone, Debug)]
 enum Op {
-    Prefill { stream: u64, seed: u32, length: usize, pull: Option<usize> },
-    Remote { stream: u64, seed: u32, length: usize, tokens: u32 },
-    Local { stream: u64, seed: u32, length: usize, tokens: u32, pull: Option<usize> },
-    Serve { stream: u64, seed: u32, length: usize },
-    Cancel { stream: u64, of: usize, pull: bool },
+    Prefill {
+        stream: u64,
+        seed: u32,
+        length: usize,
+        pull: Option<usize>,
+    },
+    Remote {
+        stream: u64,
+        seed: u32,
+        length: usize,
+        tokens: u32,
+    },
+    Local {
+        stream: u64,
+        seed: u32,
+        length: usize,
+        tokens: u32,
+        pull: Option<usize>,
+    },
+    Serve {
+        stream: u64,
+        seed: u32,
+        length: usize,
+    },
+    /// By its owner, or by another coordinator.
+    Cancel {
+        by: Option<u64>,
+        of: usize,
+        pull: bool,
+    },
     Offer(usize),
     Receive(usize, bool),
     Sent(usize, bool),
@@ -391,8 +427,8 @@ fn op() -> impl Strategy<Value = Op> {
             Op::Local { stream, seed, length, tokens, pull }
         }),
         1 => shape().prop_map(|(stream, seed, length)| Op::Serve { stream, seed, length }),
-        1 => (1..4_u64, any::<usize>(), any::<bool>())
-            .prop_map(|(stream, of, pull)| Op::Cancel { stream, of, pull }),
+        2 => (prop::option::weighted(0.2, 1..4_u64), any::<usize>(), prop::bool::weighted(0.3))
+            .prop_map(|(by, of, pull)| Op::Cancel { by, of, pull }),
         4 => any::<usize>().prop_map(Op::Offer),
         4 => (any::<usize>(), prop::bool::weighted(0.8)).prop_map(|(i, well)| Op::Receive(i, well)),
         4 => (any::<usize>(), prop::bool::weighted(0.8)).prop_map(|(i, well)| Op::Sent(i, well)),
@@ -433,8 +469,9 @@ impl World {
                 let id = id(next).pull();
                 self.command(stream, Command::Serve { id, tokens, salt, to: peer() });
             }
-            Op::Cancel { stream, of, pull } => {
+            Op::Cancel { by, of, pull } => {
                 if let Some(id) = pick(&self.begun, of) {
+                    let stream = by.unwrap_or(self.begun[&id].0);
                     let id = if pull { id.pull() } else { id };
                     self.command(stream, Command::Cancel(id));
                 }
@@ -462,7 +499,7 @@ impl World {
             Op::Step => self.step(),
             Op::Wait(ms) => self.wait(ms),
             Op::Drain(draining) => self.command(1, Command::SetDraining(draining)),
-            Op::Open(stream) if self.streams.get(&StreamId(stream)).is_none() => self.open(stream),
+            Op::Open(stream) if !self.streams.contains_key(&StreamId(stream)) => self.open(stream),
             Op::Close(stream) if stream > 1 => self.close(stream),
             Op::Open(_) | Op::Close(_) => {}
         }

@@ -1,14 +1,14 @@
 //! Two nodes over real sockets, one of either role: what a coordinator
 //! sees of jobs that succeed, are cancelled, fail or are abandoned.
 
-mod support;
-
 use std::collections::HashMap;
 
+use crate::support::{
+    POISON, Pair, cancel, expected, hand_over, id, job, patiently, peer, started,
+};
 use baton_node::Event;
 use baton_proto::ids::Epoch;
 use baton_proto::message::{Command, NodeEvent, NodeFinish, Retry};
-use support::{POISON, Pair, cancel, expected, hand_over, id, job, patiently, peer, started};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_handed_over_sequence_is_the_one_computed_in_one_place() {
@@ -232,7 +232,7 @@ async fn what_cannot_be_done_is_refused_once_with_a_reason() {
 async fn a_draining_node_finishes_what_runs_and_takes_nothing_new() {
     let mut pair = Pair::start().await;
     let (_prefill, mut decode) = pair.streams().await;
-    let running = job(id(1), 1, 10, 50);
+    let running = job(id(1), 1, 10, 800);
     decode.command(Command::Decode { job: running.clone(), prefill: None, pull: None }).await;
     let first = decode.token(running.id).await;
     pair.decode.events.send(Event::Leave).await.expect("serving");
@@ -256,7 +256,7 @@ async fn a_draining_node_finishes_what_runs_and_takes_nothing_new() {
             other => panic!("unexpected {other:?}"),
         }
     }
-    assert_eq!(last.position, 49, "every token was told before the node left");
+    assert_eq!(last.position, 799, "every token was told before the node left");
     assert!(refused, "while the other one still ran");
     patiently("the node ends", pair.decode.serving).await.expect("no panic");
 }

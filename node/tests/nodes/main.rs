@@ -1,0 +1,5 @@
+//! Nodes with real engines, joined to a scripted coordinator over real sockets.
+
+mod handover;
+mod pull;
+mod support;
