@@ -100,17 +100,19 @@ impl Caller {
         address: String,
     ) -> Result<(), tonic::transport::Error> {
         let mut client = client(&self.identity, &address)?;
-        let mut heard = false;
+        let mut last = None;
         loop {
-            let result = self.call(&mut client).await;
-            match &result {
-                Ok(name) if !heard => tracing::info!(peer = %name, address, "sharing promises"),
-                Err(error) if heard => tracing::warn!(address, %error, "a peer fell silent"),
-                Err(error) => tracing::debug!(address, %error, "a peer is not there"),
-                Ok(_) => {}
+            let result = self.call(&mut client).await.map_err(|error| error.to_string());
+            let pause = if result.is_ok() { INTERVAL } else { PAUSE };
+            // Each change is told once.
+            if last.as_ref() != Some(&result) {
+                match &result {
+                    Ok(peer) => tracing::info!(%peer, address, "sharing promises"),
+                    Err(error) => tracing::warn!(address, error, "no promises shared"),
+                }
+                last = Some(result);
             }
-            heard = result.is_ok();
-            tokio::time::sleep(if heard { INTERVAL } else { PAUSE }).await;
+            tokio::time::sleep(pause).await;
         }
     }
 

@@ -60,6 +60,7 @@ pub(crate) fn gauges(status: &StatusView, index_blocks: u64) {
     gauge!("baton_requests_active").set(status.requests_active as f64);
     gauge!("baton_nodes", "role" => "prefill").set(status.prefill_nodes as f64);
     gauge!("baton_nodes", "role" => "decode").set(status.decode_nodes as f64);
+    gauge!("baton_peers").set(status.peers.len() as f64);
     gauge!("baton_index_blocks").set(index_blocks as f64);
     gauge!("baton_ready").set(f64::from(u8::from(status.ready)));
 }
