@@ -27,9 +27,9 @@ pub(crate) struct Target {
 }
 
 impl Target {
-    /// The coordinator at `address`.
-    pub(crate) fn new(address: impl Into<String>) -> Self {
-        Self { coordinator: vec![address.into()] }
+    /// The coordinators at `addresses`, with commas between them.
+    pub(crate) fn new(addresses: &str) -> Self {
+        Self { coordinator: addresses.split(',').map(str::to_owned).collect() }
     }
 
     /// All of them, in the order in which they are to be tried; never none.

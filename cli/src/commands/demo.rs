@@ -9,7 +9,8 @@ use baton_proto::wire::v1::{Chat, ChatMessage, GenerateRequest, Sampling};
 use serde::Deserialize;
 
 use super::CommandError;
-use super::generate::{Completion, complete};
+use super::complete::complete;
+use super::generate::Completion;
 use crate::client::Target;
 use crate::output::bytes;
 
@@ -55,7 +56,7 @@ pub(crate) async fn run(args: DemoArgs) -> Result<(), CommandError> {
     let options =
         ClusterOptions { prefill: args.prefill, decode: args.decode, ..ClusterOptions::default() };
     let cluster = Cluster::start(options).await?;
-    let result = ask_all(&Target::new(cluster.grpc().to_string()), &system, &questions).await;
+    let result = ask_all(&Target::new(&cluster.grpc().to_string()), &system, &questions).await;
     cluster.stop().await;
     match result? {
         0 => {

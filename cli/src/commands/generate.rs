@@ -1,6 +1,5 @@
 //! `baton generate`: asks for text and prints it as it comes.
 
-use std::io;
 use std::path::PathBuf;
 
 use baton_proto::wire::v1::generate_request::Input;
@@ -12,7 +11,8 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::CommandError;
-use crate::client::{Failure, Target, explain, inference, is_lost};
+use super::complete::complete;
+use crate::client::Target;
 use crate::output::print;
 
 /// Command line of `baton generate`.
@@ -175,7 +175,7 @@ pub(crate) struct Completion {
 }
 
 impl Completion {
-    fn add(&mut self, message: GenerateResponse) {
+    pub(super) fn add(&mut self, message: GenerateResponse) {
         self.request_id = message.request_id;
         self.text += &message.text;
         self.token_ids.extend(message.token_ids);
@@ -249,63 +249,6 @@ fn logprobs(tokens: &[TokenLogprobs]) -> Value {
         json!({"token_id": t.token_id, "logprob": t.logprob, "top": top})
     });
     if tokens.is_empty() { Value::Null } else { list.collect() }
-}
-
-/// Sends `request` to the first coordinator that serves it and gathers its completions; `on_text`
-/// sees the first one's text as it comes.
-pub(crate) async fn complete(
-    target: &Target,
-    request: GenerateRequest,
-    mut on_text: impl FnMut(&str) -> io::Result<()>,
-) -> Result<Vec<Completion>, CommandError> {
-    let mut failures = Vec::new();
-    for address in target.addresses() {
-        match complete_at(address, request.clone(), &mut on_text).await {
-            Ok(choices) => return Ok(choices),
-            Err(Failure::Final(error)) => return Err(error),
-            Err(Failure::TryAnother(error)) => failures.push(error.to_string()),
-        }
-    }
-    Err(failures.join("; ").into())
-}
-
-async fn complete_at(
-    address: &str,
-    request: GenerateRequest,
-    on_text: &mut impl FnMut(&str) -> io::Result<()>,
-) -> Result<Vec<Completion>, Failure> {
-    let mut choices: Vec<Completion> = Vec::new();
-    choices.resize_with(request.n.unwrap_or(1).max(1) as usize, Completion::default);
-    let mut stream = inference(address).await?.generate(request).await?.into_inner();
-    let mut begun = false;
-    loop {
-        let message = match stream.message().await {
-            Ok(Some(message)) => message,
-            Ok(None) => break,
-            Err(status) if begun => return Err(Failure::Final(broken(&status, &choices))),
-            Err(status) => return Err(status.into()),
-        };
-        begun = true;
-        if message.choice == 0 {
-            on_text(&message.text).map_err(|e| Failure::Final(e.into()))?;
-        }
-        let unasked = || Failure::Final("the coordinator sent a choice nobody asked for".into());
-        choices.get_mut(message.choice as usize).ok_or_else(unasked)?.add(message);
-    }
-    match choices.iter().all(|c| c.finished.reason() != FinishReason::Unspecified) {
-        true => Ok(choices),
-        false => Err(Failure::Final("the stream ended before the request was finished".into())),
-    }
-}
-
-/// What to say of a stream that fails after its first message. It is not tried again: what was
-/// shown cannot be taken back.
-fn broken(status: &tonic::Status, choices: &[Completion]) -> CommandError {
-    if !is_lost(status) {
-        return explain(status);
-    }
-    let tokens: usize = choices.iter().map(|choice| choice.token_ids.len()).sum();
-    format!("the stream broke after {tokens} tokens: {}", explain(status)).into()
 }
 
 /// Runs `baton generate`.

@@ -3,6 +3,7 @@
 pub(crate) mod cache;
 pub(crate) mod certs;
 pub(crate) mod check;
+mod complete;
 pub(crate) mod demo;
 pub(crate) mod drain;
 pub(crate) mod generate;
