@@ -192,6 +192,11 @@ impl Client {
         }
     }
 
+    /// It has ended, and what it asked is of no use any more.
+    pub(crate) fn forget(&mut self) {
+        (self.question.prompt, self.expected, self.tokens) = Default::default();
+    }
+
     fn failed(&mut self, error: &RequestError, since: Duration) -> Reaction {
         match error {
             RequestError::DeadlineExceeded => {

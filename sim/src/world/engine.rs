@@ -14,15 +14,15 @@ use baton_proto::ids::TransferId;
 use baton_proto::message::{Logprobs, Report};
 
 use super::memory::{Memory, Piece, embed, next_token};
+use crate::replay::{DecodeCost, PrefillCost};
 
 /// How long a device takes.
 #[derive(Clone, Copy, Debug)]
-pub struct Device {
-    /// Of a prompt of L tokens of which m are cached: `a + b (L - m) + c (L² - m²)` ms.
-    pub prefill_ms: [f64; 3],
-    /// Of a step of B sequences with K tokens of KV: `d0 + d1 B + d2 K` ms; a prompt's chunk in the
-    /// same step takes the place of `d0` if it is longer.
-    pub decode_ms: [f64; 3],
+pub(crate) struct Device {
+    /// Of prompts. What a prompt costs once comes with its last chunk.
+    pub(crate) prefill: PrefillCost,
+    /// Of steps with sequences that generate.
+    pub(crate) decode: DecodeCost,
 }
 
 /// What an engine tells its node.
@@ -274,20 +274,18 @@ impl Engine {
     }
 
     fn step_ms(&self, plan: &Plan) -> f64 {
-        let ([a, b, c], [d0, d1, d2]) = (self.device.prefill_ms, self.device.decode_ms);
-        let (mut prefill, mut sequences, mut held) = (0.0, 0.0, 0.0);
+        let Device { prefill, decode } = self.device;
+        let (mut prefill_ms, mut sequences, mut held) = (0.0, 0, 0);
         for chunk in &plan.chunks {
-            let (start, end) = (chunk.start as f64, chunk.end() as f64);
             if chunk.decode {
-                sequences += 1.0;
-                held += end;
+                sequences += 1;
+                held += chunk.end() as u64;
             } else {
-                // What a prompt costs once comes with its last chunk.
-                let once = if chunk.samples { a } else { 0.0 };
-                prefill += once + b * (end - start) + c * (end * end - start * start);
+                let once = if chunk.samples { prefill.start_ms } else { 0.0 };
+                prefill_ms += once + prefill.compute_ms(chunk.end() as u32, chunk.start as u32);
             }
         }
-        if sequences == 0.0 { prefill } else { d0.max(prefill) + d1 * sequences + d2 * held }
+        if sequences == 0 { prefill_ms } else { decode.ms(sequences, held, prefill_ms) }
     }
 
     fn exported(&self, plan: &Plan) -> Vec<(TransferId, Range<usize>)> {

@@ -24,13 +24,15 @@ mod net;
 mod node;
 mod scenario;
 mod timeline;
+mod traced;
 
-pub use engine::Device;
 pub use log::Logging;
 pub use scenario::{Report, run_seed};
+pub use traced::{TraceError, replay_trace};
 
 use client::{Client, Ended, Plan, Question, Reaction};
 use coordinator::Coordinator;
+use engine::Device;
 use faults::Fault;
 use log::note;
 use memory::request_id;
@@ -108,6 +110,8 @@ pub(crate) struct World {
     open: usize,
     root: ModelRoot,
     block_tokens: usize,
+    /// What clients that have ended asked is not kept.
+    pub(crate) forgets: bool,
     updates: VecDeque<(usize, Update)>,
 }
 
@@ -127,6 +131,7 @@ impl World {
             open: 0,
             root: info.root,
             block_tokens: info.geometry.block_tokens as usize,
+            forgets: false,
             updates: VecDeque::new(),
         };
         (0..world.options.len()).for_each(|coordinator| world.start_coordinator(coordinator));
@@ -361,7 +366,12 @@ impl World {
         while idle && let Some((client, update)) = self.updates.pop_front() {
             let now = self.net.now();
             let reaction = self.clients[client].hear(update, now);
-            self.open -= usize::from(self.clients[client].ended.is_some());
+            if self.clients[client].ended.is_some() {
+                self.open -= 1;
+                if self.forgets {
+                    self.clients[client].forget();
+                }
+            }
             self.react(client, reaction);
         }
     }

@@ -21,6 +21,7 @@ use super::memory::{Oracle, made_up_tokens};
 use super::net::{Net, Party, Quality};
 use super::node::NodeSpec;
 use super::{Device, World};
+use crate::replay::{DecodeCost, PrefillCost};
 
 /// Clients ask, and things go wrong, within this time; then everything is mended.
 const TROUBLE: Duration = Duration::from_secs(10);
@@ -190,18 +191,17 @@ impl Scenario {
     }
 
     fn device(dice: &mut Rng) -> Device {
-        Device {
-            prefill_ms: [
-                between(dice, 0.0, 10.0),
-                between(dice, 0.05, 2.0),
-                between(dice, 0.0, 0.001),
-            ],
-            decode_ms: [
-                between(dice, 1.0, 20.0),
-                between(dice, 0.01, 1.0),
-                between(dice, 0.0, 0.01),
-            ],
-        }
+        let prefill = PrefillCost {
+            start_ms: between(dice, 0.0, 10.0),
+            token_ms: between(dice, 0.05, 2.0),
+            square_ms: between(dice, 0.0, 0.001),
+        };
+        let decode = DecodeCost {
+            step_ms: between(dice, 1.0, 20.0),
+            sequence_ms: between(dice, 0.01, 1.0),
+            kv_token_ms: between(dice, 0.0, 0.01),
+        };
+        Device { prefill, decode }
     }
 
     fn add_clients(&self, world: &mut World, dice: &mut Rng) {
