@@ -17,7 +17,10 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("baton-node", &["baton-engine", "baton-identity", "baton-kvtransfer", "baton-proto"]),
     ("baton-prefill-node", &["baton-node", "baton-proto"]),
     ("baton-decode-node", &["baton-node", "baton-proto"]),
-    ("baton-sim", &["baton-coordinator", "baton-engine", "baton-kvtransfer", "baton-proto"]),
+    (
+        "baton-sim",
+        &["baton-coordinator", "baton-engine", "baton-kvtransfer", "baton-node", "baton-proto"],
+    ),
 ];
 
 /// Crates from elsewhere that only some crates may use, because of what they stand for.

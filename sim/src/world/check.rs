@@ -9,12 +9,9 @@ impl World {
     /// Whether every client has ended, no node has anything left to do, and all have joined.
     pub(crate) fn is_idle(&self) -> bool {
         let nodes = self.nodes.iter().flatten();
-        let idle = |node: &super::Node| {
-            node.jobs() == 0 && node.engine.is_empty() && node.endpoint.transfers() == (0, 0)
-        };
         let joined = |c: &super::Coordinator| c.joined() == self.specs.len();
         self.open == 0
-            && nodes.into_iter().all(idle)
+            && nodes.into_iter().all(super::Node::is_idle)
             && self.coordinators.iter().flatten().all(joined)
     }
 
@@ -23,9 +20,7 @@ impl World {
         let mut left = format!("{} clients", self.open);
         for (node, name) in self.nodes.iter().zip(&self.names) {
             let Some(node) = node else { continue };
-            let (jobs, transfers) = (node.jobs(), node.endpoint.transfers());
-            let blocks = node.engine.scheduler.blocks();
-            left += &format!("; {name}: {jobs} jobs, {transfers:?} transfers, {blocks:?}");
+            left += &format!("; {name}: {}", node.left());
         }
         left
     }
@@ -42,7 +37,7 @@ impl World {
             let BlockCounts { free, active, cached, leased } = scheduler.blocks();
             assert_eq!((active, leased), (0, 0), "blocks of nobody");
             assert_eq!(free + cached, node.spec.limits.kv_blocks as u64, "blocks are conserved");
-            assert_eq!(node.endpoint.transfers(), (0, 0), "transfers of nobody");
+            assert!(node.is_idle(), "something is left: {}", node.left());
         }
         for coordinator in 0..self.coordinators.len() {
             self.check_coordinator(coordinator, indexed);

@@ -6,9 +6,10 @@ use std::time::Instant;
 use baton_coordinator::cluster::LinkId;
 use baton_coordinator::control::{Control, Options};
 use baton_coordinator::core::{NewRequest, SubmitError, Update};
+use baton_coordinator::orders::{Order, OrderError};
 use baton_coordinator::requests::Action;
 use baton_proto::hash::BlockHash;
-use baton_proto::ids::{Epoch, RequestId};
+use baton_proto::ids::{Epoch, NodeId, RequestId};
 
 use super::Event;
 use super::log::note;
@@ -56,7 +57,7 @@ impl Coordinator {
     pub(crate) fn hear(
         &mut self,
         wire: WireId,
-        node: &baton_proto::ids::NodeId,
+        node: &NodeId,
         message: Message,
         net: &mut Net,
     ) -> Vec<(usize, Update)> {
@@ -89,7 +90,7 @@ impl Coordinator {
     pub(crate) fn lost(
         &mut self,
         wire: WireId,
-        node: &baton_proto::ids::NodeId,
+        node: &NodeId,
         net: &mut Net,
     ) -> Vec<(usize, Update)> {
         if self.control.leave(node, LinkId(wire), net.now(), &mut self.actions) {
@@ -127,6 +128,19 @@ impl Coordinator {
             self.control.cancel(id, net.now(), &mut self.actions);
         }
         self.settle(net)
+    }
+
+    /// An operator asks something of a node.
+    pub(crate) fn order(
+        &mut self,
+        node: &NodeId,
+        order: Order,
+        net: &mut Net,
+    ) -> Result<(), OrderError> {
+        self.control.order(node, order, false, &mut self.actions)?;
+        let updates = self.settle(net);
+        assert!(updates.is_empty(), "an order is no news to clients");
+        Ok(())
     }
 
     /// Its timer is due.

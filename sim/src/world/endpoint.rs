@@ -19,11 +19,16 @@ use super::{Event, NodeTimer};
 const FIRST_BACKOFF: Duration = Duration::from_millis(20);
 const LAST_BACKOFF: Duration = Duration::from_secs(1);
 
-/// How a transfer ended.
+/// What a node hears from its endpoint.
 #[derive(Debug)]
-pub(crate) enum Outcome {
-    Sent(Result<Sent, SendError>),
-    Received(Result<FirstToken, ReceiveError>),
+pub(crate) enum Happened {
+    /// An expected transfer was offered.
+    Offered(TransferId),
+    /// Nobody reads or writes the blocks of a transfer any more.
+    Returned(TransferId),
+    /// A transfer has arrived, or has failed.
+    Sent(TransferId, Result<Sent, SendError>),
+    Received(TransferId, Result<FirstToken, ReceiveError>),
 }
 
 /// See the module's description.
@@ -37,8 +42,8 @@ pub(crate) struct Endpoint {
     dialers: BTreeMap<usize, Dialer>,
     links_in: BTreeMap<WireId, LinkIn>,
     last_stream: u64,
-    /// Ended transfers that nobody has been told of yet.
-    pub(crate) outcomes: Vec<(TransferId, Outcome)>,
+    /// What the node has not heard yet.
+    pub(crate) happened: Vec<Happened>,
 }
 
 /// A connection from a node that sends to this one.
@@ -79,6 +84,10 @@ struct Outbound {
 struct Inbound {
     machine: Receiver,
     wire: Option<WireId>,
+    /// The offer has been told.
+    told: bool,
+    /// It has blocks to write to.
+    leased: bool,
     armed: Option<Instant>,
 }
 
@@ -108,7 +117,7 @@ impl Endpoint {
             dialers: BTreeMap::new(),
             links_in: BTreeMap::new(),
             last_stream: 0,
-            outcomes: Vec::new(),
+            happened: Vec::new(),
         }
     }
 
@@ -124,6 +133,7 @@ impl Endpoint {
 
     // The owner's inputs.
 
+    /// Sends blocks that are leased to the transfer until its end.
     pub(crate) fn send(
         &mut self,
         manifest: Manifest,
@@ -132,9 +142,15 @@ impl Endpoint {
     ) {
         let id = manifest.transfer;
         let machine = match Sender::new(around.net.now(), manifest, self.timing) {
-            Ok(machine) if !self.outbound.contains_key(&id) => machine,
-            Ok(_) => return self.outcomes.push((id, Outcome::Sent(Err(SendError::Busy)))),
-            Err(error) => return self.outcomes.push((id, Outcome::Sent(Err(error)))),
+            Ok(_) if self.outbound.contains_key(&id) => Err(SendError::Busy),
+            machine => machine,
+        };
+        let machine = match machine {
+            Ok(machine) => machine,
+            Err(error) => {
+                self.happened.push(Happened::Returned(id));
+                return self.happened.push(Happened::Sent(id, Err(error)));
+            }
         };
         let outbound =
             Outbound { machine, target, epoch, wire: None, stream: 0, unit: None, armed: None };
@@ -160,28 +176,44 @@ impl Endpoint {
         }
     }
 
+    /// Expects blocks for which there is no room yet.
     pub(crate) fn expect(
         &mut self,
         manifest: Manifest,
         (from, epoch): (NodeId, Epoch),
-        held: u32,
         around: &mut Around<'_>,
     ) {
         let id = manifest.transfer;
-        let lease = self.timing.lease;
-        let now = around.net.now();
-        let machine = match Receiver::new(now, manifest, Some(held), lease, &self.timing) {
-            Ok(machine) => machine,
-            Err(error) => return self.outcomes.push((id, Outcome::Received(Err(error)))),
-        };
-        let Some(offer) = self.inbox.expect(id, from, epoch, id) else {
-            return self.outcomes.push((id, Outcome::Received(Err(ReceiveError::Busy))));
-        };
-        self.inbound.insert(id, Inbound { machine, wire: None, armed: None });
-        match offer {
-            Some((link, offer)) => self.take_offer(&link, offer, around),
-            None => self.settle_in(id, around),
+        let (now, lease) = (around.net.now(), self.timing.lease);
+        let machine = Receiver::new(now, manifest, None, lease, &self.timing);
+        let machine = machine.and_then(|machine| match self.inbox.expect(id, from, epoch, id) {
+            Some(offer) => Ok((machine, offer)),
+            None => Err(ReceiveError::Busy),
+        });
+        match machine {
+            Ok((machine, offer)) => {
+                let inbound =
+                    Inbound { machine, wire: None, told: false, leased: false, armed: None };
+                self.inbound.insert(id, inbound);
+                match offer {
+                    Some((link, offer)) => self.take_offer(&link, offer, around),
+                    None => self.settle_in(id, around),
+                }
+            }
+            Err(error) => {
+                self.happened.push(Happened::Offered(id));
+                self.happened.push(Happened::Received(id, Err(error)));
+            }
         }
+    }
+
+    /// An expected transfer may write to blocks that are leased to it until its end; false: it has
+    /// ended.
+    pub(crate) fn reserve(&mut self, id: TransferId, held: u32, around: &mut Around<'_>) -> bool {
+        let Some(inbound) = self.inbound.get_mut(&id) else { return false };
+        inbound.leased = true;
+        self.receiver(id, around, |machine, now| machine.reserve(now, held));
+        true
     }
 
     /// An input for a receiver, if it still runs.
@@ -500,8 +532,8 @@ impl Endpoint {
         }
         if let Some(outcome) = outbound.machine.outcome().cloned() {
             self.outbound.remove(&id);
-            self.outcomes.push((id, Outcome::Sent(outcome)));
-            return;
+            self.happened.push(Happened::Returned(id));
+            return self.happened.push(Happened::Sent(id, outcome));
         }
         self.pump(id, around);
         self.arm_sender(id, around.net);
@@ -542,13 +574,19 @@ impl Endpoint {
                 around.net.send(wire, 1, 0, Message::Frame(Box::new(frame)));
             }
         }
-        if let (Some(outcome), Some(farewell)) =
-            (inbound.machine.outcome().cloned(), inbound.machine.farewell())
-        {
+        let ended = inbound.machine.outcome().cloned().zip(inbound.machine.farewell());
+        // Who waits for the offer hears of the end as well.
+        let tell = inbound.machine.offered() || ended.is_some();
+        if tell && !std::mem::replace(&mut inbound.told, true) {
+            self.happened.push(Happened::Offered(id));
+        }
+        if let Some((outcome, farewell)) = ended {
+            if inbound.leased {
+                self.happened.push(Happened::Returned(id));
+            }
             self.inbound.remove(&id);
             self.inbox.close(id, farewell);
-            self.outcomes.push((id, Outcome::Received(outcome)));
-            return;
+            return self.happened.push(Happened::Received(id, outcome));
         }
         let Some(due) = inbound.machine.poll_timeout() else { return };
         if inbound.armed.is_none_or(|armed| due < armed) {

@@ -52,6 +52,8 @@ struct Lease {
 #[derive(Default)]
 struct Inputs {
     submitted: Vec<(Submission, Instant)>,
+    released: BTreeSet<TransferId>,
+    fetched: BTreeSet<TransferId>,
     imported: BTreeMap<TransferId, FirstToken>,
     cancelled: BTreeSet<TransferId>,
     returned: Vec<TransferId>,
@@ -131,6 +133,18 @@ impl Engine {
         }
     }
 
+    pub(crate) fn release(&mut self, id: TransferId) {
+        if self.live.contains(&id) {
+            self.inputs.released.insert(id);
+        }
+    }
+
+    pub(crate) fn fetched(&mut self, id: TransferId) {
+        if self.live.contains(&id) {
+            self.inputs.fetched.insert(id);
+        }
+    }
+
     pub(crate) fn cancel(&mut self, id: TransferId) {
         if self.live.contains(&id) {
             self.inputs.cancelled.insert(id);
@@ -152,9 +166,10 @@ impl Engine {
 
     /// Whether the next turn would find something to do.
     pub(crate) fn has_inputs(&self) -> bool {
-        let Inputs { submitted, imported, cancelled, returned, snapshot } = &self.inputs;
-        let jobs = submitted.len() + imported.len() + cancelled.len() + returned.len();
-        jobs > 0 || *snapshot
+        let Inputs { submitted, released, fetched, imported, .. } = &self.inputs;
+        let Inputs { cancelled, returned, snapshot, .. } = &self.inputs;
+        let new = submitted.len() + released.len() + fetched.len() + imported.len();
+        new + cancelled.len() + returned.len() > 0 || *snapshot
     }
 
     /// Whether nothing is left of any job.
@@ -162,9 +177,9 @@ impl Engine {
         self.live.is_empty() && self.leases.is_empty()
     }
 
-    /// The blocks of a lease.
-    pub(crate) fn leased(&self, id: TransferId) -> Option<(usize, usize)> {
-        self.leases.get(&id).map(|lease| (lease.blocks.len(), lease.shared))
+    /// Whether blocks are leased for a transfer.
+    pub(crate) fn has_lease(&self, id: TransferId) -> bool {
+        self.leases.contains_key(&id)
     }
 
     /// One layer of an exported block.
@@ -191,15 +206,23 @@ impl Engine {
     pub(crate) fn turn(&mut self, now: Instant, news: &mut Vec<News>) {
         assert!(self.step.is_none(), "steps follow each other");
         let inputs = std::mem::take(&mut self.inputs);
-        for (Submission { job, kind, .. }, arrived) in inputs.submitted {
+        for (Submission { job, kind, held }, arrived) in inputs.submitted {
+            let id = job.id;
             self.scheduler.add(job, kind, arrived);
+            if held {
+                self.scheduler.hold(id);
+            }
         }
-        for (id, first) in inputs.imported {
-            if let Some(lease) = self.leases.get_mut(&id) {
+        inputs.released.into_iter().for_each(|id| self.scheduler.release(id));
+        for id in inputs.imported.keys().chain(&inputs.fetched) {
+            if let Some(lease) = self.leases.get_mut(id) {
                 lease.sealed = true;
             }
+        }
+        for (id, first) in inputs.imported {
             self.scheduler.imported(id, &first);
         }
+        inputs.fetched.into_iter().for_each(|id| self.scheduler.fetched(id));
         inputs.cancelled.into_iter().for_each(|id| self.scheduler.cancel(id));
         for id in &inputs.returned {
             self.leases.remove(id);
@@ -360,7 +383,8 @@ impl Engine {
             if let Event::Admitted { id, kind, lease, cached_blocks, .. } = &event
                 && *kind != Kind::Local
             {
-                let readable = if *kind == Kind::Export { *cached_blocks } else { 0 };
+                let reads = matches!(kind, Kind::Export | Kind::Serve);
+                let readable = if reads { *cached_blocks } else { 0 };
                 let lease = Lease {
                     blocks: lease.clone(),
                     shared: *cached_blocks,

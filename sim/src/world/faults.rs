@@ -1,5 +1,7 @@
 //! What goes wrong, and its mending.
 
+use baton_coordinator::orders::Order;
+
 use super::net::{Close, Party, Presence};
 use super::{Ended, Event, World, note};
 
@@ -18,10 +20,12 @@ pub(crate) enum Fault {
     Slow { node: usize, times: f64 },
     /// The connections between two parties break.
     Break(Party, Party),
-    /// A node takes nothing new; or does again.
-    Drain { node: usize, draining: bool },
+    /// An operator asks something of a node.
+    Order { node: usize, order: Order },
     /// Everything is mended.
     Mend,
+    /// Operators take back what they asked for.
+    RestoreOrders,
 }
 
 impl World {
@@ -38,12 +42,9 @@ impl World {
                 }
             }
             Fault::Break(a, b) => self.break_between(a, b),
-            Fault::Drain { node, draining } => {
-                if let Some(node) = &mut self.nodes[node] {
-                    node.drain(draining, &mut self.net);
-                }
-            }
+            Fault::Order { node, order } => self.order(node, order),
             Fault::Mend => self.mend(),
+            Fault::RestoreOrders => self.restore_orders(),
         }
     }
 
@@ -79,6 +80,17 @@ impl World {
         }
     }
 
+    /// Through some coordinator that knows the node. Nothing forces the last decode node away.
+    fn order(&mut self, node: usize, order: Order) {
+        for at in 0..self.coordinators.len() {
+            let Some(process) = &mut self.coordinators[at] else { continue };
+            match process.order(&self.names[node], order, &mut self.net) {
+                Ok(()) => return,
+                Err(error) => note!(self.net, "coordinator-{at} does not pass it on: {error}"),
+            }
+        }
+    }
+
     /// Each end notices by itself.
     fn break_between(&mut self, a: Party, b: Party) {
         for (wire, end) in self.net.ends_of(a) {
@@ -95,7 +107,15 @@ impl World {
         for node in 0..self.specs.len() {
             self.start_node(node);
             self.happen(Fault::Slow { node, times: 1.0 });
-            self.happen(Fault::Drain { node, draining: false });
+        }
+        self.restore_orders();
+    }
+
+    /// Nodes do again what they were meant to do. Those that are away hear it later.
+    fn restore_orders(&mut self) {
+        for node in 0..self.specs.len() {
+            self.order(node, Order::Drain(false));
+            self.order(node, Order::Role(self.specs[node].role));
         }
     }
 

@@ -46,6 +46,8 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
 /// Pauses between dials double from the least to the most.
 const LEAST_PAUSE: Duration = Duration::from_millis(50);
 const MOST_PAUSE: Duration = Duration::from_secs(1);
+/// Between two shares of a coordinator.
+const SHARE: Duration = Duration::from_millis(50);
 /// Most time until a client whose request was lost or refused asks again.
 const ASK_AGAIN: Duration = Duration::from_secs(1);
 
@@ -64,6 +66,8 @@ pub(crate) enum Event {
     Ask(usize),
     /// A client goes away.
     Leave(usize),
+    /// Coordinators tell each other what they have promised.
+    Share,
     /// Something goes wrong, or is mended.
     Fault(Fault),
 }
@@ -90,6 +94,8 @@ pub(crate) enum NodeTimer {
     Receiver(TransferId),
     /// A payload unit has left.
     Departed(TransferId),
+    /// The worker's deadline.
+    Worker,
     /// A KV dial had the time to succeed.
     Dialled {
         target: usize,
@@ -136,6 +142,9 @@ impl World {
         };
         (0..world.options.len()).for_each(|coordinator| world.start_coordinator(coordinator));
         (0..world.specs.len()).for_each(|node| world.start_node(node));
+        if world.options.len() > 1 {
+            world.net.timeline.after(SHARE, Event::Share);
+        }
         world
     }
 
@@ -172,6 +181,7 @@ impl World {
             }
             Event::Ask(client) => self.ask(client),
             Event::Leave(client) => self.leave(client, false),
+            Event::Share => self.share(),
             Event::Fault(fault) => self.happen(fault),
         }
         true
@@ -298,6 +308,26 @@ impl World {
         self.net.set_presence(party, Presence::Up, life);
         let (options, now) = (self.options[coordinator], self.net.now());
         self.coordinators[coordinator] = Some(Coordinator::start(coordinator, life, options, now));
+    }
+
+    /// What one says reaches the others, or not.
+    fn share(&mut self) {
+        let all = 0..self.coordinators.len();
+        for (from, to) in all.clone().flat_map(|from| all.clone().map(move |to| (from, to))) {
+            let lost = self.net.random.u32(..10) == 0;
+            if from == to || lost {
+                continue;
+            }
+            let now = self.net.now();
+            let Some(share) = self.coordinators[from].as_mut().map(|c| c.control.share(now)) else {
+                continue;
+            };
+            let name = format!("coordinator-{from}").parse().expect("a coordinator's name");
+            if let Some(to) = &mut self.coordinators[to] {
+                to.control.heard(&name, share, now);
+            }
+        }
+        self.net.timeline.after(SHARE, Event::Share);
     }
 
     fn ask(&mut self, number: usize) {

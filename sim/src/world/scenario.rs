@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use baton_coordinator::control::Options;
+use baton_coordinator::orders::Order;
 use baton_coordinator::placement::LocalPrefill;
 use baton_coordinator::requests::Limits as RequestLimits;
 use baton_engine::EngineInfo;
@@ -259,6 +260,9 @@ impl Scenario {
             }
         }
         world.arrange(TROUBLE, Fault::Mend);
+        for seconds in [5, 15] {
+            world.arrange(TROUBLE + Duration::from_secs(seconds), Fault::RestoreOrders);
+        }
         count
     }
 
@@ -268,15 +272,19 @@ impl Scenario {
         let other = (node + dice.usize(..self.specs.len())) % self.specs.len();
         let other = if other == node { coordinator } else { Party::Node(other) };
         let (party, dark) = (Party::Node(node), dice.bool());
-        match dice.u32(..9) {
+        match dice.u32(..10) {
             0 | 1 => (Fault::Die { party, dark }, Some(Fault::Start(party))),
             2 => (Fault::Die { party: coordinator, dark }, Some(Fault::Start(coordinator))),
             3 | 4 => (Fault::Cut(party, other), Some(Fault::Heal(party, other))),
             5 => (Fault::Slow { node, times: 10.0 }, Some(Fault::Slow { node, times: 1.0 })),
             6 | 7 => (Fault::Break(party, other), None),
-            _ => {
-                let drain = |draining| Fault::Drain { node, draining };
+            8 => {
+                let drain = |draining| Fault::Order { node, order: Order::Drain(draining) };
                 (drain(true), Some(drain(false)))
+            }
+            _ => {
+                let role = one_of(dice, &[Role::Prefill, Role::Decode]);
+                (Fault::Order { node, order: Order::Role(role) }, None)
             }
         }
     }

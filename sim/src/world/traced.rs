@@ -88,9 +88,8 @@ pub fn replay_trace(settings: &Settings, trace: &Trace) -> Result<Outcome, Trace
     }
     let token_bytes = geometry(settings, trace.block_tokens).token_bytes() as u64;
     let pairs = world.clients.iter().zip(&trace.requests);
-    let records = pairs.map(|(client, asked)| {
-        record(client, asked.arrival_ms, trace.block_tokens, token_bytes)
-    });
+    let records = pairs
+        .map(|(client, asked)| record(client, asked.arrival_ms, trace.block_tokens, token_bytes));
     Ok(Outcome { records: records.collect() })
 }
 
@@ -122,11 +121,8 @@ fn geometry(settings: &Settings, block_tokens: u32) -> KvGeometry {
 fn world(settings: &Settings, block_tokens: u32, room: usize) -> World {
     let geometry = geometry(settings, block_tokens);
     let gbps = settings.link.map_or(FAST_GBPS, |link| link.gbps);
-    let quality = Quality {
-        latency: LATENCY,
-        jitter: Duration::ZERO,
-        bytes_per_second: gbps * 1e9 / 8.0,
-    };
+    let quality =
+        Quality { latency: LATENCY, jitter: Duration::ZERO, bytes_per_second: gbps * 1e9 / 8.0 };
     let (kv_blocks, vocab_size) = (settings.cache_blocks, VOCAB as usize);
     let info = EngineInfo {
         root: ModelRoot::new(&[7; 32], &geometry),
