@@ -3,13 +3,14 @@
 use std::collections::BTreeMap;
 use std::time::Instant;
 
-use baton_coordinator::cluster::LinkId;
+use baton_coordinator::cluster::{LinkId, NodeRef};
 use baton_coordinator::control::{Control, Options};
 use baton_coordinator::core::{NewRequest, SubmitError, Update};
 use baton_coordinator::orders::{Order, OrderError};
 use baton_coordinator::requests::Action;
 use baton_proto::hash::BlockHash;
 use baton_proto::ids::{Epoch, NodeId, RequestId};
+use baton_proto::message::{Command, Peer, Pull};
 
 use super::Event;
 use super::log::note;
@@ -26,12 +27,20 @@ pub(crate) struct Coordinator {
     /// Which client has which request.
     clients: BTreeMap<RequestId, usize>,
     actions: Vec<Action>,
+    /// Share of the prompts of which a part is pulled, wherever that makes sense or not.
+    pulls: f64,
     armed: Option<Instant>,
 }
 
 impl Coordinator {
     /// A process that has just started.
-    pub(crate) fn start(index: usize, life: u64, options: Options, now: Instant) -> Self {
+    pub(crate) fn start(
+        index: usize,
+        life: u64,
+        options: Options,
+        pulls: f64,
+        now: Instant,
+    ) -> Self {
         Self {
             index,
             life,
@@ -39,6 +48,7 @@ impl Coordinator {
             links: BTreeMap::new(),
             clients: BTreeMap::new(),
             actions: Vec::new(),
+            pulls,
             armed: None,
         }
     }
@@ -154,15 +164,15 @@ impl Coordinator {
 
     /// Carries out what was decided; what clients are told is returned.
     fn settle(&mut self, net: &mut Net) -> Vec<(usize, Update)> {
-        let mut updates = Vec::new();
-        for action in self.actions.drain(..) {
+        let (mut updates, mut pulls) = (Vec::new(), Vec::new());
+        for action in std::mem::take(&mut self.actions) {
             note!(net, "coordinator-{} {action:?}", self.index);
             match action {
-                Action::Send { to, command } => {
-                    let link = self.links.get(&index_of(&to.node));
-                    if let Some(&(wire, _)) = link.filter(|(_, epoch)| *epoch == to.epoch) {
-                        net.send(wire, 1, 0, Message::Command(Box::new(command)));
+                Action::Send { to, mut command } => {
+                    if net.random.f64() < self.pulls {
+                        pulls.extend(self.add_pull(&to, &mut command, net));
                     }
+                    self.send(&to, command, net);
                 }
                 Action::Update { request, update } => {
                     let ended = matches!(update, Update::Done(_) | Update::Failed(_));
@@ -175,6 +185,9 @@ impl Coordinator {
                 }
             }
         }
+        for (to, serve) in pulls {
+            self.send(&to, serve, net);
+        }
         if let Some(due) = self.control.poll_timeout()
             && self.armed.is_none_or(|armed| due < armed)
         {
@@ -183,5 +196,49 @@ impl Coordinator {
             net.timeline.at(due, Event::Coordinator { coordinator, life });
         }
         updates
+    }
+
+    fn send(&self, to: &NodeRef, command: Command, net: &mut Net) {
+        let link = self.links.get(&index_of(&to.node));
+        if let Some(&(wire, _)) = link.filter(|(_, epoch)| *epoch == to.epoch) {
+            net.send(wire, 1, 0, Message::Command(Box::new(command)));
+        }
+    }
+
+    /// Lets a node that computes a prompt fetch a part of it from any other node: a pull is worth a
+    /// try, and never a reason to fail. Returns what the other node is told.
+    fn add_pull(
+        &self,
+        to: &NodeRef,
+        command: &mut Command,
+        net: &mut Net,
+    ) -> Option<(NodeRef, Command)> {
+        let (job, pull) = match command {
+            Command::Prefill { job, pull: pull @ None, .. } => (job, pull),
+            Command::Decode { job, prefill: None, pull: pull @ None } => (job, pull),
+            _ => return None,
+        };
+        let others: Vec<usize> = self.links.keys().copied().collect();
+        let other = others[net.random.usize(..others.len())];
+        let tokens = net.random.usize(1..=job.tokens.len());
+        let peer = |node: usize, epoch: Epoch| Peer {
+            node: format!("node-{node}").parse().expect("a node name"),
+            epoch,
+            kv_address: "node:1".to_owned(),
+        };
+        let (_, epoch) = self.links[&other];
+        let from = peer(other, epoch);
+        if from.node == to.node {
+            return None;
+        }
+        let serve = Command::Serve {
+            id: job.id.pull(),
+            tokens: job.tokens[..tokens].to_vec(),
+            salt: job.salt,
+            to: peer(index_of(&to.node), to.epoch),
+        };
+        let source = NodeRef { node: from.node.clone(), epoch };
+        *pull = Some(Pull { from, tokens });
+        Some((source, serve))
     }
 }

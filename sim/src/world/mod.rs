@@ -116,6 +116,8 @@ pub(crate) struct World {
     open: usize,
     root: ModelRoot,
     block_tokens: usize,
+    /// Share of the prompts of which coordinators let a part be pulled from anywhere.
+    pulls: f64,
     /// What clients that have ended asked is not kept.
     pub(crate) forgets: bool,
     updates: VecDeque<(usize, Update)>,
@@ -123,7 +125,7 @@ pub(crate) struct World {
 
 impl World {
     /// Starts all processes.
-    pub(crate) fn new(net: Net, specs: Vec<NodeSpec>, options: Vec<Options>) -> Self {
+    pub(crate) fn new(net: Net, specs: Vec<NodeSpec>, options: Vec<Options>, pulls: f64) -> Self {
         let info = specs[0].info;
         let name = |at: usize| format!("node-{at}").parse().expect("a node name");
         let mut world = Self {
@@ -137,6 +139,7 @@ impl World {
             open: 0,
             root: info.root,
             block_tokens: info.geometry.block_tokens as usize,
+            pulls,
             forgets: false,
             updates: VecDeque::new(),
         };
@@ -307,7 +310,8 @@ impl World {
         let life = self.net.life(party) + 1;
         self.net.set_presence(party, Presence::Up, life);
         let (options, now) = (self.options[coordinator], self.net.now());
-        self.coordinators[coordinator] = Some(Coordinator::start(coordinator, life, options, now));
+        let process = Coordinator::start(coordinator, life, options, self.pulls, now);
+        self.coordinators[coordinator] = Some(process);
     }
 
     /// What one says reaches the others, or not.

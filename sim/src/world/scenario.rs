@@ -59,7 +59,8 @@ pub fn run_seed(seed: u64, logging: Logging) -> Report {
     let mut dice = Rng::with_seed(seed);
     let scenario = Scenario::roll(&mut dice);
     let net = Net::new(dice.u64(..), scenario.quality, Log::new(logging));
-    let mut world = World::new(net, scenario.specs.clone(), scenario.options.clone());
+    let mut world =
+        World::new(net, scenario.specs.clone(), scenario.options.clone(), scenario.pulls);
     scenario.add_clients(&mut world, &mut dice);
     let faults = scenario.add_faults(&mut world, &mut dice);
     run(&mut world);
@@ -107,6 +108,7 @@ struct Scenario {
     specs: Vec<NodeSpec>,
     options: Vec<Options>,
     max_model_len: usize,
+    pulls: f64,
     /// The index has room for all that the nodes may hold.
     indexed: bool,
 }
@@ -176,7 +178,8 @@ impl Scenario {
             jitter: Duration::from_millis(one_of(dice, &[0, 0, 1, 10, 100])),
             bytes_per_second: geometry.piece_bytes() as f64 / piece_seconds,
         };
-        Self { quality, specs, options: vec![options; coordinators], max_model_len, indexed }
+        let pulls = one_of(dice, &[0.0, 0.0, 0.3, 0.8]);
+        Self { quality, pulls, specs, options: vec![options; coordinators], max_model_len, indexed }
     }
 
     fn timing(dice: &mut Rng) -> Timing {

@@ -156,7 +156,7 @@ fn world(settings: &Settings, block_tokens: u32, room: usize) -> World {
         local_prefill: LocalPrefill::Auto,
     };
     let net = Net::new(settings.seed, quality, Log::new(Logging::Off));
-    let mut world = World::new(net, roles.map(spec).collect(), vec![options]);
+    let mut world = World::new(net, roles.map(spec).collect(), vec![options], 0.0);
     world.forgets = true;
     world
 }
