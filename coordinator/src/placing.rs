@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use baton_proto::ids::{NodeId, Role, TransferId};
-use baton_proto::message::Report;
+use baton_proto::message::{BlockCounts, Report};
 
 use crate::cluster::{Cluster, Member, NodeRef};
 use crate::index::{Index, Matches, NodeKeys};
@@ -96,10 +96,10 @@ fn candidate<'a>(
     cached_tokens: usize,
     placing: &Placing,
 ) -> Candidate<'a> {
-    let Report { running, waiting, blocks, .. } = &member.report;
+    let Report { running, waiting, blocks, waiting_blocks, .. } = &member.report;
     let (load, shared) = (placing.ledger.load(node), placing.shares.load(node));
-    let reported = blocks.free.saturating_add(blocks.cached);
-    let none_yet = member.report == Report::default();
+    let reported = blocks.free.saturating_add(blocks.cached).saturating_sub(*waiting_blocks);
+    let none_yet = *blocks == BlockCounts::default();
     let room = if none_yet { member.hello.total_blocks } else { reported };
     Candidate {
         node,

@@ -302,6 +302,15 @@ impl Scheduler {
         self.waiting.len() + self.held.len()
     }
 
+    /// Blocks that they will need.
+    #[must_use]
+    pub fn waiting_blocks(&self) -> usize {
+        let waiting = self.waiting.iter().chain(&self.held);
+        let blocks =
+            |number| self.sequences[number].tokens.len().div_ceil(self.limits.block_tokens);
+        waiting.map(blocks).sum()
+    }
+
     /// Sequences admitted.
     #[must_use]
     pub fn admitted(&self) -> usize {

@@ -159,6 +159,7 @@ impl Device {
             running: self.scheduler.admitted() as u32,
             queued_tokens: self.scheduler.queued_tokens() as u64,
             blocks: self.scheduler.blocks(),
+            waiting_blocks: self.scheduler.waiting_blocks() as u64,
             prefill_tokens_per_second: self.pace.prefill_tokens_per_second(),
             decode_step_ms: self.pace.decode_step_ms(),
             ..Report::default()

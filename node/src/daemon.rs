@@ -144,8 +144,7 @@ async fn start(config: Config, role: Role) -> Result<Node, StartError> {
     };
     let node = Node::start(setup, Box::new(model));
     if let Some(listener) = metrics {
-        let engine = node.engine.clone();
-        tokio::spawn(telemetry::serve_metrics(listener, move || engine.report()));
+        tokio::spawn(telemetry::serve_metrics(listener, node.reporter()));
     }
     // Whoever started the daemon may have closed its end.
     let _ = writeln!(std::io::stdout(), "ready {role}={name} kv={kv_address}");

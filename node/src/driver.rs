@@ -10,7 +10,7 @@ use baton_kvtransfer::{
     Room, SendError, SendHandle, Sent, Timing,
 };
 use baton_proto::ids::TransferId;
-use baton_proto::message::{Command, Hello, NodeEvent};
+use baton_proto::message::{Command, Hello, NodeEvent, Report};
 use bytes::Bytes;
 use tokio::sync::{mpsc, oneshot, watch};
 
@@ -53,6 +53,11 @@ pub enum Event {
     Sent(TransferId, Result<Sent, SendError>),
     /// Take nothing new, and stop when all is done.
     Leave,
+}
+
+/// The load of the engine, and what the node itself has to say.
+pub(crate) fn report(engine: &Engine, News { role, draining, .. }: News) -> Report {
+    Report { role, draining, ..engine.report() }
 }
 
 /// A stream as its session is reached.

@@ -18,7 +18,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::Streaming;
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint};
 
-use crate::driver::{Event, MAX_OUTBOX};
+use crate::driver::{self, Event, MAX_OUTBOX};
 use crate::worker::{News, StreamId};
 
 /// A coordinator that takes longer to answer a dial or a hello is dialled again.
@@ -183,8 +183,7 @@ impl Joiner {
                 _ = ticks.tick() => {}
                 Ok(()) = news.changed() => tokio::time::sleep(LEAST_REPORT_PAUSE).await,
             }
-            let mut report = self.engine.report();
-            News { role: report.role, draining: report.draining, .. } = *news.borrow_and_update();
+            let report = driver::report(&self.engine, *news.borrow_and_update());
             outbox.try_send(NodeEvent::Report(report)).map_err(|_| SessionError::Slow)?;
         }
     }

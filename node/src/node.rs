@@ -9,10 +9,10 @@ use baton_engine::{Engine, EngineConfig, EngineInfo, Forward};
 use baton_identity::Identity;
 use baton_kvtransfer::{Endpoint, TRANSPORTS};
 use baton_proto::ids::{Epoch, Role};
-use baton_proto::message::Hello;
+use baton_proto::message::{Hello, Report};
 use tokio::sync::{mpsc, watch};
 
-use crate::driver::{Driver, Event, MAX_EVENTS};
+use crate::driver::{self, Driver, Event, MAX_EVENTS};
 use crate::join::Joiner;
 use crate::worker::News;
 
@@ -47,6 +47,7 @@ pub struct Node {
     pub engine: Engine,
     /// Moves KV.
     pub endpoint: Endpoint,
+    news: watch::Receiver<News>,
     driver: Driver,
     received: mpsc::Receiver<Event>,
     sessions: tokio::task::JoinSet<()>,
@@ -68,14 +69,28 @@ impl Node {
             hello,
             engine: engine.clone(),
             events: events.clone(),
-            news: reported,
+            news: reported.clone(),
             streams: AtomicU64::new(0),
         });
         let mut sessions = tokio::task::JoinSet::new();
         for coordinator in setup.coordinators {
             sessions.spawn(joiner.clone().keep_joined(coordinator));
         }
-        Self { events, engine, endpoint: setup.endpoint, driver, received, sessions }
+        Self {
+            events,
+            engine,
+            endpoint: setup.endpoint,
+            news: reported,
+            driver,
+            received,
+            sessions,
+        }
+    }
+
+    /// Says what coordinators are told of the node's load.
+    pub fn reporter(&self) -> impl Fn() -> Report + Send + 'static {
+        let (engine, news) = (self.engine.clone(), self.news.clone());
+        move || driver::report(&engine, *news.borrow())
     }
 
     /// Works until the node has drained, or its engine has stopped.

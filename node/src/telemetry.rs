@@ -4,6 +4,7 @@ use std::fmt::Write;
 use std::io;
 use std::time::Duration;
 
+use baton_proto::ids::Role;
 use baton_proto::message::Report;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
@@ -76,9 +77,16 @@ fn exposition(report: &Report) -> String {
         writeln!(text, "baton_node_kv_blocks{{state=\"{state}\"}} {count}")
             .expect("a string takes all");
     }
-    let gauges: [(&str, &str, f64); 6] = [
+    let decode = f64::from(u8::from(report.role == Role::Decode));
+    let gauges: [(&str, &str, f64); 8] = [
+        ("decode_role", "1 for a decode node, 0 for a prefill node.", decode),
         ("draining", "1 while the node takes nothing new.", f64::from(u8::from(report.draining))),
         ("sequences_waiting", "Sequences not yet started.", report.waiting.into()),
+        (
+            "kv_blocks_waiting",
+            "Blocks that waiting sequences will need.",
+            report.waiting_blocks as f64,
+        ),
         ("sequences_running", "Sequences started.", report.running.into()),
         ("queued_tokens", "Prompt tokens not yet computed.", report.queued_tokens as f64),
         (

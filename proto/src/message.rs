@@ -152,6 +152,9 @@ pub struct Report {
     pub queued_tokens: u64,
     /// The block pool.
     pub blocks: BlockCounts,
+    /// Blocks that the waiting sequences will need. A decode node reserves a prompt's blocks when its
+    /// prefill has begun; until then it waits.
+    pub waiting_blocks: u64,
     /// Measured prefill speed; 0 until measured.
     pub prefill_tokens_per_second: f64,
     /// Measured duration of a decode step; 0 until measured.

@@ -8,7 +8,7 @@ use crate::support::{
 };
 use baton_node::Event;
 use baton_proto::ids::Epoch;
-use baton_proto::message::{Command, NodeEvent, NodeFinish, Retry};
+use baton_proto::message::{Command, Job, NodeEvent, NodeFinish, Retry};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_handed_over_sequence_is_the_one_computed_in_one_place() {
@@ -270,4 +270,66 @@ async fn a_node_whose_engine_fails_leaves_after_its_jobs_have() {
     decode.command(Command::Decode { job: poison.clone(), prefill: None, pull: None }).await;
     assert_eq!(decode.failure(poison.id).await.0, Retry::OtherNode);
     patiently("the node ends", pair.decode.serving).await.expect("no panic");
+}
+
+/// Two coordinators, each of which reached one node first: there are blocks for one of the two jobs
+/// on each node, and neither job may keep those of one node while it waits for the other.
+#[tokio::test(flavor = "multi_thread")]
+async fn jobs_that_come_to_full_nodes_in_opposite_orders_both_end() {
+    let mut pair = Pair::start().await;
+    let (mut prefill, mut decode) = pair.streams().await;
+    let (a, b) = (job(id(1), 1, 600, 5), job(id(2), 2, 600, 5));
+    let (from, to) = (peer(&prefill, "prefill-0"), peer(&decode, "decode-0"));
+    let first = |job: &Job| Command::Prefill { job: job.clone(), decode: to.clone(), pull: None };
+    let second = |job: &Job| {
+        let prefill = Some(from.clone());
+        Command::Decode { job: job.clone(), prefill, pull: None }
+    };
+    prefill.command(first(&a)).await;
+    decode.command(second(&b)).await;
+    started(&mut prefill, a.id).await;
+    pair.decode.expects(1).await;
+    prefill.command(first(&b)).await;
+    decode.command(second(&a)).await;
+    let mut got = HashMap::<_, Vec<_>>::new();
+    for job in [&a, &b] {
+        let token = prefill.token(job.id).await.token;
+        got.insert(job.id, vec![token]);
+    }
+    let mut finished = 0;
+    while finished < 2 {
+        if let NodeEvent::Tokens(tokens) = decode.next().await {
+            for token in tokens {
+                finished += usize::from(token.finish.is_some());
+                got.entry(token.id).or_default().push(token.token);
+            }
+        }
+    }
+    assert_eq!((&got[&a.id], &got[&b.id]), (&expected(&a), &expected(&b)));
+    pair.idle().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_decode_node_reports_what_waits_for_a_prefill() {
+    let mut pair = Pair::start().await;
+    let (mut prefill, mut decode) = pair.streams().await;
+    let job = job(id(1), 1, 41, 12);
+    let from = Some(peer(&prefill, "prefill-0"));
+    decode.command(Command::Decode { job: job.clone(), prefill: from, pull: None }).await;
+    loop {
+        if let NodeEvent::Report(report) = decode.any().await
+            && (report.waiting, report.waiting_blocks) == (1, 11)
+        {
+            assert_eq!(report.blocks.leased, 0, "nothing is held for what has not begun");
+            break;
+        }
+    }
+    let to = peer(&decode, "decode-0");
+    prefill.command(Command::Prefill { job: job.clone(), decode: to, pull: None }).await;
+    let mut tokens = vec![prefill.token(job.id).await.token];
+    tokens.extend(decode.rest(job.id).await.iter().map(|token| token.token));
+    assert_eq!(tokens, expected(&job));
+    let waiting = decode.idle().await.waiting_blocks;
+    assert_eq!(waiting, 0);
+    pair.idle().await;
 }

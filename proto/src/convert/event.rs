@@ -158,6 +158,7 @@ impl From<Report> for wire::Report {
             prefill_tokens_per_second: r.prefill_tokens_per_second,
             decode_step_ms: r.decode_step_ms,
             role: r.role.as_str().to_owned(),
+            waiting_blocks: r.waiting_blocks,
         }
     }
 }
@@ -186,6 +187,7 @@ impl TryFrom<wire::Report> for Report {
                 cached: r.cached_blocks,
                 leased: r.leased_blocks,
             },
+            waiting_blocks: r.waiting_blocks,
             prefill_tokens_per_second: r.prefill_tokens_per_second,
             decode_step_ms: r.decode_step_ms,
         })

@@ -74,7 +74,12 @@ fn events_survive_the_wire() {
     let hash = |n| BlockHash([n; 16]);
     let events = [
         NodeEvent::Report(Report { waiting: 1, decode_step_ms: 2.5, ..Report::default() }),
-        NodeEvent::Report(Report { role: Role::Decode, draining: true, ..Report::default() }),
+        NodeEvent::Report(Report {
+            role: Role::Decode,
+            draining: true,
+            waiting_blocks: 9,
+            ..Report::default()
+        }),
         NodeEvent::Cache { sequence: 1, stored: vec![hash(1), hash(2)], removed: vec![hash(3)] },
         NodeEvent::Snapshot { sequence: 9, hashes: vec![hash(4)], last: true },
         NodeEvent::Started { id, cached_tokens: 3, queued: Duration::from_millis(5) },
