@@ -12,7 +12,7 @@ use serde::Deserialize;
 use crate::control::Options;
 use crate::front::{PlaintextRefused, check_plaintext};
 use crate::peers::MAX_PEERS;
-use crate::placement::LocalPrefill;
+use crate::placement::{self, LocalPrefill};
 use crate::requests::Limits;
 
 /// Every key as it was given. In the file a key has `_` where its flag has `-`.
@@ -224,6 +224,7 @@ impl TryFrom<Settings> for Config {
         };
         let index_blocks = above_0("index_blocks", settings.index_blocks.unwrap_or(4 << 20))?;
         let local_prefill = settings.local_prefill.unwrap_or_default();
+        let placement = placement::Options { local_prefill, ..placement::Options::default() };
         let log_json = match settings.log_format.as_deref() {
             None | Some("text") => false,
             Some("json") => true,
@@ -239,7 +240,7 @@ impl TryFrom<Settings> for Config {
             http,
             identity: settings.identity.ok_or(ConfigError::Missing("identity"))?,
             models,
-            options: Options { limits, index_blocks, local_prefill },
+            options: Options { limits, index_blocks, placement },
             auto_roles: settings.auto_roles.unwrap_or(false),
             drain_timeout: Duration::from_secs(settings.drain_timeout_s.unwrap_or(60)),
             log: settings.log.unwrap_or_else(|| "info".to_owned()),

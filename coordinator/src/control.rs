@@ -1,6 +1,7 @@
 //! All that the coordinator decides, as one pure machine: what happened goes in, what is to be
 //! done comes out. The driver gives it sockets and a clock.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use baton_proto::hash::BlockHash;
@@ -12,12 +13,10 @@ use crate::cluster::{Cluster, LinkId, NodeRef, Refusal};
 use crate::core::{
     CacheView, ModelInfo, NewRequest, NodeCacheView, NodeView, StatusView, SubmitError,
 };
-use crate::index::{Heard, Index, Matches, NodeKeys, Tier};
-use crate::ledger::Ledger;
+use crate::index::{Heard, Index, Matches, Tier};
 use crate::orders::{Order, OrderError};
-use crate::peers::{Own, Shares};
-use crate::placement::LocalPrefill;
-use crate::placing::Placing;
+use crate::peers::Shares;
+use crate::placement::{self, Placement, Turn};
 use crate::requests::{Action, Context, Limits, Requests, Totals};
 use crate::roles::Roles;
 
@@ -31,14 +30,17 @@ pub struct Options {
     pub limits: Limits,
     /// Blocks in the index.
     pub index_blocks: usize,
-    /// Whether decode nodes may compute prompts.
-    pub local_prefill: LocalPrefill,
+    /// How requests are placed.
+    pub placement: placement::Options,
 }
 
 /// The coordinator's state. See the module's description.
 #[derive(Debug)]
 pub struct Control {
-    nodes: Placing,
+    cluster: Cluster,
+    placement: Placement,
+    shares: Shares,
+    matches: Matches,
     requests: Requests,
     /// Shifts nodes between roles, if that is wanted.
     roles: Option<Roles>,
@@ -49,16 +51,16 @@ impl Control {
     /// Without nodes and requests.
     #[must_use]
     pub fn new(options: Options, now: Instant) -> Self {
-        let nodes = Placing {
+        let index = Index::new(options.index_blocks);
+        Self {
             cluster: Cluster::default(),
-            keys: NodeKeys::default(),
-            index: Index::new(options.index_blocks),
-            matches: Matches::default(),
-            ledger: Ledger::default(),
+            placement: Placement::new(index, options.placement, now),
             shares: Shares::default(),
-            local_prefill: options.local_prefill,
-        };
-        Self { nodes, requests: Requests::new(options.limits), roles: None, started: now }
+            matches: Matches::default(),
+            requests: Requests::new(options.limits),
+            roles: None,
+            started: now,
+        }
     }
 
     /// A node says hello on a new stream. An earlier stream of it is over with this.
@@ -70,17 +72,15 @@ impl Control {
         now: Instant,
         out: &mut Vec<Action>,
     ) -> Result<(), Refusal> {
-        self.nodes.cluster.admit(node, &hello)?;
-        if let Some(earlier) = self.nodes.cluster.member(node).map(|member| member.link) {
+        self.cluster.admit(node, &hello)?;
+        if let Some(earlier) = self.cluster.member(node).map(|member| member.link) {
             self.leave(node, earlier, now, out);
         }
-        let epoch = hello.epoch;
-        self.nodes.cluster.join(node, hello, link, now)?;
-        self.nodes.shares.joined(node, epoch);
-        let key = self.nodes.keys.join(node);
-        self.nodes.index.join(key, Tier::Device);
-        self.nodes.ledger.clear(node);
-        self.requests.node_joined(&mut Context { now, placer: &mut self.nodes, out });
+        self.cluster.join(node, hello.clone(), link, now)?;
+        self.shares.joined(node, hello.epoch);
+        self.placement.join(node, &hello, now);
+        self.requests.node_joined(&mut Context { now, placer: &mut self.placement, out });
+        self.take_turns(now, out);
         Ok(())
     }
 
@@ -92,16 +92,14 @@ impl Control {
         now: Instant,
         out: &mut Vec<Action>,
     ) -> bool {
-        let Some(member) = self.nodes.cluster.leave(node, link) else {
+        let Some(member) = self.cluster.leave(node, link) else {
             return false;
         };
-        self.nodes.shares.left(node);
-        if let Some(key) = self.nodes.keys.leave(node) {
-            self.nodes.index.leave(key);
-        }
-        self.nodes.ledger.clear(node);
+        self.placement.leave(node);
+        self.shares.left(node);
         let lost = NodeRef { node: node.clone(), epoch: member.hello.epoch };
-        self.requests.node_lost(&lost, &mut Context { now, placer: &mut self.nodes, out });
+        self.requests.node_lost(&lost, &mut Context { now, placer: &mut self.placement, out });
+        self.take_turns(now, out);
         true
     }
 
@@ -114,33 +112,37 @@ impl Control {
         now: Instant,
         out: &mut Vec<Action>,
     ) {
-        let Some(member) = self.nodes.cluster.member(node).filter(|m| m.link == link) else {
+        let Some(member) = self.cluster.member(node).filter(|m| m.link == link) else {
             return;
         };
         let from = NodeRef { node: node.clone(), epoch: member.hello.epoch };
-        let Some(key) = self.nodes.keys.of(node) else { return };
-        let index = &mut self.nodes.index;
+        let Some(key) = self.placement.key(node) else { return };
+        let index = &mut self.placement.index;
         match event {
             NodeEvent::Report(report) => {
-                self.nodes.ledger.report(node, &report, now);
-                self.nodes.shares.reported(node, now);
-                self.nodes.cluster.report(node, report, now);
                 index.sweep(SWEEP_PER_REPORT);
+                self.shares.reported(node, now);
+                self.placement.report(node, &report, now);
+                self.placement.share(node, self.shares.load(node));
+                self.cluster.report(node, report, now);
             }
             NodeEvent::Cache { sequence, stored, removed } => {
                 let heard = index.event(key, sequence, Tier::Device, &stored, &removed);
                 if heard == Heard::NeedSnapshot {
                     out.push(Action::Send { to: from, command: Command::SendSnapshot });
                 }
+                return;
             }
             NodeEvent::Snapshot { sequence, hashes, last } => {
                 index.snapshot(key, sequence, Tier::Device, &hashes, last);
+                return;
             }
             other => {
-                let mut cx = Context { now, placer: &mut self.nodes, out };
+                let mut cx = Context { now, placer: &mut self.placement, out };
                 self.requests.event(&from, other, &mut cx);
             }
         }
+        self.take_turns(now, out);
     }
 
     /// A request arrives, with the hashes of its full blocks.
@@ -152,10 +154,10 @@ impl Control {
         now: Instant,
         out: &mut Vec<Action>,
     ) -> Result<(), SubmitError> {
-        let model = self.nodes.cluster.model(&request.model).cloned();
+        let model = self.cluster.model(&request.model).cloned();
         let model = model.ok_or_else(|| SubmitError::UnknownModel(request.model.clone()))?;
-        let mut cx = Context { now, placer: &mut self.nodes, out };
-        self.requests.arrive(request, chain, model, arrived, &mut cx)
+        let mut cx = Context { now, placer: &mut self.placement, out };
+        self.requests.arrive(request, Arc::new(chain), model, arrived, &mut cx)
     }
 
     /// How long it took to choose the nodes of a request that just arrived.
@@ -165,32 +167,35 @@ impl Control {
 
     /// The client is gone, or wants no more.
     pub fn cancel(&mut self, id: RequestId, now: Instant, out: &mut Vec<Action>) {
-        self.requests.cancel(id, &mut Context { now, placer: &mut self.nodes, out });
+        self.requests.cancel(id, &mut Context { now, placer: &mut self.placement, out });
     }
 
     /// The client has what it wanted.
     pub fn stop(&mut self, id: RequestId, now: Instant, out: &mut Vec<Action>) {
-        self.requests.stop(id, &mut Context { now, placer: &mut self.nodes, out });
+        self.requests.stop(id, &mut Context { now, placer: &mut self.placement, out });
     }
 
     /// Ends all requests.
     pub fn shut_down(&mut self, now: Instant, out: &mut Vec<Action>) {
-        self.requests.shut_down(&mut Context { now, placer: &mut self.nodes, out });
+        self.requests.shut_down(&mut Context { now, placer: &mut self.placement, out });
     }
 
     /// When [`Self::handle_timeout`] must be called next.
     #[must_use]
     pub fn poll_timeout(&self) -> Option<Instant> {
         let roles = self.roles.as_ref().map(Roles::poll_timeout);
-        let timeouts = [self.requests.poll_timeout(), self.nodes.shares.poll_timeout(), roles];
+        let turn = self.placement.poll_timeout();
+        let timeouts = [self.requests.poll_timeout(), self.shares.poll_timeout(), turn, roles];
         timeouts.into_iter().flatten().min()
     }
 
     /// Does what is due.
     pub fn handle_timeout(&mut self, now: Instant, out: &mut Vec<Action>) {
-        self.nodes.shares.expire(now);
+        self.shares.expire(now);
+        self.learn_shares();
         self.move_nodes(now, out);
-        self.requests.handle_timeout(&mut Context { now, placer: &mut self.nodes, out });
+        self.requests.handle_timeout(&mut Context { now, placer: &mut self.placement, out });
+        self.take_turns(now, out);
     }
 
     /// From now on nodes are shifted between roles as load shifts. `name`: this coordinator; of several
@@ -203,8 +208,8 @@ impl Control {
         let Some(roles) = self.roles.as_mut().filter(|roles| roles.poll_timeout() <= now) else {
             return;
         };
-        let Placing { cluster, shares, .. } = &self.nodes;
-        let decides = shares.peers().all(|peer| roles.name < *peer);
+        let cluster = &self.cluster;
+        let decides = self.shares.peers().all(|peer| roles.name < *peer);
         for (node, role) in roles.observe(&cluster.seen(), decides, now) {
             // A node that left meanwhile needs no order.
             if let Ok((to, command)) = Order::Role(role).command(&node, false, cluster) {
@@ -221,30 +226,27 @@ impl Control {
         force: bool,
         out: &mut Vec<Action>,
     ) -> Result<(), OrderError> {
-        let (to, command) = order.command(node, force, &self.nodes.cluster)?;
+        let (to, command) = order.command(node, force, &self.cluster)?;
         out.push(Action::Send { to, command });
         Ok(())
     }
 
     /// What to tell other coordinators.
     pub fn share(&mut self, now: Instant) -> Share {
-        let Placing { cluster, ledger, shares, .. } = &mut self.nodes;
-        let own = ledger.recent(now).filter_map(|(node, sent, load)| {
-            let epoch = cluster.member(node)?.hello.epoch;
-            Some(Own { node, epoch, sent, load })
-        });
-        shares.share(own, now)
+        let own = self.placement.recent(now);
+        self.shares.share(own, now)
     }
 
     /// Another coordinator says what it has promised.
     pub fn heard(&mut self, from: &NodeId, share: Share, now: Instant) {
-        self.nodes.shares.heard(from, share, now);
+        self.shares.heard(from, share, now);
+        self.learn_shares();
     }
 
     /// All models known.
     #[must_use]
     pub fn models(&self) -> Vec<ModelInfo> {
-        self.nodes.cluster.models()
+        self.cluster.models()
     }
 
     /// Counts since the start.
@@ -256,13 +258,13 @@ impl Control {
     /// Joined nodes, by name.
     #[must_use]
     pub fn nodes(&self, now: Instant) -> Vec<NodeView> {
-        self.nodes.cluster.views(now)
+        self.cluster.views(now)
     }
 
     /// The coordinator as a whole.
     #[must_use]
     pub fn status(&self, now: Instant) -> StatusView {
-        let cluster = &self.nodes.cluster;
+        let cluster = &self.cluster;
         let ready = cluster.models().into_iter().filter(|model| cluster.is_ready(model));
         let models: Vec<String> = ready.map(|model| model.name).collect();
         let decode_nodes = cluster.count(Role::Decode);
@@ -279,7 +281,7 @@ impl Control {
             requests_active: self.requests.len(),
             prefill_nodes: cluster.count(Role::Prefill),
             decode_nodes,
-            peers: self.nodes.shares.peers().map(ToString::to_string).collect(),
+            peers: self.shares.peers().map(ToString::to_string).collect(),
             uptime: now.saturating_duration_since(self.started),
             requests_finished: finished,
             requests_failed: failed,
@@ -294,27 +296,46 @@ impl Control {
         chain: &[BlockHash],
         block_tokens: usize,
     ) -> CacheView {
-        let Placing { cluster, keys, index, matches, .. } = &mut self.nodes;
-        index.longest(chain, matches);
+        let Self { cluster, placement, matches, .. } = self;
+        placement.index.longest(chain, matches);
         let names = cluster.names().filter(|id| node.is_none_or(|node| node == *id));
         let view = |id: &NodeId| {
-            let key = keys.of(id)?;
+            let key = placement.key(id)?;
             let matched_tokens = (matches.of(key).blocks * block_tokens) as u64;
-            Some(NodeCacheView { node: id.clone(), blocks: index.blocks_of(key), matched_tokens })
+            let blocks = placement.index.blocks_of(key);
+            Some(NodeCacheView { node: id.clone(), blocks, matched_tokens })
         };
-        let (nodes, index_bytes) = (names.filter_map(view).collect(), index.bytes() as u64);
+        let nodes = names.filter_map(view).collect();
+        let index_bytes = placement.index.bytes() as u64;
         CacheView { nodes, index_blocks: self.index_blocks(), index_bytes }
     }
 
     /// Blocks in the index.
     #[must_use]
     pub fn index_blocks(&self) -> u64 {
-        self.nodes.index.len() as u64
+        self.placement.index.len() as u64
     }
 
     /// Attempts that are promised to nodes: none once all requests have ended.
     #[must_use]
     pub fn owes_nothing(&self) -> bool {
-        self.nodes.ledger.is_empty()
+        self.placement.is_idle()
+    }
+
+    /// Sends what waited and may go now.
+    fn take_turns(&mut self, now: Instant, out: &mut Vec<Action>) {
+        while let Some(turn) = self.placement.next(now) {
+            let mut cx = Context { now, placer: &mut self.placement, out };
+            match turn {
+                Turn::Go(request, placed) => self.requests.turn(request, placed, &mut cx),
+                Turn::Again(request) => self.requests.again(request, &mut cx),
+            }
+        }
+    }
+
+    fn learn_shares(&mut self) {
+        for node in self.cluster.names() {
+            self.placement.share(node, self.shares.load(node));
+        }
     }
 }

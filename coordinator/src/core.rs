@@ -12,6 +12,7 @@ use baton_proto::share::Share;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::orders::{Order, OrderError};
+use crate::placement::Standing;
 
 /// A model that joined nodes serve.
 #[derive(Clone, Debug, PartialEq)]
@@ -41,6 +42,8 @@ pub struct NewRequest {
     pub sampling: SamplingParams,
     /// Whose cached blocks may be used.
     pub salt: CacheSalt,
+    /// Whose it is, and how urgent.
+    pub standing: Standing,
     /// Time left.
     pub deadline: Option<Duration>,
 }
@@ -57,6 +60,12 @@ pub enum SubmitError {
     /// The coordinator holds all it may. Trying again later helps.
     #[error("too many requests; try again in {} s", retry_after.as_secs_f32())]
     Overloaded {
+        /// When.
+        retry_after: Duration,
+    },
+    /// It would not be answered in time. Trying again later helps.
+    #[error("the request would not be answered in time; try again in {:.1} s", retry_after.as_secs_f32())]
+    TooLate {
         /// When.
         retry_after: Duration,
     },

@@ -7,7 +7,6 @@ use baton_proto::sampling::SamplingParams;
 
 use super::*;
 use crate::core::{NewRequest, OutputToken, RequestError, Updates};
-use crate::placement::LocalPrefill;
 use crate::requests::Limits;
 use crate::testing::{hello, node};
 
@@ -50,7 +49,7 @@ impl Node {
 fn start() -> (Core, mpsc::Sender<FromLink>) {
     let limits = Limits { requests: 2, tokens: 1000 };
     let (driver, core, links) =
-        Driver::new(Options { limits, index_blocks: 100, local_prefill: LocalPrefill::Auto });
+        Driver::new(Options { limits, index_blocks: 100, placement: Default::default() });
     tokio::spawn(driver.run());
     (core, links)
 }
@@ -62,6 +61,7 @@ fn request(id: u128) -> NewRequest {
         tokens: vec![1, 2, 3],
         sampling: SamplingParams { max_tokens: 3, ..SamplingParams::default() },
         salt: CacheSalt::default(),
+        standing: Default::default(),
         deadline: None,
     }
 }

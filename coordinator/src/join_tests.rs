@@ -19,7 +19,6 @@ use crate::control::Options;
 use crate::core::{CacheQuery, Core, NewRequest, Updates};
 use crate::driver::Driver;
 use crate::exchange::Caller;
-use crate::placement::LocalPrefill;
 use crate::requests::Limits;
 use crate::testing::{hello, node};
 
@@ -28,7 +27,7 @@ const REQUESTS: usize = 10;
 fn drive() -> (Core, mpsc::Sender<FromLink>) {
     let limits = Limits { requests: REQUESTS, tokens: 1000 };
     let (driver, core, links) =
-        Driver::new(Options { limits, index_blocks: 2000, local_prefill: LocalPrefill::Auto });
+        Driver::new(Options { limits, index_blocks: 2000, placement: Default::default() });
     tokio::spawn(driver.run());
     (core, links)
 }
@@ -81,6 +80,7 @@ impl World {
             tokens: vec![1, 2, 3],
             sampling: SamplingParams::default(),
             salt: CacheSalt::default(),
+            standing: Default::default(),
             deadline: None,
         };
         self.core.submit(request).await.unwrap()

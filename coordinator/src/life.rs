@@ -1,14 +1,15 @@
 //! What happens to one request: its attempts start, give tokens, fail and are repeated.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use baton_proto::ids::TransferId;
-use baton_proto::message::{Command, Logprobs, NodeFinish, Peer, Retry, TokenEvent};
+use baton_proto::message::{Command, Job, Logprobs, NodeFinish, Peer, Pull, Retry, TokenEvent};
 
 use crate::cluster::NodeRef;
 use crate::core::{PlacementInfo, RequestError, Update};
 use crate::request::{Attempt, Broken, Leg, Phase, Request};
-use crate::requests::{Action, Context, MAX_FRUITLESS_ATTEMPTS, NODE_WAIT, Placed, Wanted};
+use crate::requests::{Action, Answer, Context, MAX_FRUITLESS_ATTEMPTS, NODE_WAIT, Placed, Wanted};
 
 /// First pause before nodes that failed are used again; doubles each time.
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
@@ -26,41 +27,101 @@ pub(crate) enum Flow {
     End(Update),
 }
 
-/// Sends the request's next attempt to nodes, if there are any.
-pub(crate) fn start(request: &mut Request, avoid: &[NodeRef], cx: &mut Context<'_>) -> bool {
-    let id = TransferId { request: request.new.id, attempt: request.attempt + 1 };
-    let tokens = request.new.tokens.len();
+/// What came of the wish for nodes.
+pub(crate) enum Start {
+    /// It was sent to nodes, or its turn will come.
+    Begun,
+    /// No node can take it.
+    NoNodes,
+    /// It would not be answered in time.
+    TooLate {
+        /// When it might.
+        retry_after: Duration,
+    },
+}
+
+/// A request arrives, and may be refused.
+pub(crate) fn arrive(request: &mut Request, cx: &mut Context<'_>) -> Start {
+    place(request, &[], true, cx)
+}
+
+/// Has the request's next attempt placed, if there are nodes for it.
+fn start(request: &mut Request, avoid: &[NodeRef], cx: &mut Context<'_>) -> bool {
+    matches!(place(request, avoid, false, cx), Start::Begun)
+}
+
+fn place(request: &mut Request, avoid: &[NodeRef], arrives: bool, cx: &mut Context<'_>) -> Start {
     request.extend_chain();
     // Log-probabilities of the prompt have to be computed: the prefix cache is not read.
-    let chain = if request.wants_prompt_logprobs() { &[][..] } else { &request.chain };
+    let nothing = Arc::default();
+    let chain = if request.wants_prompt_logprobs() { &nothing } else { &request.chain };
     let most = request.prompt_tokens.saturating_add(request.new.sampling.max_tokens as usize);
-    let longest = most.min(request.model.max_model_len as usize);
-    let wanted = Wanted { id, model: &request.model, tokens, longest, chain, avoid };
-    let Some(Placed { prefill, decode, reason }) = cx.placer.place(&wanted, cx.now) else {
-        return false;
+    let wanted = Wanted {
+        id: TransferId { request: request.new.id, attempt: request.attempt + 1 },
+        model: &request.model,
+        tokens: request.new.tokens.len(),
+        longest: most.min(request.model.max_model_len as usize),
+        chain,
+        avoid,
+        standing: request.new.standing,
+        arrived: request.arrived,
+        deadline: request.deadline,
+        arrives,
     };
-    request.attempt = id.attempt;
+    match cx.placer.place(&wanted, cx.now) {
+        Answer::Go(placed) => go(request, placed, cx),
+        Answer::Held => {
+            request.waited = waited(request, cx.now);
+            request.idle_since = None;
+            request.phase = Phase::Held;
+        }
+        Answer::NoNodes => return Start::NoNodes,
+        Answer::TooLate { retry_after } => return Start::TooLate { retry_after },
+    }
+    Start::Begun
+}
+
+/// Sends the request's next attempt to nodes.
+pub(crate) fn go(request: &mut Request, placed: Placed, cx: &mut Context<'_>) {
+    let Placed { prefill, decode, pull, reason } = placed;
+    request.attempt += 1;
     request.waited = waited(request, cx.now);
     request.idle_since = None;
+    request.held = cx.now.saturating_duration_since(request.arrived);
     request.placement = Some(PlacementInfo {
         prefill: prefill.as_ref().map(|peer| peer.node.clone()),
         decode: decode.node.clone(),
         reason,
-        attempts: id.attempt,
+        attempts: request.attempt,
     });
     let life = |peer: &Peer| NodeRef { node: peer.node.clone(), epoch: peer.epoch };
     let (source, target) = (prefill.as_ref().map(life), life(&decode));
-    let attempt = Attempt::new(source.clone(), target.clone(), request.emitted());
+    let server = pull.as_ref().map(|(peer, _)| life(peer));
+    let attempt = Attempt::new(source.clone(), target.clone(), server, request.emitted());
     request.phase = Phase::Running(attempt);
-    // The reservation and the prefill start together: neither waits for the other.
     let job = request.job(cx.now);
-    if let Some(to) = source {
-        let command = Command::Prefill { job: job.clone(), decode, pull: None };
-        cx.out.push(Action::Send { to, command });
-    }
+    let pull = pull.map(|(from, tokens)| {
+        let to = prefill.as_ref().unwrap_or(&decode).clone();
+        serve(&job, &from, tokens, to, cx);
+        Pull { from, tokens }
+    });
+    // The reservation and the prefill start together: neither waits for the other.
+    let Some(to) = source else {
+        let command = Command::Decode { job, prefill, pull };
+        return cx.out.push(Action::Send { to: target, command });
+    };
+    let command = Command::Prefill { job: job.clone(), decode, pull };
+    cx.out.push(Action::Send { to, command });
     let command = Command::Decode { job, prefill, pull: None };
     cx.out.push(Action::Send { to: target, command });
-    true
+}
+
+/// Asks a node for the cached prefix that an attempt is to fetch.
+fn serve(job: &Job, from: &Peer, tokens: usize, to: Peer, cx: &mut Context<'_>) {
+    let tokens = job.tokens[..tokens.min(job.tokens.len())].to_vec();
+    let command = Command::Serve { id: job.id.pull(), tokens, salt: job.salt, to };
+    let to = NodeRef { node: from.node.clone(), epoch: from.epoch };
+    cx.out.push(Action::Send { to, command });
 }
 
 /// The same, with nodes where it failed before if there are no others.
@@ -76,7 +137,7 @@ fn close(leg: &mut Leg, id: TransferId, cancel: bool, cx: &mut Context<'_>) {
     if !std::mem::take(&mut leg.open) {
         return;
     }
-    cx.placer.ended(&leg.node.node, id);
+    cx.placer.ended(&leg.node.node, id, cx.now);
     if cancel {
         cx.out.push(Action::Send { to: leg.node.clone(), command: Command::Cancel(id) });
     }
@@ -84,8 +145,14 @@ fn close(leg: &mut Leg, id: TransferId, cancel: bool, cx: &mut Context<'_>) {
 
 /// Ends the attempt on all nodes that still have a part in it.
 pub(crate) fn release(request: &mut Request, cx: &mut Context<'_>) {
+    if matches!(request.phase, Phase::Held) {
+        cx.placer.withdraw(request.new.id);
+    }
     let id = request.transfer();
     if let Some(attempt) = request.on_nodes() {
+        if let Some(to) = attempt.pull.take() {
+            cx.out.push(Action::Send { to, command: Command::Cancel(id.pull()) });
+        }
         attempt.legs().for_each(|leg| close(leg, id, true, cx));
     }
 }
@@ -124,6 +191,11 @@ fn again(
     Flow::Go
 }
 
+/// The request has no nodes for now.
+pub(crate) fn wait(request: &mut Request, now: Instant) {
+    pause(request, now);
+}
+
 fn pause(request: &mut Request, now: Instant) {
     let pause = FIRST_PAUSE * 2_u32.saturating_pow(request.pauses.min(16));
     request.pauses += 1;
@@ -144,8 +216,8 @@ pub(crate) fn take(
     cx: &mut Context<'_>,
 ) -> Flow {
     let id = event.id;
-    if event.prefill.is_some() {
-        cx.placer.prefilled(&from.node, id);
+    if let Some(took) = event.prefill {
+        cx.placer.prefilled(&from.node, id, took, cx.now);
     }
     let tokens = match request.take(from, event, cx.now) {
         Ok(tokens) => tokens,
@@ -200,6 +272,7 @@ fn finished(request: &mut Request, finish: NodeFinish, cx: &mut Context<'_>) -> 
     let awaited = by_decode && attempt.prefill.as_ref().is_some_and(|leg| leg.open);
     let until = now + TRANSFER_REPORT_WAIT;
     request.phase = Phase::Finishing { attempt, finish, until };
+    cx.placer.answered(request.model.root, request.emitted());
     if awaited { Flow::Go } else { Flow::End(Update::Done(request.summary(now))) }
 }
 
@@ -213,6 +286,7 @@ pub(crate) fn transferred(
         return Flow::Go;
     };
     attempt.handed_over = true;
+    cx.placer.handed_over(request.transfer(), exposed, bytes);
     close_leg(request, from, cx);
     let timings = &mut request.timings;
     if timings.transfer_bytes == 0 {
@@ -242,8 +316,12 @@ pub(crate) fn node_failed(
     from: &NodeRef,
     reason: String,
     retry: Retry,
+    may_repeat: bool,
     cx: &mut Context<'_>,
 ) -> Flow {
+    if retry == Retry::OtherNode {
+        cx.placer.failed(&from.node, cx.now);
+    }
     close_leg(request, from, cx);
     if spares(request, from) {
         return done_if_finishing(request, cx);
@@ -257,7 +335,12 @@ pub(crate) fn node_failed(
         Retry::Never => Flow::End(Update::Failed(RequestError::Rejected(reason))),
         // A node that is full for now has not failed: only time limits how often it says so.
         Retry::SameNode => again(request, Some(from), reason, false, cx),
-        Retry::OtherNode => again(request, Some(from), reason, true, cx),
+        Retry::OtherNode => {
+            if !may_repeat {
+                request.fruitless = MAX_FRUITLESS_ATTEMPTS;
+            }
+            again(request, Some(from), reason, true, cx)
+        }
     }
 }
 

@@ -50,6 +50,7 @@ pub(crate) fn refused(error: &SubmitError) {
         | SubmitError::DuplicateId(_) => "invalid",
         SubmitError::NoNodes(_) => "no_nodes",
         SubmitError::Overloaded { .. } => "overloaded",
+        SubmitError::TooLate { .. } => "too_late",
         SubmitError::ShuttingDown => "shutting_down",
     };
     counter!("baton_requests_total", "outcome" => outcome).increment(1);

@@ -14,7 +14,7 @@ use baton_proto::share::{
     MAX_PROMISES, MAX_SHARED_NODES, NodePromises, Promise, Share, SharedLoad,
 };
 
-use crate::ledger::REPORT_LAG;
+use crate::placement::REPORT_LAG;
 
 /// Most other coordinators that are listened to.
 pub const MAX_PEERS: usize = 16;

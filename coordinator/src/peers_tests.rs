@@ -108,7 +108,14 @@ fn only_so_many_coordinators_are_listened_to() {
 fn a_coordinator_spares_the_node_that_another_one_uses() {
     let now = Instant::now() + ms(1000);
     let limits = Limits { requests: 10, tokens: 100_000 };
-    let options = Options { limits, index_blocks: 100, local_prefill: LocalPrefill::Never };
+    let options = Options {
+        limits,
+        index_blocks: 100,
+        placement: crate::placement::Options {
+            local_prefill: LocalPrefill::Never,
+            ..Default::default()
+        },
+    };
     let mut controls = [Control::new(options, now), Control::new(options, now)];
     let mut out = Vec::new();
     for control in &mut controls {
@@ -124,6 +131,7 @@ fn a_coordinator_spares_the_node_that_another_one_uses() {
             tokens: vec![1; 2000],
             sampling: SamplingParams { max_tokens: 3, ..SamplingParams::default() },
             salt: CacheSalt::default(),
+            standing: Default::default(),
             deadline: None,
         };
         control.submit(request, Vec::new(), now, now, &mut out).unwrap();

@@ -1,6 +1,7 @@
 //! One request: its tokens, and its current attempt on a pair of nodes or on one node.
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use baton_proto::hash::BlockHash;
@@ -18,7 +19,7 @@ pub(crate) struct Request {
     pub(crate) model: ModelInfo,
     pub(crate) prompt_tokens: usize,
     /// Hashes of the full blocks of all tokens, as far as computed.
-    pub(crate) chain: Vec<BlockHash>,
+    pub(crate) chain: Arc<Vec<BlockHash>>,
     pub(crate) arrived: Instant,
     pub(crate) deadline: Option<Instant>,
     /// Number of the last attempt started; 0 before the first.
@@ -34,6 +35,8 @@ pub(crate) struct Request {
     /// Since when it is on no node.
     pub(crate) idle_since: Option<Instant>,
     pub(crate) phase: Phase,
+    /// From its arrival to the last attempt's start.
+    pub(crate) held: Duration,
     pub(crate) timings: Timings,
     pub(crate) cached_tokens: Option<u32>,
     pub(crate) prompt_logprobs_sent: bool,
@@ -48,6 +51,8 @@ pub(crate) struct Request {
 pub(crate) enum Phase {
     /// No node can take it; tried again at this time, and when a node joins.
     Waiting { again: Instant },
+    /// Its turn on the nodes is to come.
+    Held,
     /// On nodes.
     Running(Attempt),
     /// All tokens are emitted; the report of the transfer is awaited until this time.
@@ -76,6 +81,8 @@ pub(crate) struct Attempt {
     ahead: VecDeque<TokenEvent>,
     /// The decode node has the KV: the prefill node is no longer needed.
     pub(crate) handed_over: bool,
+    /// Who serves the attempt's pull, until it is over.
+    pub(crate) pull: Option<NodeRef>,
 }
 
 /// A node broke the rules; its attempt is void.
@@ -84,7 +91,12 @@ pub(crate) struct Broken(pub(crate) &'static str);
 
 impl Attempt {
     /// `first`: the output position that it starts from.
-    pub(crate) fn new(prefill: Option<NodeRef>, decode: NodeRef, first: usize) -> Self {
+    pub(crate) fn new(
+        prefill: Option<NodeRef>,
+        decode: NodeRef,
+        pull: Option<NodeRef>,
+        first: usize,
+    ) -> Self {
         let remote = prefill.is_some();
         Self {
             prefill: prefill.map(|node| Leg { node, open: true }),
@@ -94,6 +106,7 @@ impl Attempt {
             decode_next: if remote { first + 1 } else { first },
             ahead: VecDeque::new(),
             handed_over: !remote,
+            pull,
         }
     }
 
@@ -160,7 +173,7 @@ impl Attempt {
 impl Request {
     pub(crate) fn new(
         new: NewRequest,
-        chain: Vec<BlockHash>,
+        chain: Arc<Vec<BlockHash>>,
         model: ModelInfo,
         now: Instant,
     ) -> Self {
@@ -178,6 +191,7 @@ impl Request {
             waited: Duration::ZERO,
             idle_since: None,
             phase: Phase::Waiting { again: now },
+            held: Duration::ZERO,
             timings: Timings::default(),
             cached_tokens: None,
             prompt_logprobs_sent: false,
@@ -207,7 +221,7 @@ impl Request {
     /// The attempt on nodes now.
     pub(crate) fn on_nodes(&mut self) -> Option<&mut Attempt> {
         match &mut self.phase {
-            Phase::Waiting { .. } => None,
+            Phase::Waiting { .. } | Phase::Held => None,
             Phase::Running(attempt) | Phase::Finishing { attempt, .. } => Some(attempt),
         }
     }
@@ -220,10 +234,14 @@ impl Request {
     /// Brings the hashes up to date with the tokens.
     pub(crate) fn extend_chain(&mut self) {
         let size = self.model.geometry.block_tokens as usize;
-        for block in self.new.tokens.chunks_exact(size).skip(self.chain.len()) {
-            let parent = self.chain.last().copied();
+        if self.new.tokens.len() / size == self.chain.len() {
+            return;
+        }
+        let chain = Arc::make_mut(&mut self.chain);
+        for block in self.new.tokens.chunks_exact(size).skip(chain.len()) {
+            let parent = chain.last().copied();
             let parent = parent.unwrap_or_else(|| self.model.root.start(self.new.salt));
-            self.chain.push(parent.child(block));
+            chain.push(parent.child(block));
         }
     }
 
@@ -285,7 +303,14 @@ impl Request {
     pub(crate) fn started(&mut self, cached_tokens: u32, queued: Duration) {
         if self.emitted() == 0 {
             self.cached_tokens = Some(cached_tokens.min(self.prompt_tokens as u32));
-            self.timings.queue = queued;
+            self.timings.queue = self.held + queued;
+        }
+    }
+
+    /// The attempt's pull is over.
+    pub(crate) fn pull_ended(&mut self) {
+        if let Some(attempt) = self.on_nodes() {
+            attempt.pull = None;
         }
     }
 
@@ -293,7 +318,7 @@ impl Request {
     pub(crate) fn due(&self) -> Option<Instant> {
         let phase = match self.phase {
             Phase::Waiting { again } => Some(again),
-            Phase::Running(_) => None,
+            Phase::Running(_) | Phase::Held => None,
             Phase::Finishing { until, .. } => Some(until),
         };
         [phase, self.deadline].into_iter().flatten().min()

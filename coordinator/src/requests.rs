@@ -6,15 +6,17 @@
 //! ends it by itself, is told to cancel it, or is lost.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use baton_proto::hash::BlockHash;
+use baton_proto::hash::{BlockHash, ModelRoot};
 use baton_proto::ids::{NodeId, RequestId, TransferId};
-use baton_proto::message::{Command, NodeEvent, Peer};
+use baton_proto::message::{Command, NodeEvent, Peer, Retry};
 
 use crate::cluster::NodeRef;
 use crate::core::{ModelInfo, NewRequest, RETRY_AFTER, RequestError, SubmitError, Update};
-use crate::life::{self, Flow};
+use crate::life::{self, Flow, Start};
+use crate::placement::Standing;
 use crate::request::{Phase, Request};
 
 /// Attempts that may fail in a row without a token.
@@ -53,9 +55,17 @@ pub struct Wanted<'a> {
     /// Most tokens that it can come to.
     pub longest: usize,
     /// Hashes of their full blocks.
-    pub chain: &'a [BlockHash],
+    pub chain: &'a Arc<Vec<BlockHash>>,
     /// Lives of nodes that must not be used.
     pub avoid: &'a [NodeRef],
+    /// Whose it is, and how urgent.
+    pub standing: Standing,
+    /// When the request arrived.
+    pub arrived: Instant,
+    /// When it is over.
+    pub deadline: Option<Instant>,
+    /// It arrives now, and may be refused.
+    pub arrives: bool,
 }
 
 /// Where an attempt goes.
@@ -65,18 +75,48 @@ pub struct Placed {
     pub prefill: Option<Peer>,
     /// Who generates the tokens.
     pub decode: Peer,
+    /// Who has a cached prefix that is to be fetched first, and its tokens.
+    pub pull: Option<(Peer, usize)>,
     /// Why, for people.
     pub reason: String,
 }
 
+/// What becomes of an attempt that needs nodes.
+#[derive(Clone, Debug)]
+pub enum Answer {
+    /// It is sent to these now.
+    Go(Placed),
+    /// It waits for its turn, which [`Requests::turn`] brings.
+    Held,
+    /// No node can take it.
+    NoNodes,
+    /// It would not be answered in time.
+    TooLate {
+        /// When it might.
+        retry_after: Duration,
+    },
+}
+
 /// Chooses nodes and keeps account of what they were given.
 pub trait Placer {
-    /// Chooses nodes for an attempt, which is then sent to them.
-    fn place(&mut self, wanted: &Wanted<'_>, now: Instant) -> Option<Placed>;
+    /// Chooses nodes for an attempt.
+    fn place(&mut self, wanted: &Wanted<'_>, now: Instant) -> Answer;
+    /// A request that is held needs no nodes any more.
+    fn withdraw(&mut self, request: RequestId);
+    /// The node begins with the attempt and has so many of its tokens cached.
+    fn started(&mut self, node: &NodeId, id: TransferId, cached: usize);
     /// The node has computed the attempt's prompt.
-    fn prefilled(&mut self, node: &NodeId, id: TransferId);
+    fn prefilled(&mut self, node: &NodeId, id: TransferId, took: Duration, now: Instant);
+    /// The attempt's KV arrived, so long after it was computed.
+    fn handed_over(&mut self, id: TransferId, exposed: Duration, bytes: u64);
+    /// The attempt's pull is over and brought so many tokens.
+    fn pulled(&mut self, id: TransferId, tokens: usize, took: Duration);
     /// The node has nothing to do with the attempt any more.
-    fn ended(&mut self, node: &NodeId, id: TransferId);
+    fn ended(&mut self, node: &NodeId, id: TransferId, now: Instant);
+    /// The node failed an attempt by its own fault.
+    fn failed(&mut self, node: &NodeId, now: Instant);
+    /// A request of this model was answered with so many tokens.
+    fn answered(&mut self, root: ModelRoot, tokens: usize);
 }
 
 /// What every call needs.
@@ -117,14 +157,22 @@ pub struct Requests {
     timers: BTreeSet<(Instant, RequestId)>,
     tokens: usize,
     totals: Totals,
+    /// Attempts that failed on a node and may be repeated elsewhere.
+    retries: f64,
 }
+
+/// What each request that arrives adds to the retries that all may have, and most of these. More
+/// would make a cluster that fails for lack of capacity fail entirely.
+const RETRIES_PER_REQUEST: f64 = 0.1;
+const MOST_RETRIES: f64 = 100.0;
 
 impl Requests {
     /// No requests.
     #[must_use]
     pub fn new(limits: Limits) -> Self {
         let (live, timers) = (BTreeMap::new(), BTreeSet::new());
-        Self { limits, live, timers, tokens: 0, totals: Totals::default() }
+        let totals = Totals::default();
+        Self { limits, live, timers, tokens: 0, totals, retries: MOST_RETRIES }
     }
 
     /// Requests that have not ended.
@@ -149,7 +197,7 @@ impl Requests {
     pub fn arrive(
         &mut self,
         new: NewRequest,
-        chain: Vec<BlockHash>,
+        chain: Arc<Vec<BlockHash>>,
         model: ModelInfo,
         arrived: Instant,
         cx: &mut Context<'_>,
@@ -164,9 +212,12 @@ impl Requests {
         }
         let name = model.name.clone();
         let mut request = Request::new(new, chain, model, arrived);
-        if !life::start(&mut request, &[], cx) {
-            return Err(SubmitError::NoNodes(name));
+        match life::arrive(&mut request, cx) {
+            Start::Begun => {}
+            Start::NoNodes => return Err(SubmitError::NoNodes(name)),
+            Start::TooLate { retry_after } => return Err(SubmitError::TooLate { retry_after }),
         }
+        self.retries = (self.retries + RETRIES_PER_REQUEST).min(MOST_RETRIES);
         request.armed = request.due();
         self.timers.extend(request.armed.map(|at| (at, id)));
         self.tokens = tokens;
@@ -191,8 +242,9 @@ impl Requests {
                 }
             }
             NodeEvent::Started { id, cached_tokens, queued } => {
-                self.attempt(id, from, cx, |r, _| {
+                self.attempt(id, from, cx, |r, cx| {
                     if r.on_nodes().is_some_and(|attempt| attempt.computes(from)) {
+                        cx.placer.started(&from.node, id, cached_tokens as usize);
                         r.started(cached_tokens, queued);
                     }
                     Flow::Go
@@ -207,9 +259,21 @@ impl Requests {
                 });
             }
             NodeEvent::Failed { id, reason, retry } => {
-                self.attempt(id, from, cx, |r, cx| life::node_failed(r, from, reason, retry, cx));
+                let may_repeat = self.retries >= 1.0;
+                self.attempt(id, from, cx, |r, cx| {
+                    life::node_failed(r, from, reason, retry, may_repeat, cx)
+                });
+                if retry == Retry::OtherNode && may_repeat {
+                    self.retries -= 1.0;
+                }
             }
-            NodeEvent::Pulled { .. } => {}
+            NodeEvent::Pulled { id, tokens, took } => {
+                self.attempt(id, from, cx, |r, cx| {
+                    r.pull_ended();
+                    cx.placer.pulled(id, tokens as usize, took);
+                    Flow::Go
+                });
+            }
             NodeEvent::Report(_) | NodeEvent::Cache { .. } | NodeEvent::Snapshot { .. } => {}
         }
     }
@@ -237,6 +301,23 @@ impl Requests {
         }
     }
 
+    /// It is the turn of a request that was held.
+    pub fn turn(&mut self, id: RequestId, placed: Placed, cx: &mut Context<'_>) {
+        self.with(id, cx, |r, cx| {
+            life::go(r, placed, cx);
+            Flow::Go
+        });
+    }
+
+    /// The node for which a request was held is gone.
+    pub fn again(&mut self, id: RequestId, cx: &mut Context<'_>) {
+        self.with(id, cx, |r, cx| {
+            life::wait(r, cx.now);
+            life::start_anywhere(r, cx);
+            Flow::Go
+        });
+    }
+
     /// The client is gone, or wants no more.
     pub fn cancel(&mut self, id: RequestId, cx: &mut Context<'_>) {
         self.with(id, cx, |_, _| Flow::End(Update::Failed(RequestError::Cancelled)));
@@ -244,7 +325,10 @@ impl Requests {
 
     /// The client has what it wanted.
     pub fn stop(&mut self, id: RequestId, cx: &mut Context<'_>) {
-        self.with(id, cx, |r, cx| Flow::End(Update::Done(r.summary(cx.now))));
+        self.with(id, cx, |r, cx| match r.placement {
+            Some(_) => Flow::End(Update::Done(r.summary(cx.now))),
+            None => Flow::End(Update::Failed(RequestError::Cancelled)),
+        });
     }
 
     /// Ends all requests.

@@ -22,9 +22,10 @@ struct Script {
 }
 
 impl Placer for Script {
-    fn place(&mut self, wanted: &Wanted<'_>, _: Instant) -> Option<Placed> {
+    fn place(&mut self, wanted: &Wanted<'_>, _: Instant) -> Answer {
         self.avoided = wanted.avoid.to_vec();
-        let (prefill, decode) = self.next.pop_front().unwrap_or(Some((Some("p"), "d")))?;
+        let next = self.next.pop_front().unwrap_or(Some((Some("p"), "d")));
+        let Some((prefill, decode)) = next else { return Answer::NoNodes };
         let peer = |name: &str| Peer {
             node: node(name),
             epoch: Epoch(1),
@@ -32,12 +33,19 @@ impl Placer for Script {
         };
         self.open.extend(prefill.into_iter().chain([decode]).map(|name| (node(name), wanted.id)));
         let reason = "scripted".to_owned();
-        Some(Placed { prefill: prefill.map(peer), decode: peer(decode), reason })
+        let (prefill, decode) = (prefill.map(peer), peer(decode));
+        Answer::Go(Placed { prefill, decode, pull: None, reason })
     }
 
-    fn prefilled(&mut self, _: &NodeId, _: TransferId) {}
+    fn withdraw(&mut self, _: RequestId) {}
+    fn started(&mut self, _: &NodeId, _: TransferId, _: usize) {}
+    fn prefilled(&mut self, _: &NodeId, _: TransferId, _: Duration, _: Instant) {}
+    fn handed_over(&mut self, _: TransferId, _: Duration, _: u64) {}
+    fn pulled(&mut self, _: TransferId, _: usize, _: Duration) {}
+    fn failed(&mut self, _: &NodeId, _: Instant) {}
+    fn answered(&mut self, _: ModelRoot, _: usize) {}
 
-    fn ended(&mut self, node: &NodeId, id: TransferId) {
+    fn ended(&mut self, node: &NodeId, id: TransferId, _: Instant) {
         let before = self.open.len();
         self.open.retain(|open| *open != (node.clone(), id));
         assert_eq!(self.open.len() + 1, before, "a node's part ends once");
@@ -101,11 +109,19 @@ impl World {
         };
         let sampling = SamplingParams { max_tokens: 4, ..SamplingParams::default() };
         let (tokens, salt) = (vec![1, 2, 3, 4, 5], CacheSalt::default());
-        let mut new = NewRequest { id, model: hello.model, tokens, sampling, salt, deadline: None };
+        let mut new = NewRequest {
+            id,
+            model: hello.model,
+            tokens,
+            sampling,
+            salt,
+            standing: Default::default(),
+            deadline: None,
+        };
         change(&mut new);
         let chain = model.root.chain(new.salt, &new.tokens, 4);
         let now = self.now;
-        self.act(|requests, cx| requests.arrive(new, chain, model, now, cx))
+        self.act(|requests, cx| requests.arrive(new, Arc::new(chain), model, now, cx))
     }
 
     fn hear(&mut self, from: &str, event: NodeEvent) {

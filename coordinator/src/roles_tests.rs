@@ -4,7 +4,6 @@ use proptest::prelude::*;
 use super::*;
 use crate::cluster::LinkId;
 use crate::control::{Control, Options};
-use crate::placement::LocalPrefill;
 use crate::requests::{Action, Limits};
 use crate::testing::{hello, node};
 
@@ -183,7 +182,7 @@ fn pressure_is_read_from_reports() {
 fn a_coordinator_moves_a_node_when_prompts_pile_up() {
     let mut now = Instant::now();
     let limits = Limits { requests: 1, tokens: 1 };
-    let options = Options { limits, index_blocks: 1, local_prefill: LocalPrefill::Auto };
+    let options = Options { limits, index_blocks: 1, placement: Default::default() };
     let mut control = Control::new(options, now);
     control.adjust_roles(node("c"), now);
     let nodes = [("d-1", Role::Decode), ("d-2", Role::Decode), ("p", Role::Prefill)];

@@ -36,6 +36,12 @@ pub(crate) struct GenerateArgs {
     /// Share cached KV blocks only with requests of the same salt
     #[arg(long, value_name = "TEXT")]
     cache_salt: Option<String>,
+    /// interactive, standard or batch; standard if not given
+    #[arg(long, value_name = "CLASS", default_value = "", hide_default_value = true)]
+    priority: String,
+    /// Whose request it is
+    #[arg(long, value_name = "NAME", default_value = "", hide_default_value = true)]
+    tenant: String,
     /// Print one JSON object at the end (with --n above 1, a list of them), log-probabilities included
     #[arg(long)]
     json: bool,
@@ -259,6 +265,8 @@ pub(crate) async fn run(args: GenerateArgs) -> Result<(), CommandError> {
         sampling: Some(args.sampling.into()),
         deadline_ms: args.deadline_ms,
         cache_salt: args.cache_salt,
+        priority: args.priority,
+        tenant: args.tenant,
         n: args.n,
         input: Some(args.input.load()?),
     };

@@ -102,6 +102,7 @@ impl Front {
                 tokens: prepared.tokens.clone(),
                 sampling,
                 salt: prepared.salt,
+                standing: prepared.standing,
                 deadline: left,
             };
             accepted.push((choice, self.core.submit(request).await?));

@@ -13,12 +13,14 @@ use super::defaults::Defaults;
 use super::models::ServedModel;
 use super::refusal::Refusal;
 use crate::core::{ModelInfo, SubmitError};
+use crate::placement::{Class, Standing, TenantId};
 
 /// Most completions of one request.
 pub(crate) const MAX_CHOICES: u32 = 16;
 const MAX_STOPS: usize = 16;
 const MAX_STOP_BYTES: usize = 256;
 const MAX_SALT_BYTES: usize = 256;
+const MAX_TENANT_BYTES: usize = 256;
 
 /// A request that can be placed.
 #[derive(Debug)]
@@ -33,6 +35,8 @@ pub(crate) struct Prepared {
     pub choices: u32,
     /// Whose cached blocks may be used.
     pub salt: CacheSalt,
+    /// Whose it is, and how urgent.
+    pub standing: Standing,
     /// From the request's arrival.
     pub deadline: Option<Duration>,
 }
@@ -55,6 +59,7 @@ pub(crate) fn prepare(
         return Err(Refusal::field("deadline_ms", 0, "at least 1"));
     }
     let salt = request.cache_salt.as_deref().map(checked_salt).transpose()?;
+    let standing = standing(&request.priority, &request.tenant)?;
     check_stops(&given.stop)?;
     // Once with all the room there could be, so that nothing long is tokenized for nothing.
     sampling(&given, &model.defaults, info, info.max_model_len, drawn_seed)?;
@@ -66,8 +71,24 @@ pub(crate) fn prepare(
         stops: given.stop,
         choices,
         salt: salt.unwrap_or_default(),
+        standing,
         deadline: request.deadline_ms.map(|ms| Duration::from_millis(ms.into())),
     })
+}
+
+/// An empty priority or tenant is that of all requests that name none.
+fn standing(priority: &str, tenant: &str) -> Result<Standing, Refusal> {
+    let class = match priority {
+        "" => Class::default(),
+        name => Class::parse(name).ok_or_else(|| {
+            Refusal::field("priority", format!("{name:?}"), "interactive, standard or batch")
+        })?,
+    };
+    if tenant.len() > MAX_TENANT_BYTES {
+        let what = format!("at most {MAX_TENANT_BYTES} bytes long");
+        return Err(Refusal::field("tenant", format!("{} bytes long", tenant.len()), &what));
+    }
+    Ok(Standing { class, tenant: TenantId::named(tenant) })
 }
 
 fn prompt(

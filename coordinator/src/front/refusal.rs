@@ -41,7 +41,9 @@ impl Refusal {
                 SubmitError::UnknownModel(_)
                 | SubmitError::NoNodes(_)
                 | SubmitError::ShuttingDown => Code::Unavailable,
-                SubmitError::Overloaded { .. } => Code::ResourceExhausted,
+                SubmitError::Overloaded { .. } | SubmitError::TooLate { .. } => {
+                    Code::ResourceExhausted
+                }
                 SubmitError::PromptTooLong { .. }
                 | SubmitError::EmptyPrompt
                 | SubmitError::UnknownToken { .. } => Code::InvalidArgument,
@@ -68,7 +70,10 @@ impl From<Refusal> for Status {
     /// An overloaded coordinator says in `retry-after-ms` when to come back.
     fn from(refusal: Refusal) -> Self {
         let mut status = Self::new(refusal.code(), refusal.to_string());
-        if let Refusal::Submit(SubmitError::Overloaded { retry_after }) = refusal {
+        if let Refusal::Submit(
+            SubmitError::Overloaded { retry_after } | SubmitError::TooLate { retry_after },
+        ) = refusal
+        {
             let wait = MetadataValue::from(retry_after.as_millis() as u64);
             status.metadata_mut().insert("retry-after-ms", wait);
         }

@@ -6,7 +6,6 @@ use std::time::{Duration, Instant};
 use baton_coordinator::cluster::LinkId;
 use baton_coordinator::control::{Control, Options};
 use baton_coordinator::core::{NewRequest, RequestError, StatusView, SubmitError, Update};
-use baton_coordinator::placement::LocalPrefill;
 use baton_coordinator::requests::{Action, Limits};
 use baton_proto::geometry::{KvDtype, KvGeometry};
 use baton_proto::hash::{CacheSalt, ModelRoot};
@@ -104,7 +103,7 @@ impl Sim {
         let options = Options {
             limits: Limits { requests: 100, tokens: 100_000 },
             index_blocks: 1000,
-            local_prefill: LocalPrefill::Auto,
+            placement: Default::default(),
         };
         let mut sim = Self {
             control: Control::new(options, now),
@@ -204,6 +203,7 @@ impl Sim {
             tokens: prompt.clone(),
             sampling,
             salt: CacheSalt::default(),
+            standing: Default::default(),
             deadline: late.then_some(Duration::from_millis(100)),
         };
         let root = ModelRoot::new(&[0; 32], &GEOMETRY);
@@ -213,6 +213,7 @@ impl Sim {
             Client { prompt, max_tokens, late, left: false, tokens: Vec::new(), ended: None };
         match self.control.submit(request, chain, self.now, self.now, &mut out) {
             Ok(()) => drop(self.clients.insert(id, client)),
+            Err(SubmitError::TooLate { .. }) => assert!(late && out.is_empty()),
             Err(error) => {
                 assert!(matches!(error, SubmitError::NoNodes(_)), "{error}");
                 assert!(out.is_empty() && !self.status().ready);

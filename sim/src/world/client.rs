@@ -130,6 +130,9 @@ impl Client {
             | SubmitError::Overloaded { .. }
             | SubmitError::UnknownModel(_)
             | SubmitError::ShuttingDown => Reaction::AskAgain,
+            SubmitError::TooLate { .. } if self.question.deadline.is_some() => {
+                self.end(Ended::Late)
+            }
             error => panic!("a request that should be fine was refused: {error}"),
         }
     }

@@ -356,12 +356,21 @@ impl World {
         let chain = self.root.chain(salt, &prompt, self.block_tokens);
         let id = request_id(number, client.submissions);
         let model = "demo".to_owned();
-        let request = NewRequest { id, model, tokens: prompt, sampling, salt, deadline };
+        let request = NewRequest {
+            id,
+            model,
+            tokens: prompt,
+            sampling,
+            salt,
+            standing: Default::default(),
+            deadline,
+        };
         let process = self.coordinators[coordinator].as_mut().expect("it is up");
         let (result, updates) = process.submit(number, request, chain, &mut self.net);
         if let Err(error) = result {
             note!(self.net, "client {number} is refused: {error}");
             let reaction = self.clients[number].refused(&error);
+            self.open -= usize::from(self.clients[number].ended.is_some());
             self.react(number, reaction);
         }
         self.tell_clients(updates);

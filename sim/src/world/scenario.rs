@@ -4,7 +4,6 @@ use std::time::Duration;
 
 use baton_coordinator::control::Options;
 use baton_coordinator::orders::Order;
-use baton_coordinator::placement::LocalPrefill;
 use baton_coordinator::requests::Limits as RequestLimits;
 use baton_engine::EngineInfo;
 use baton_engine::scheduler::Limits;
@@ -169,7 +168,7 @@ impl Scenario {
         let options = Options {
             limits: RequestLimits { requests, tokens: 100_000 },
             index_blocks: if indexed { 10_000 } else { dice.usize(1..30) },
-            local_prefill: LocalPrefill::Auto,
+            placement: Default::default(),
         };
         let coordinators = one_of(dice, &[1, 1, 1, 2, 3]);
         let piece_seconds = millis(dice, 0.01, 5.0).as_secs_f64();

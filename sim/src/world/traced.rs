@@ -3,7 +3,6 @@
 use std::time::Duration;
 
 use baton_coordinator::control::Options;
-use baton_coordinator::placement::LocalPrefill;
 use baton_coordinator::requests::Limits as RequestLimits;
 use baton_engine::EngineInfo;
 use baton_engine::scheduler::Limits;
@@ -153,7 +152,7 @@ fn world(settings: &Settings, block_tokens: u32, room: usize) -> World {
     let options = Options {
         limits: RequestLimits { requests: 1 << 20, tokens: usize::MAX },
         index_blocks: 1 << 22,
-        local_prefill: LocalPrefill::Auto,
+        placement: Default::default(),
     };
     let net = Net::new(settings.seed, quality, Log::new(Logging::Off));
     let mut world = World::new(net, roles.map(spec).collect(), vec![options], 0.0);

@@ -82,7 +82,7 @@ enum PolicyName {
 impl PolicyName {
     fn kind(self) -> Result<PolicyKind, CommandError> {
         Ok(match self {
-            Self::Baton => return Err("--policy baton: not simulated yet".into()),
+            Self::Baton => PolicyKind::Baton,
             Self::Random => PolicyKind::Random,
             Self::RoundRobin => PolicyKind::RoundRobin,
             Self::LeastLoaded => PolicyKind::LeastLoaded,

@@ -1,5 +1,6 @@
-//! Placement policies to compare with.
+//! Placement policies: the coordinator's, and others to compare it with.
 
+mod baton;
 mod blind;
 mod load;
 mod prefix;
@@ -11,6 +12,8 @@ use super::{Admission, Cluster, Decision, Dispatch, Policy};
 /// The policies by name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PolicyKind {
+    /// The coordinator's own.
+    Baton,
     /// Any node.
     Random,
     /// The nodes in turn.
@@ -33,6 +36,7 @@ impl PolicyKind {
     pub fn build(self, seed: u64) -> Box<dyn Policy> {
         let random = fastrand::Rng::with_seed(seed ^ 0x9e37_79b9_7f4a_7c15);
         match self {
+            Self::Baton => Box::new(baton::Baton::new()),
             Self::Random => Baseline::boxed(random, blind::Random),
             Self::RoundRobin => Baseline::boxed(random, blind::RoundRobin::default()),
             Self::LeastLoaded => Baseline::boxed(random, load::LeastLoaded),

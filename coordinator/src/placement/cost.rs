@@ -1,0 +1,228 @@
+//! What a placement costs, in milliseconds.
+//!
+//! With `L` tokens in all, `m_x` of them cached on node `x`, `S` the time to compute what is not
+//! ([`fit`](super::fit)), and `T` the duration of a decode step:
+//!
+//! - `remote(p, d) = max(queue_p, pull) + S_p + w S_p + exposed transfer + decode(d)`
+//! - `local(d) = max(queue_d, pull) + S_d in chunks between decode steps + their harm + decode(d)`
+//!
+//! `w = rho / (1 - rho)` is the delay that a second of prefill inflicts on later arrivals when the
+//! prefill nodes are busy for the share `rho` of the time: at leisure the nearest node in time is
+//! the best one, under load the one that has the prefix cached. Skipping the remote prefill of a
+//! short or cached prompt falls out of the comparison, and needs no threshold.
+
+use super::fit;
+
+/// Fixed cost of a KV transfer: offer, grant, acknowledgement.
+const TRANSFER_START_MS: f64 = 1.0;
+/// A pull must be cheaper than computing by this share of itself.
+const PULL_MARGIN: f64 = 0.1;
+/// Tokens of one chunk of a prompt that is computed between decode steps.
+const CHUNK_TOKENS: f64 = 512.0;
+/// Such a chunk is made smaller if it takes longer.
+const LONGEST_CHUNK_MS: f64 = 50.0;
+/// Decode steps longer than this are felt by those who read along.
+const LONGEST_STEP_MS: f64 = 100.0;
+/// Weight of a millisecond by which a local prefill delays a sequence's next token.
+const CHUNK_HARM: f64 = 0.3;
+/// Weight of the time that the output will take, against the time to the first token.
+const OUTPUT_WEIGHT: f64 = 0.1;
+/// Cost of memory pressure on a decode node: this times k / (1 - k) at the share k of its blocks.
+const PRESSURE_MS: f64 = 150.0;
+/// Bounds k, so that no cost becomes infinite.
+const MOST_PRESSURE: f64 = 0.97;
+
+/// Harm of making another request miss its deadline: more than anything else can cost.
+pub const MAKES_OTHERS_LATE_MS: f64 = 1e9;
+
+/// What is to be placed.
+#[derive(Clone, Copy, Debug)]
+pub struct Demand {
+    /// Tokens whose KV is needed.
+    pub tokens: usize,
+    /// Bytes of KV per token.
+    pub token_bytes: f64,
+    /// Blocks that the decode node needs.
+    pub blocks: u64,
+    /// Tokens that the answer is expected to have.
+    pub output: f64,
+}
+
+/// A node that may take a part of a request, in numbers.
+#[derive(Clone, Copy, Debug)]
+pub struct Candidate {
+    /// Leading tokens that it has, or will have by then.
+    pub cached: usize,
+    /// Time until it could start with the prompt.
+    pub queue_ms: f64,
+    /// Requests that would wait longer because of this one.
+    pub behind: usize,
+    /// One of them would miss its deadline because of that.
+    pub late: bool,
+    /// Coefficients of its prefill.
+    pub prefill: [f64; 3],
+    /// Coefficients of its decode steps.
+    pub step: [f64; 3],
+    /// Sequences on it.
+    pub sequences: f64,
+    /// Tokens that they hold.
+    pub kv_tokens: f64,
+    /// Blocks that sequences neither use nor were promised.
+    pub room: u64,
+    /// Size of its block pool.
+    pub total_blocks: u64,
+    /// What its time is worth, relative to other nodes.
+    pub price: f64,
+    /// How much longer everything is taken to last there: above 1 for a node that just joined.
+    pub caution: f64,
+}
+
+/// The longest cached prefix anywhere, and what it takes to fetch it.
+#[derive(Clone, Copy, Debug)]
+pub struct Source {
+    /// Its tokens.
+    pub tokens: usize,
+    /// Milliseconds per token.
+    pub token_ms: f64,
+}
+
+/// Terms of a placement's cost, in milliseconds.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Cost {
+    /// Waiting for the node that computes the prompt.
+    pub queue: f64,
+    /// Waiting for a cached prefix from another node beyond that.
+    pub pull: f64,
+    /// Computing what is not cached.
+    pub prefill: f64,
+    /// Transfer that computing does not hide.
+    pub transfer: f64,
+    /// The decode node's speed and memory pressure.
+    pub decode: f64,
+    /// What it costs other requests.
+    pub harm: f64,
+}
+
+impl Cost {
+    /// The sum.
+    #[must_use]
+    pub fn total(&self) -> f64 {
+        self.first_token() + self.transfer + self.decode + self.harm
+    }
+
+    /// Time to the first token.
+    #[must_use]
+    pub fn first_token(&self) -> f64 {
+        self.queue + self.pull + self.prefill
+    }
+
+    /// Both.
+    #[must_use]
+    pub fn and(&self, other: &Self) -> Self {
+        Self {
+            queue: self.queue + other.queue,
+            pull: self.pull + other.pull,
+            prefill: self.prefill + other.prefill,
+            transfer: self.transfer + other.transfer,
+            decode: self.decode + other.decode,
+            harm: self.harm + other.harm,
+        }
+    }
+}
+
+/// Computing a prompt on one node.
+#[derive(Clone, Copy, Debug)]
+pub struct Prefill {
+    /// Milliseconds of computing.
+    pub ms: f64,
+    /// Milliseconds that a pull takes before it; 0 without one.
+    pub pull_ms: f64,
+    /// Tokens that it computes.
+    pub new_tokens: f64,
+    /// A cached prefix is fetched from elsewhere.
+    pub pulls: bool,
+}
+
+/// How a node would compute the prompt: with its own cache, or after a pull if that is cheaper.
+#[must_use]
+pub fn prefill(demand: &Demand, node: &Candidate, source: Option<Source>) -> Prefill {
+    // The last token is always computed, for its logits.
+    let most = demand.tokens.saturating_sub(1);
+    let alone = |cached: usize| {
+        let quantities = fit::prefill(demand.tokens, cached.min(most));
+        let ms: f64 = (0..3).map(|at| node.prefill[at] * quantities[at]).sum();
+        (ms * node.caution, quantities[1])
+    };
+    let (ms, new_tokens) = alone(node.cached);
+    let own = Prefill { ms, pull_ms: 0.0, new_tokens, pulls: false };
+    let Some(source) = source.filter(|source| source.tokens > node.cached) else {
+        return own;
+    };
+    let pull_ms = TRANSFER_START_MS + (source.tokens - node.cached) as f64 * source.token_ms;
+    let (ms, new_tokens) = alone(source.tokens);
+    if own.ms <= ms + pull_ms * (1.0 + PULL_MARGIN) {
+        return own;
+    }
+    Prefill { ms, pull_ms, new_tokens, pulls: true }
+}
+
+/// The prefill node's part of a remote placement. `scarcity`: `w`.
+#[must_use]
+pub fn computing(node: &Candidate, prefill: &Prefill, scarcity: f64) -> Cost {
+    let later = scarcity * prefill.ms * node.price;
+    let waiting = waiting(node, prefill.ms);
+    Cost {
+        queue: node.queue_ms,
+        pull: (prefill.pull_ms - node.queue_ms).max(0.0),
+        prefill: prefill.ms,
+        harm: later + waiting,
+        ..Cost::default()
+    }
+}
+
+/// The decode node's part of a remote placement. `ms_per_byte`: what the link at its present load
+/// takes beyond the time that computing hides.
+#[must_use]
+pub fn receiving(demand: &Demand, node: &Candidate, ms_per_byte: f64) -> Cost {
+    let missing = demand.tokens.saturating_sub(node.cached) as f64 * demand.token_bytes;
+    let transfer = TRANSFER_START_MS + missing * ms_per_byte;
+    Cost { transfer, decode: decode(demand, node), ..Cost::default() }
+}
+
+/// A placement on a decode node alone.
+#[must_use]
+pub fn local(demand: &Demand, node: &Candidate, prefill: &Prefill) -> Cost {
+    let steps = (prefill.new_tokens / CHUNK_TOKENS).max(prefill.ms / LONGEST_CHUNK_MS).ceil();
+    let others = node.step[1] * node.sequences + node.step[2] * node.kv_tokens;
+    let computing = prefill.ms.max(steps * node.step[0]) + steps * others;
+    let extra = (prefill.ms - steps * node.step[0]).max(0.0);
+    let mut harm = CHUNK_HARM * node.sequences * extra + waiting(node, computing);
+    let step = (prefill.ms / steps.max(1.0)).max(node.step[0]) + others;
+    if node.sequences > 0.0 && step > LONGEST_STEP_MS {
+        harm += node.sequences * steps * (step - LONGEST_STEP_MS);
+    }
+    Cost {
+        queue: node.queue_ms,
+        pull: (prefill.pull_ms - node.queue_ms).max(0.0),
+        prefill: computing,
+        decode: decode(demand, node),
+        harm,
+        ..Cost::default()
+    }
+}
+
+/// What it costs those that wait behind it.
+fn waiting(node: &Candidate, ms: f64) -> f64 {
+    node.behind as f64 * ms + if node.late { MAKES_OTHERS_LATE_MS } else { 0.0 }
+}
+
+/// Generating on a node: what its steps will cost this sequence and the others, and its memory.
+fn decode(demand: &Demand, node: &Candidate) -> f64 {
+    let mine = fit::step(node.sequences + 1.0, node.kv_tokens + demand.tokens as f64);
+    let step: f64 = (0..3).map(|at| node.step[at] * mine[at]).sum();
+    let slower = node.step[1] + node.step[2] * demand.tokens as f64;
+    let output = demand.output * (step + slower * node.sequences) * node.caution;
+    let used = node.total_blocks.saturating_sub(node.room) + demand.blocks;
+    let k = (used as f64 / node.total_blocks.max(1) as f64).min(MOST_PRESSURE);
+    step + OUTPUT_WEIGHT * output + PRESSURE_MS * k / (1.0 - k)
+}

@@ -1,0 +1,277 @@
+//! Requests go to nodes when their turn comes, and what the nodes say of them is kept account of.
+
+use std::time::{Duration, Instant};
+
+use baton_proto::ids::{NodeId, RequestId, TransferId};
+
+use super::choose::Choice;
+use super::fit;
+use super::load::Work;
+use super::{
+    FEED_AHEAD_MS, FEED_AHEAD_PROMPTS, Job, LEAST_GAIN_MS, MOST_MOVES, Placement, REBALANCE_MS,
+    REBALANCED, RETRY_MS, ROOM_WAIT_MS, Sent, Turn, peer,
+};
+use crate::index::NodeKey;
+use crate::requests::Placed;
+
+impl Placement {
+    /// The next request whose turn has come. To be asked after every event until there is none.
+    pub fn next(&mut self, now: Instant) -> Option<Turn> {
+        if let Some(request) = self.displaced.pop() {
+            return Some(Turn::Again(request));
+        }
+        let now = self.ms(now);
+        self.asked_at = now;
+        if self.waiting.is_empty() {
+            return None;
+        }
+        if now >= self.rebalanced_at + REBALANCE_MS {
+            self.rebalanced_at = now;
+            self.rebalance(now);
+        }
+        let awaited: Vec<NodeKey> = self.awaited.iter().copied().collect();
+        awaited.into_iter().find_map(|key| self.next_of(key, now))
+    }
+
+    /// Who goes to this node, or to another one after all.
+    fn next_of(&mut self, key: NodeKey, now: f64) -> Option<Turn> {
+        while self.is_open(key, now) {
+            let node = self.node(key)?;
+            let may = |entry: &super::Entry| {
+                self.waiting.get(&entry.request).is_some_and(|job| job.retry_at <= now)
+            };
+            let next = node.queue.next(&self.shares, &self.tenants, now, may)?.request;
+            let (mut job, _) = self.take(next)?;
+            let Some(choice) = self.choose(&job, now) else {
+                return Some(Turn::Again(next));
+            };
+            let stays = choice.computing() == key || job.moves >= MOST_MOVES;
+            if self.has_room(&job, &choice, now) {
+                if stays || self.may_go(&job, &choice, now) {
+                    return Some(Turn::Go(next, self.dispatch(job, &choice, now)));
+                }
+                job.moves += 1;
+            } else {
+                job.blocked.get_or_insert(now);
+                job.retry_at = now + RETRY_MS;
+            }
+            self.hold(job, &choice);
+        }
+        None
+    }
+
+    /// Whether the node will soon have nothing to do.
+    fn is_open(&self, key: NodeKey, now: f64) -> bool {
+        let Some(node) = self.node(key) else { return false };
+        let unknown = node.prefill.observations() == 0;
+        node.queue_ms(now) <= FEED_AHEAD_MS || (unknown && node.load.prompts() < FEED_AHEAD_PROMPTS)
+    }
+
+    /// Whether the decode node has blocks for it, or has let it wait for long enough.
+    fn has_room(&self, job: &Job, choice: &Choice, now: f64) -> bool {
+        let Some(node) = self.node(choice.decode) else { return true };
+        let waited = job.blocked.is_some_and(|since| now - since >= ROOM_WAIT_MS);
+        waited || node.room() >= job.demand.blocks || node.load.sequences() == 0
+    }
+
+    /// Whether a request may go at once, without overtaking anybody.
+    pub(super) fn may_go(&self, job: &Job, choice: &Choice, now: f64) -> bool {
+        let key = choice.computing();
+        let nobody = self.node(key).is_some_and(|node| node.queue.is_empty());
+        nobody && self.is_open(key, now) && self.has_room(job, choice, now)
+    }
+
+    /// Lets a request wait for the node that is to compute it.
+    pub(super) fn hold(&mut self, mut job: Job, choice: &Choice) {
+        let key = choice.computing();
+        let entry = job.entry(choice.work.ms);
+        self.expected.add(&job.sampled, key);
+        self.tenants.arrive(job.tenant);
+        job.node = key;
+        if let Some(node) = self.node_mut(key) {
+            node.queue.insert(entry);
+            self.awaited.insert(key);
+            self.waiting.insert(entry.request, job);
+        }
+    }
+
+    /// Looks whether some of those who wait would be better off elsewhere by now.
+    fn rebalance(&mut self, now: f64) {
+        let from = self.rebalanced_to.map_or(std::ops::Bound::Unbounded, std::ops::Bound::Excluded);
+        let some = self.waiting.range((from, std::ops::Bound::Unbounded)).take(REBALANCED);
+        let some: Vec<RequestId> = some.map(|(&request, _)| request).collect();
+        self.rebalanced_to = some.last().copied().filter(|_| some.len() == REBALANCED);
+        for request in some {
+            self.improve(request, now);
+        }
+    }
+
+    fn improve(&mut self, request: RequestId, now: f64) {
+        let Some((mut job, entry)) = self.take(request) else { return };
+        let Some(choice) = self.choose(&job, now) else {
+            self.displaced.push(request);
+            return;
+        };
+        let here = self.node(job.node).map_or(f64::INFINITY, |node| {
+            let start = node.queue_ms(now);
+            start + node.queue.place(&entry, now + start).ahead_ms + entry.ms
+        });
+        let better = choice.cost.first_token() + LEAST_GAIN_MS < here;
+        if choice.computing() != job.node && better && job.moves < MOST_MOVES {
+            job.moves += 1;
+            return self.hold(job, &choice);
+        }
+        if let Some(node) = self.node_mut(job.node) {
+            node.queue.insert(entry);
+        }
+        self.awaited.insert(job.node);
+        self.tenants.arrive(job.tenant);
+        self.expected.add(&job.sampled, job.node);
+        self.waiting.insert(request, job);
+    }
+
+    /// Keeps account of what is sent to nodes now.
+    pub(super) fn dispatch(&mut self, job: Job, choice: &Choice, now: f64) -> Placed {
+        let (tokens, blocks) = (job.demand.tokens, job.demand.blocks);
+        let cached = choice.pull.map_or(choice.cached, |(_, pulled)| pulled);
+        let computing = Work { tokens, cached, prefill_ms: choice.work.ms, blocks };
+        let receiving = Work { tokens, cached: 0, prefill_ms: 0.0, blocks };
+        self.expected.send(job.sampled.clone(), choice.decode, now);
+        let mut others = 0;
+        if let Some(key) = choice.prefill {
+            self.expected.send(job.sampled.clone(), key, now);
+            self.promise(key, job.id, computing, now);
+            others = self.node_mut(choice.decode).map_or(0, |node| {
+                node.incoming += 1;
+                node.incoming - 1
+            });
+        }
+        let work = if choice.prefill.is_some() { receiving } else { computing };
+        self.promise(choice.decode, job.id, work, now);
+        if let Some(node) = choice.pull.and_then(|(key, _)| self.node_mut(key)) {
+            node.serving += 1;
+        }
+        self.shares.serve(job.class, choice.work.ms);
+        self.tenants.serve(job.tenant, choice.work.ms);
+        let sent = Sent {
+            root: job.root,
+            tenant: job.tenant,
+            prefill_ms: choice.work.ms,
+            prefill: choice.prefill,
+            decode: choice.decode,
+            source: choice.pull.map(|(key, _)| key),
+            others,
+            token_bytes: job.demand.token_bytes,
+            legs: 1 + u8::from(choice.prefill.is_some()),
+        };
+        self.sent.insert(job.id, sent);
+        self.placed(&job, choice)
+    }
+
+    fn promise(&mut self, key: NodeKey, id: TransferId, work: Work, now: f64) {
+        if let Some(node) = self.node_mut(key) {
+            node.load.promise(id, work, now);
+            node.breaker.sent();
+        }
+    }
+
+    /// The choice in the words of nodes and people.
+    fn placed(&self, job: &Job, choice: &Choice) -> Placed {
+        let named = |key| self.node(key).expect("a node that was chosen is joined");
+        let prefill = choice.prefill.map(named);
+        let decode = named(choice.decode);
+        let percent = 100 * choice.cached / job.demand.tokens.max(1);
+        let on = &prefill.unwrap_or(decode).id;
+        let kind = if prefill.is_some() { "remote" } else { "local" };
+        let total = choice.cost.total();
+        let other = match (prefill, choice.other) {
+            (None, None) => "no prefill node is free".to_owned(),
+            (None, Some(other)) => format!("remote would be {other:.1} ms"),
+            (Some(_), other) => format!("local would be {:.1} ms", other.unwrap_or(f64::NAN)),
+        };
+        let reason = format!("{kind}: {total:.1} ms, {percent}% cached on {on}; {other}");
+        Placed {
+            prefill: prefill.map(peer),
+            decode: peer(decode),
+            pull: choice.pull.map(|(key, tokens)| (peer(named(key)), tokens)),
+            reason,
+        }
+    }
+
+    /// A node has computed a prompt in `took`.
+    pub(super) fn computed(&mut self, id: &NodeId, at: TransferId, took: Duration, now: Instant) {
+        let now = self.ms(now);
+        let Some(node) = self.keys.of(id).and_then(|key| self.nodes[key.0 as usize].as_mut())
+        else {
+            return;
+        };
+        let Some(work) = node.load.prefilled(at, now) else { return };
+        node.breaker.succeeded(now);
+        let (quantities, ms) =
+            (fit::prefill(work.tokens, work.cached), 1000.0 * took.as_secs_f64());
+        node.prefill.observe(quantities, ms);
+        if let Some(pool) = self.pools.get_mut(&node.root) {
+            pool.typical.prefill.observe(quantities, ms);
+        }
+        if let Some(sent) = self.sent.get(&at) {
+            self.tenants.serve(sent.tenant, ms - sent.prefill_ms);
+        }
+    }
+
+    /// The KV of an attempt arrived, so long after its prompt was computed.
+    pub(super) fn transferred(&mut self, id: TransferId, exposed: Duration, bytes: u64) {
+        let Some(sent) = self.sent.get(&id) else { return };
+        let (Some(from), to) = (sent.prefill, sent.decode) else { return };
+        if let Some(pool) = self.pools.get_mut(&sent.root) {
+            let ms = 1000.0 * exposed.as_secs_f64();
+            pool.handover().observe((from, to), bytes as f64, ms, sent.others);
+        }
+    }
+
+    /// A pull is over; it brought so many tokens.
+    pub(super) fn fetched(&mut self, id: TransferId, tokens: usize, took: Duration) {
+        let Some(sent) = self.sent.get_mut(&id) else { return };
+        let Some(from) = sent.source.take() else { return };
+        let (root, to) = (sent.root, sent.prefill.unwrap_or(sent.decode));
+        let token_bytes = sent.token_bytes;
+        let others = self.node_mut(from).map_or(0, |node| {
+            node.serving = node.serving.saturating_sub(1);
+            node.serving
+        });
+        if tokens == 0 {
+            return;
+        }
+        if let Some(pool) = self.pools.get_mut(&root) {
+            let ms = 1000.0 * took.as_secs_f64();
+            pool.pulls().observe((from, to), tokens as f64 * token_bytes, ms, others);
+        }
+    }
+
+    /// A node has nothing to do with an attempt any more.
+    pub(super) fn released(&mut self, id: &NodeId, at: TransferId, now: Instant) {
+        let now = self.ms(now);
+        let key = self.keys.of(id);
+        if let Some(node) = key.and_then(|key| self.node_mut(key)) {
+            node.load.ended(at, now);
+            node.breaker.released();
+        }
+        let Some(sent) = self.sent.get_mut(&at) else { return };
+        sent.legs = sent.legs.saturating_sub(1);
+        let last = sent.legs == 0;
+        let was_sender = sent.prefill.is_some() && (last || sent.prefill == key);
+        let decode = sent.decode;
+        if was_sender {
+            sent.prefill = None;
+        }
+        let source = if last { sent.source.take() } else { None };
+        if last {
+            self.sent.remove(&at);
+        }
+        if let Some(node) = self.node_mut(decode).filter(|_| was_sender) {
+            node.incoming = node.incoming.saturating_sub(1);
+        }
+        if let Some(node) = source.and_then(|key| self.node_mut(key)) {
+            node.serving = node.serving.saturating_sub(1);
+        }
+    }
+}

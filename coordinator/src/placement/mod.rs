@@ -1,0 +1,418 @@
+//! [`Placement`]: which request goes where, and when.
+//!
+//! A request is placed when it arrives: the cheapest of all (prefill, decode) pairs and of all
+//! decode nodes by themselves ([`cost`]). If the node that is to compute its prompt has work for a
+//! while, the request waits here for it ([`queue`]); when its turn comes it is placed once more,
+//! with what is known then. What cannot meet its deadline is refused at once.
+//!
+//! Pure: the caller says what happened and when.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use baton_proto::hash::{BlockHash, ModelRoot};
+use baton_proto::ids::{NodeId, RequestId, Role, TransferId};
+use baton_proto::message::{Hello, Peer, Report};
+use baton_proto::share::SharedLoad;
+
+use crate::cluster::NodeRef;
+use crate::index::{Index, Matches, NodeKey, NodeKeys, Tier};
+use crate::peers::Own;
+use crate::requests::{Answer, Placed, Placer, Wanted};
+
+mod breaker;
+mod choose;
+pub mod cost;
+mod dispatch;
+mod expected;
+pub mod fit;
+mod load;
+mod node;
+mod pool;
+mod popular;
+mod queue;
+mod tenants;
+#[cfg(test)]
+mod tests;
+
+pub use choose::LocalPrefill;
+pub use load::REPORT_LAG;
+pub use queue::Class;
+pub use tenants::TenantId;
+
+/// Whose a request is, and how urgent.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Standing {
+    /// How urgent.
+    pub class: Class,
+    /// Whose.
+    pub tenant: TenantId,
+}
+
+use choose::Cached;
+use cost::{Demand, MAKES_OTHERS_LATE_MS};
+use expected::{Expected, Sampled};
+use node::Node;
+use pool::Pool;
+use queue::{Entry, Shares};
+use tenants::Tenants;
+
+/// A node is given more work when it has less than this.
+const FEED_AHEAD_MS: f64 = 100.0;
+/// The same for nodes whose speed nobody knows, in prompts.
+const FEED_AHEAD_PROMPTS: u32 = 4;
+/// How long a request that finds no room on any decode node waits here; then it waits there.
+const ROOM_WAIT_MS: f64 = 2000.0;
+/// Pause before what could not go is tried again.
+const RETRY_MS: f64 = 20.0;
+/// Pause between looks for better places for those who wait, and how many are looked at.
+const REBALANCE_MS: f64 = 20.0;
+const REBALANCED: usize = 32;
+/// A better place must be better by so much.
+const LEAST_GAIN_MS: f64 = 5.0;
+/// How often a request may be moved.
+const MOST_MOVES: u8 = 16;
+
+/// What an operator may choose.
+#[derive(Clone, Copy, Debug)]
+pub struct Options {
+    /// Whether decode nodes may compute prompts.
+    pub local_prefill: LocalPrefill,
+    /// Whether cached prefixes may be fetched from other nodes.
+    pub pulls: bool,
+    /// A request that would wait longer than this for its first token is refused, if set.
+    pub most_wait: Option<Duration>,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self { local_prefill: LocalPrefill::default(), pulls: true, most_wait: None }
+    }
+}
+
+/// A request to be placed. Times are milliseconds since the origin.
+#[derive(Clone, Debug)]
+struct Job {
+    id: TransferId,
+    root: ModelRoot,
+    demand: Demand,
+    longest: usize,
+    chain: Arc<Vec<BlockHash>>,
+    /// Some of its blocks, expected on the node that it waits for.
+    sampled: Sampled,
+    /// Leading blocks that nearly every request has.
+    popular: usize,
+    avoid: Vec<NodeRef>,
+    class: Class,
+    tenant: TenantId,
+    arrived: f64,
+    deadline: f64,
+    /// For which node it waits.
+    node: NodeKey,
+    moves: u8,
+    /// Not before.
+    retry_at: f64,
+    /// Since when there is no room for it on decode nodes.
+    blocked: Option<f64>,
+}
+
+/// A request that was sent to nodes.
+#[derive(Clone, Copy, Debug)]
+struct Sent {
+    root: ModelRoot,
+    tenant: TenantId,
+    /// Predicted.
+    prefill_ms: f64,
+    /// With a transfer that has not ended.
+    prefill: Option<NodeKey>,
+    decode: NodeKey,
+    /// With a pull that has not ended.
+    source: Option<NodeKey>,
+    /// Transfers to the decode node when it was sent.
+    others: u32,
+    token_bytes: f64,
+    /// Nodes that still have to do with it.
+    legs: u8,
+}
+
+/// The next thing to do with a request that waited.
+#[derive(Debug)]
+pub enum Turn {
+    /// Send it there.
+    Go(RequestId, Placed),
+    /// The node it waited for is gone: place it again.
+    Again(RequestId),
+}
+
+/// See the module's description.
+#[derive(Debug)]
+pub struct Placement {
+    /// What nodes hold.
+    pub index: Index,
+    options: Options,
+    origin: Instant,
+    keys: NodeKeys,
+    /// By key.
+    nodes: Vec<Option<Node>>,
+    pools: BTreeMap<ModelRoot, Pool>,
+    expected: Expected,
+    waiting: BTreeMap<RequestId, Job>,
+    /// Nodes for which requests wait.
+    awaited: BTreeSet<NodeKey>,
+    /// Requests whose node is gone.
+    displaced: Vec<RequestId>,
+    sent: BTreeMap<TransferId, Sent>,
+    shares: Shares,
+    tenants: Tenants,
+    /// When [`Self::next`] was last asked.
+    asked_at: f64,
+    rebalanced_at: f64,
+    rebalanced_to: Option<RequestId>,
+    matches: Matches,
+    cached: Cached,
+}
+
+impl Placement {
+    /// Without nodes and requests.
+    #[must_use]
+    pub fn new(index: Index, options: Options, origin: Instant) -> Self {
+        Self {
+            index,
+            options,
+            origin,
+            keys: NodeKeys::default(),
+            nodes: Vec::new(),
+            pools: BTreeMap::new(),
+            expected: Expected::default(),
+            waiting: BTreeMap::new(),
+            awaited: BTreeSet::new(),
+            displaced: Vec::new(),
+            sent: BTreeMap::new(),
+            shares: Shares::default(),
+            tenants: Tenants::default(),
+            asked_at: 0.0,
+            rebalanced_at: 0.0,
+            rebalanced_to: None,
+            matches: Matches::default(),
+            cached: Cached::default(),
+        }
+    }
+
+    /// A node joined. An earlier life of it must have left.
+    pub fn join(&mut self, id: &NodeId, hello: &Hello, now: Instant) {
+        let key = self.keys.join(id);
+        let node = Node::new(id, hello, self.ms(now));
+        self.pools.entry(node.root).or_default();
+        if self.nodes.len() <= key.0 as usize {
+            self.nodes.resize(key.0 as usize + 1, None);
+        }
+        let root = node.root;
+        self.nodes[key.0 as usize] = Some(node);
+        self.index.join(key, Tier::Device);
+        self.sort(root);
+    }
+
+    /// A node left: nothing is expected of it, and nothing waits for it.
+    pub fn leave(&mut self, id: &NodeId) {
+        let Some(key) = self.keys.leave(id) else {
+            return;
+        };
+        self.displace(key);
+        self.index.leave(key);
+        self.expected.leave(key);
+        if let Some(node) = self.nodes[key.0 as usize].take() {
+            if let Some(pool) = self.pools.get_mut(&node.root) {
+                pool.forget(key);
+            }
+            self.sort(node.root);
+        }
+    }
+
+    /// A node reports its load.
+    pub fn report(&mut self, id: &NodeId, report: &Report, now: Instant) {
+        let now = self.ms(now);
+        let Some(key) = self.keys.of(id) else { return };
+        let Some(node) = self.nodes[key.0 as usize].as_mut() else { return };
+        let before = (node.role, node.draining);
+        node.report(report, now);
+        if (node.role, node.draining) != before {
+            let root = node.root;
+            self.displace(key);
+            self.sort(root);
+        }
+    }
+
+    /// What other coordinators have promised to a node and its reports do not show yet.
+    pub fn share(&mut self, id: &NodeId, load: SharedLoad) {
+        if let Some(node) = self.keys.of(id).and_then(|key| self.node_mut(key)) {
+            node.shared = load;
+        }
+    }
+
+    /// Promises that a report of a node to another coordinator may not show yet.
+    pub fn recent(&self, now: Instant) -> impl Iterator<Item = Own<'_>> {
+        let now_ms = self.ms(now);
+        self.nodes.iter().flatten().flat_map(move |node| {
+            node.load.recent(now_ms).map(move |(sent, load)| {
+                let age = Duration::from_secs_f64((now_ms - sent).max(0.0) / 1000.0);
+                let sent = now.checked_sub(age).unwrap_or(now);
+                Own { node: &node.id, epoch: node.epoch, sent, load }
+            })
+        })
+    }
+
+    /// The number of a joined node in the [index](Self::index).
+    #[must_use]
+    pub fn key(&self, id: &NodeId) -> Option<NodeKey> {
+        self.keys.of(id)
+    }
+
+    /// Requests that wait here.
+    #[must_use]
+    pub fn waiting(&self) -> usize {
+        self.waiting.len()
+    }
+
+    /// Whether nothing waits, and nothing is promised to any node.
+    #[must_use]
+    pub fn is_idle(&self) -> bool {
+        let idle = self.nodes.iter().flatten().all(|node| node.load.is_empty());
+        idle && self.waiting.is_empty() && self.sent.is_empty()
+    }
+
+    /// When [`Self::next`] may have something to say without an event.
+    #[must_use]
+    pub fn poll_timeout(&self) -> Option<Instant> {
+        let awaited = self.awaited.iter().filter_map(|&key| self.node(key));
+        let opens =
+            awaited.map(|node| (node.queue_ms(self.asked_at) - FEED_AHEAD_MS).max(RETRY_MS));
+        let soonest = self.asked_at + opens.min_by(f64::total_cmp)?;
+        Some(self.origin + Duration::from_secs_f64(soonest / 1000.0))
+    }
+
+    fn ms(&self, now: Instant) -> f64 {
+        now.saturating_duration_since(self.origin).as_secs_f64() * 1000.0
+    }
+
+    fn node(&self, key: NodeKey) -> Option<&Node> {
+        self.nodes.get(key.0 as usize)?.as_ref()
+    }
+
+    fn node_mut(&mut self, key: NodeKey) -> Option<&mut Node> {
+        self.nodes.get_mut(key.0 as usize)?.as_mut()
+    }
+
+    /// Sorts the nodes of a model that take work by their role.
+    fn sort(&mut self, root: ModelRoot) {
+        let Some(pool) = self.pools.get_mut(&root) else { return };
+        pool.prefill.clear();
+        pool.decode.clear();
+        for (at, node) in self.nodes.iter().enumerate() {
+            let Some(node) = node.as_ref().filter(|n| n.root == root && !n.draining) else {
+                continue;
+            };
+            match node.role {
+                Role::Prefill => pool.prefill.push(NodeKey(at as u32)),
+                Role::Decode => pool.decode.push(NodeKey(at as u32)),
+            }
+        }
+    }
+
+    /// Requests that wait for a node are to be placed again.
+    fn displace(&mut self, key: NodeKey) {
+        let Some(node) = self.node_mut(key) else { return };
+        let requests: Vec<RequestId> = node.queue.requests().collect();
+        for request in requests {
+            self.take(request);
+            self.displaced.push(request);
+        }
+    }
+
+    /// Takes a request out of those that wait.
+    fn take(&mut self, request: RequestId) -> Option<(Job, Entry)> {
+        let job = self.waiting.remove(&request)?;
+        let node = self.nodes[job.node.0 as usize].as_mut();
+        let node = node.expect("who waits for a node is displaced when it leaves");
+        let entry = node.queue.remove(request).expect("who waits is in the queue of its node");
+        if node.queue.is_empty() {
+            self.awaited.remove(&job.node);
+        }
+        self.tenants.leave(job.tenant);
+        self.expected.remove(&job.sampled, job.node);
+        Some((job, entry))
+    }
+}
+
+impl Placer for Placement {
+    fn place(&mut self, wanted: &Wanted<'_>, now: Instant) -> Answer {
+        let now = self.ms(now);
+        let job = self.job(wanted);
+        let Some(choice) = self.choose(&job, now) else {
+            return Answer::NoNodes;
+        };
+        let first_token = now + choice.cost.first_token();
+        // Who can wait does, in the end; who cannot must not push out those who were there before.
+        let makes_others_late =
+            job.deadline.is_finite() && choice.cost.harm >= MAKES_OTHERS_LATE_MS;
+        if wanted.arrives && (first_token > job.deadline || makes_others_late) {
+            let late = (first_token - job.deadline).max(1000.0);
+            return Answer::TooLate { retry_after: Duration::from_secs_f64(late / 1000.0) };
+        }
+        if choice.prefill.is_some()
+            && let Some(pool) = self.pools.get_mut(&job.root)
+        {
+            pool.offer(choice.work.ms, now);
+        }
+        if self.may_go(&job, &choice, now) {
+            return Answer::Go(self.dispatch(job, &choice, now));
+        }
+        self.hold(job, &choice);
+        Answer::Held
+    }
+
+    fn withdraw(&mut self, request: RequestId) {
+        self.take(request);
+        self.displaced.retain(|displaced| *displaced != request);
+    }
+
+    fn started(&mut self, node: &NodeId, id: TransferId, cached: usize) {
+        if let Some(node) = self.keys.of(node).and_then(|key| self.node_mut(key)) {
+            node.load.started(id, cached);
+        }
+    }
+
+    fn prefilled(&mut self, node: &NodeId, id: TransferId, took: Duration, now: Instant) {
+        self.computed(node, id, took, now);
+    }
+
+    fn handed_over(&mut self, id: TransferId, exposed: Duration, bytes: u64) {
+        self.transferred(id, exposed, bytes);
+    }
+
+    fn pulled(&mut self, id: TransferId, tokens: usize, took: Duration) {
+        self.fetched(id, tokens, took);
+    }
+
+    fn ended(&mut self, node: &NodeId, id: TransferId, now: Instant) {
+        self.released(node, id, now);
+    }
+
+    fn failed(&mut self, node: &NodeId, now: Instant) {
+        let now = self.ms(now);
+        if let Some(node) = self.keys.of(node).and_then(|key| self.node_mut(key)) {
+            node.breaker.failed(now);
+        }
+    }
+
+    fn answered(&mut self, root: ModelRoot, tokens: usize) {
+        if let Some(pool) = self.pools.get_mut(&root) {
+            pool.answered(tokens);
+        }
+    }
+}
+
+/// How to reach a node's present life.
+fn peer(node: &Node) -> Peer {
+    node.peer()
+}

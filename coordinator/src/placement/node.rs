@@ -1,0 +1,135 @@
+//! One node, as placement sees it.
+
+use baton_proto::hash::ModelRoot;
+use baton_proto::ids::{Epoch, NodeId, Role};
+use baton_proto::message::{Hello, Peer, Report};
+use baton_proto::share::SharedLoad;
+
+use super::breaker::Breaker;
+use super::cost::Candidate;
+use super::fit::{self, Fit};
+use super::load::Load;
+use super::queue::Queue;
+
+/// Coefficients of a prefill before any was measured, in milliseconds: to start, per token, and
+/// per pair of tokens. Attention doubles a token's cost after 16,384 others.
+pub(super) const PREFILL_PRIOR: [f64; 3] = [1.0, 0.5, 0.5 / (2.0 * 16384.0)];
+/// Coefficients of a decode step: its floor, per sequence, and per token of KV.
+pub(super) const STEP_PRIOR: [f64; 3] = [10.0, 0.2, 2e-5];
+/// A node's own measurements count from so many of them on.
+const LEAST_OBSERVATIONS: u32 = 3;
+
+/// See the module's description.
+#[derive(Clone, Debug)]
+pub(super) struct Node {
+    pub(super) id: NodeId,
+    pub(super) epoch: Epoch,
+    pub(super) kv_address: String,
+    pub(super) root: ModelRoot,
+    pub(super) role: Role,
+    pub(super) draining: bool,
+    pub(super) max_model_len: usize,
+    pub(super) total_blocks: u64,
+    pub(super) price: f64,
+    pub(super) block_tokens: usize,
+    pub(super) load: Load,
+    /// Promised by other coordinators, and not in `load` yet.
+    pub(super) shared: SharedLoad,
+    pub(super) queue: Queue,
+    pub(super) breaker: Breaker,
+    pub(super) prefill: Fit,
+    pub(super) step: Fit,
+    /// Transfers to it under way.
+    pub(super) incoming: u32,
+    /// Pulls from it under way.
+    pub(super) serving: u32,
+}
+
+impl Node {
+    pub(super) fn new(id: &NodeId, hello: &Hello, now: f64) -> Self {
+        Self {
+            id: id.clone(),
+            epoch: hello.epoch,
+            kv_address: hello.kv_address.clone(),
+            root: hello.root,
+            role: hello.role,
+            draining: false,
+            max_model_len: hello.max_model_len as usize,
+            total_blocks: hello.total_blocks,
+            price: 1.0,
+            block_tokens: hello.geometry.block_tokens as usize,
+            load: Load::idle(hello.total_blocks),
+            shared: SharedLoad::default(),
+            queue: Queue::default(),
+            breaker: Breaker::new(now),
+            prefill: Fit::new(PREFILL_PRIOR),
+            step: Fit::new(STEP_PRIOR),
+            incoming: 0,
+            serving: 0,
+        }
+    }
+
+    pub(super) fn report(&mut self, report: &Report, now: f64) {
+        self.role = report.role;
+        self.draining = report.draining;
+        self.load.report(report, self.prefill.coefficients()[1], now);
+        let running = f64::from(report.running);
+        if report.decode_step_ms > 0.0 && report.running > 0 {
+            let held = report.blocks.active as f64 * self.block_tokens as f64;
+            self.step.observe(fit::step(running, held), report.decode_step_ms);
+        }
+    }
+
+    /// Time until the node is through with the prompts that it was given.
+    pub(super) fn queue_ms(&self, now: f64) -> f64 {
+        self.load.queue_ms(now) + self.shared.prefill_ms
+    }
+
+    /// Blocks that no sequence uses or was promised.
+    pub(super) fn room(&self) -> u64 {
+        self.load.room().saturating_sub(self.shared.blocks)
+    }
+
+    /// How to reach this life of the node.
+    pub(super) fn peer(&self) -> Peer {
+        let (node, kv_address) = (self.id.clone(), self.kv_address.clone());
+        Peer { node, epoch: self.epoch, kv_address }
+    }
+
+    /// The node in numbers, for a request of which it has `cached` tokens. `typical`: speeds of
+    /// nodes that serve the same model.
+    pub(super) fn candidate(&self, cached: usize, typical: &Typical, now: f64) -> Candidate {
+        let measured = |own: &Fit, typical: &Fit| {
+            let known = own.observations() >= LEAST_OBSERVATIONS || typical.observations() == 0;
+            if known { own.coefficients() } else { typical.coefficients() }
+        };
+        let kv_tokens = self.load.kv_blocks() as f64 * self.block_tokens as f64;
+        Candidate {
+            cached,
+            queue_ms: self.queue_ms(now),
+            behind: 0,
+            late: false,
+            prefill: measured(&self.prefill, &typical.prefill),
+            step: measured(&self.step, &typical.step),
+            sequences: f64::from(self.load.sequences().saturating_add(self.shared.sequences)),
+            kv_tokens,
+            room: self.room(),
+            total_blocks: self.total_blocks,
+            price: self.price,
+            caution: self.breaker.caution(now),
+        }
+    }
+}
+
+/// Speeds over all nodes of a model.
+#[derive(Clone, Debug)]
+pub(super) struct Typical {
+    pub(super) prefill: Fit,
+    pub(super) step: Fit,
+}
+
+impl Default for Typical {
+    fn default() -> Self {
+        Self { prefill: Fit::new(PREFILL_PRIOR), step: Fit::new(STEP_PRIOR) }
+    }
+}
