@@ -14,12 +14,11 @@ use baton_proto::message::{Command, Hello, NodeEvent, Report};
 use bytes::Bytes;
 use tokio::sync::{mpsc, oneshot, watch};
 
+use crate::outbox::Outboxes;
 use crate::worker::{Action, Input, News, StreamId, Transfer, Worker};
 
 /// Most events that wait for the driver; their senders wait then, the engine's thread among them.
 pub const MAX_EVENTS: usize = 8192;
-/// Most events that wait for a coordinator to take them; with more its stream is closed.
-pub const MAX_OUTBOX: usize = 4096;
 
 /// Something happened.
 pub enum Event {
@@ -60,13 +59,6 @@ pub(crate) fn report(engine: &Engine, News { role, draining, .. }: News) -> Repo
     Report { role, draining, ..engine.report() }
 }
 
-/// A stream as its session is reached.
-struct Outbox {
-    events: mpsc::Sender<NodeEvent>,
-    /// Dropping it ends the session that serves the stream.
-    _session: oneshot::Sender<()>,
-}
-
 /// The worker of a node with its hands.
 pub(crate) struct Driver {
     worker: Worker,
@@ -75,7 +67,7 @@ pub(crate) struct Driver {
     hello: Hello,
     /// Takes further events.
     events: mpsc::Sender<Event>,
-    outboxes: HashMap<StreamId, Outbox>,
+    outboxes: Outboxes,
     sends: HashMap<TransferId, Arc<SendHandle>>,
     receives: HashMap<TransferId, Arc<ReceiveHandle>>,
     /// Of the admission that is being handled.
@@ -97,7 +89,7 @@ impl Driver {
             endpoint,
             hello,
             events,
-            outboxes: HashMap::new(),
+            outboxes: Outboxes::default(),
             sends: HashMap::new(),
             receives: HashMap::new(),
             lease: None,
@@ -135,13 +127,12 @@ impl Driver {
     fn take(&mut self, event: Event) {
         let input = match event {
             Event::Opened { stream, outbox, session } => {
-                let outbox = Outbox { events: outbox, _session: session };
-                self.outboxes.insert(stream, outbox);
+                self.outboxes.open(stream, outbox, session);
                 Input::Opened(stream)
             }
             Event::Command { stream, command } => Input::Command { stream, command },
             Event::Closed(stream) => {
-                self.outboxes.remove(&stream);
+                self.outboxes.close(stream);
                 Input::Closed(stream)
             }
             Event::Engine(event) => self.engine_event(event),
@@ -198,7 +189,11 @@ impl Driver {
 
     fn carry_out(&mut self, action: Action) {
         match action {
-            Action::Tell { stream, event } => self.tell(stream, event),
+            Action::Tell { stream, event } => {
+                if !self.outboxes.tell(stream, event) {
+                    self.worker.input(Instant::now(), Input::Closed(stream));
+                }
+            }
             Action::AskSnapshot => self.engine.snapshot(),
             Action::Submit(submission) => {
                 let id = submission.job.id;
@@ -238,15 +233,6 @@ impl Driver {
                     receive.cancel();
                 }
             }
-        }
-    }
-
-    fn tell(&mut self, stream: StreamId, event: NodeEvent) {
-        let Some(outbox) = self.outboxes.get(&stream) else { return };
-        if outbox.events.try_send(event).is_err() {
-            tracing::warn!(stream = stream.0, "the coordinator does not read; closing its stream");
-            self.outboxes.remove(&stream);
-            self.worker.input(Instant::now(), Input::Closed(stream));
         }
     }
 

@@ -18,7 +18,8 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::Streaming;
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint};
 
-use crate::driver::{self, Event, MAX_OUTBOX};
+use crate::driver::{self, Event};
+use crate::outbox::MAX_OUTBOX;
 use crate::worker::{News, StreamId};
 
 /// A coordinator that takes longer to answer a dial or a hello is dialled again.

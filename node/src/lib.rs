@@ -14,5 +14,7 @@ pub mod worker;
 
 mod driver;
 mod load;
+mod outbox;
 
-pub use driver::{Event, MAX_EVENTS, MAX_OUTBOX};
+pub use driver::{Event, MAX_EVENTS};
+pub use outbox::MAX_OUTBOX;

@@ -1,7 +1,8 @@
 //! Prefixes that one node has computed and another fetches, with real engines and real sockets:
 //! the tokens are those of a computation in one place, whatever becomes of the pull.
 
-use crate::support::{BLOCK_TOKENS, Joined, Pair, expected, id, job, peer};
+use crate::support::{BLOCK_TOKENS, Joined, Pair, demo_model, expected, id, job, peer};
+use baton_proto::hash::CacheSalt;
 use baton_proto::ids::{Role, TransferId};
 use baton_proto::message::{Command, Job, NodeEvent, Pull, Retry};
 
@@ -69,6 +70,30 @@ async fn a_prompt_computed_on_one_node_is_pulled_by_another() {
     pair.idle().await;
     a.idle().await;
     b.idle().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_real_model_goes_on_from_pulled_blocks_as_from_its_own() {
+    let mut pair = Pair::with(demo_model).await;
+    let (mut a, mut b) = pair.streams().await;
+    let computed = job(id(1), 1, 150, 3);
+    a.command(Command::Decode { job: computed.clone(), prefill: None, pull: None }).await;
+    a.rest(computed.id).await;
+    let turn = job(id(2), 1, 180, 12);
+    let from = pull(&a, "prefill-0", 150);
+    b.command(Command::Decode { job: turn.clone(), prefill: None, pull: from }).await;
+    a.command(serve(&turn, 150, &b, "decode-0")).await;
+    assert_eq!(pulled(&mut b, turn.id).await, (148, 148));
+    let tokens: Vec<_> = b.rest(turn.id).await.iter().map(|token| token.token).collect();
+    served(&mut a, turn.id.pull()).await;
+    // The same in one place, and with nothing cached.
+    let salt = CacheSalt::from_text("another");
+    let alone = Job { id: id(3), salt, ..turn };
+    a.command(Command::Decode { job: alone.clone(), prefill: None, pull: None }).await;
+    assert_eq!(pulled(&mut a, alone.id).await, (0, 0));
+    let expected: Vec<_> = a.rest(alone.id).await.iter().map(|token| token.token).collect();
+    assert_eq!(tokens, expected);
+    pair.idle().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

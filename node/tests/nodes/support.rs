@@ -1,10 +1,12 @@
 //! A scripted coordinator, and a prefill and a decode node that join it over real sockets.
 
 use std::net::SocketAddr;
+use std::path::Path;
 use std::time::Duration;
 
+use baton_engine::model::{LoadFormat, LoadOptions, Model};
 use baton_engine::testing::FakeModel;
-use baton_engine::{Engine, EngineConfig};
+use baton_engine::{Engine, EngineConfig, Forward};
 use baton_identity::{ClusterCa, Identity, Part};
 use baton_kvtransfer::{Endpoint, Timing};
 use baton_node::Event;
@@ -145,8 +147,8 @@ pub(crate) struct TestNode {
 }
 
 impl TestNode {
-    fn start(setup: Setup) -> Self {
-        let mut node = Node::start(setup, Box::new(model()));
+    fn start(setup: Setup, model: Box<dyn Forward>) -> Self {
+        let mut node = Node::start(setup, model);
         Self {
             engine: node.engine.clone(),
             endpoint: node.endpoint.clone(),
@@ -194,14 +196,19 @@ pub(crate) struct Pair {
 
 impl Pair {
     pub(crate) async fn start() -> Self {
+        Self::with(|| Box::new(model())).await
+    }
+
+    /// The same with a model of one's own.
+    pub(crate) async fn with(model: impl Fn() -> Box<dyn Forward>) -> Self {
         let folder = tempfile::tempdir().expect("a folder");
         let ca = ClusterCa::create(&folder.path().join("ca")).expect("a new authority");
         let (sender, joined) = mpsc::channel(8);
         let own = identity(&ca, &folder, Part::Coordinator, "coordinator");
         let coordinator = serve(&own, sender).await;
         let setup = |role, name| setup(role, identity(&ca, &folder, Part::Node, name), coordinator);
-        let prefill = TestNode::start(setup(Role::Prefill, "prefill-0"));
-        let decode = TestNode::start(setup(Role::Decode, "decode-0"));
+        let prefill = TestNode::start(setup(Role::Prefill, "prefill-0"), model());
+        let decode = TestNode::start(setup(Role::Decode, "decode-0"), model());
         Self { joined, prefill, decode }
     }
 
@@ -322,6 +329,20 @@ fn model() -> FakeModel {
         assert!(!poison, "a defect of the model");
         std::thread::sleep(Duration::from_micros(300));
     }))
+}
+
+/// The bundled demo model.
+pub(crate) fn demo_model() -> Box<dyn Forward> {
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/demo");
+    let model = Model::load(LoadOptions {
+        dir: &dir,
+        format: LoadFormat::Safetensors,
+        threads: 1,
+        max_model_len: None,
+        kv_dtype: None,
+        on_progress: &mut |_| {},
+    });
+    Box::new(model.expect("the demo model is complete"))
 }
 
 /// What `job` must generate.
