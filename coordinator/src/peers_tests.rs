@@ -187,4 +187,78 @@ proptest! {
             }
         }
     }
+
+    /// Another coordinator's work on a node is in the node's report, or in what the coordinator
+    /// tells, or, for a moment, in both; never in neither.
+    #[test]
+    fn told_work_is_never_missed_and_counted_twice_for_a_moment_only(
+        work in prop::collection::vec((0_u64..2000, 0_u64..50, 1_u64..100), 1..60),
+        phase in 0_u64..100,
+        delays in prop::collection::vec(0_u64..50, 48),
+    ) {
+        let work = work.into_iter().map(|(sent, way, tokens)| Work { sent, way, tokens });
+        follow(&work.collect::<Vec<_>>(), phase, &delays)?;
+    }
+}
+
+/// Work that another coordinator gives a node. Times are milliseconds.
+struct Work {
+    sent: u64,
+    /// How long it takes to the node.
+    way: u64,
+    tokens: u64,
+}
+
+/// How long the other coordinator tells of its work.
+const TOLD_FOR: u64 = 300;
+/// A share that takes longer is lost.
+const LATEST: u64 = 40;
+
+/// Follows one node that reports every 100 ms and another coordinator that shares every 50 ms, and
+/// compares what is believed of the node with what is so.
+fn follow(work: &[Work], phase: u64, delays: &[u64]) -> Result<(), TestCaseError> {
+    let (mut there, mut here) = (Shares::default(), Shares::default());
+    let (p, start) = (node("p"), Instant::now() + ms(1000));
+    let sum = |picked: &dyn Fn(&Work) -> bool| {
+        work.iter().filter(|work| picked(work)).map(|work| work.tokens).sum::<u64>()
+    };
+    here.joined(&p, Epoch(1));
+    let (mut reported_at, mut told, mut under_way) = (None, None, Vec::new());
+    for now in 0..2400 {
+        if now % 100 == phase {
+            reported_at = Some(now);
+            here.reported(&p, start + ms(now));
+        }
+        if now % 50 == 0 {
+            let recent = work.iter().filter(|w| w.sent <= now && w.sent + TOLD_FOR > now);
+            let own = recent.map(|w| {
+                let (sent, load) = (start + ms(w.sent), load(w.tokens));
+                Own { node: &p, epoch: Epoch(1), sent, load }
+            });
+            let delay = delays[now as usize / 50];
+            let share = there.share(own, start + ms(now));
+            under_way.extend((delay <= LATEST).then_some((now + delay, now, share)));
+        }
+        under_way.retain(|(arrives, sent, share)| {
+            if *arrives == now && here.heard(&node("c"), share.clone(), start + ms(now)) {
+                told = Some(*sent);
+            }
+            *arrives > now
+        });
+        here.expire(start + ms(now));
+
+        let shown = |w: &Work| reported_at.is_some_and(|at| w.sent + w.way <= at);
+        let believed = sum(&shown) + here.load(&p).tokens;
+        let least = sum(&|w| {
+            let was_told = told.is_some_and(|told| w.sent <= told) && w.sent + TOLD_FOR > now;
+            was_told || shown(w)
+        });
+        prop_assert!(believed >= least, "{} of {} at {}", believed, least, now);
+        // Of shown work only that counts again which is too young for a report to show it surely.
+        let young = REPORT_LAG.as_millis() as u64 + GROUP.as_millis() as u64 + LATEST + 1;
+        let twice = |w: &Work| shown(w) && reported_at.is_some_and(|at| w.sent + young > at);
+        let most = sum(&|w| w.sent <= now) + sum(&twice);
+        prop_assert!(believed <= most, "{} of {} at {}", believed, most, now);
+    }
+    Ok(())
 }
