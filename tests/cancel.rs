@@ -71,7 +71,14 @@ async fn a_client_that_goes_away_frees_everything() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_deadline_ends_a_request_and_frees_everything() {
     let (cluster, _folder) = start().await;
+    // Hopeless from the start: its prompt alone takes longer.
     let wanted = GenerateRequest { deadline_ms: Some(300), ..long(1) };
+    let error = cluster.complete(wanted).await.unwrap_err();
+    assert_eq!(error.code(), tonic::Code::ResourceExhausted, "{error}");
+    assert!(error.metadata().contains_key("retry-after-ms"), "{error:?}");
+    // Its first token comes in time, its last one does not.
+    let wanted = request(Chance(1).tokens(100), 2000);
+    let wanted = GenerateRequest { deadline_ms: Some(1000), ..wanted };
     let error = cluster.complete(wanted).await.unwrap_err();
     assert_eq!(error.code(), tonic::Code::DeadlineExceeded, "{error}");
     assert!(cluster.idle().await.iter().all(is_idle));
