@@ -144,6 +144,8 @@ fn decisions_take_time_and_chance_as_arguments() {
         files.len() >= STATE_MACHINES.len(),
         "the list of state machines is out of date: {files:?}"
     );
+    // Where virtual time begins.
+    files.retain(|file| !file.ends_with("sim/src/origin.rs"));
     for file in files {
         let text = std::fs::read_to_string(&file).unwrap();
         let code = text.split("#[cfg(test)]").next().unwrap();

@@ -10,3 +10,5 @@ pub mod plan;
 pub mod replay;
 pub mod trace;
 pub mod world;
+
+mod origin;

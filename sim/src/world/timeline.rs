@@ -4,6 +4,8 @@ use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 use std::time::{Duration, Instant};
 
+use crate::origin::origin;
+
 /// What will happen, and the time until then. `E` is what happens.
 pub(crate) struct Timeline<E> {
     origin: Instant,
@@ -21,7 +23,7 @@ struct Coming<E> {
 impl<E> Timeline<E> {
     /// A timeline at whose start nothing is to come. Only differences of times mean something.
     pub(crate) fn new() -> Self {
-        let origin = Instant::now();
+        let origin = origin();
         Self { origin, now: origin, made: 0, coming: BinaryHeap::new() }
     }
 

@@ -14,6 +14,7 @@ use baton_proto::ids::{Epoch, NodeId, RequestId, Role, TransferId};
 use baton_proto::message::{BlockCounts, Hello, Peer, Report};
 
 use super::{Admission, Cluster, Decision, Dispatch, Policy};
+use crate::origin::origin;
 use crate::replay::{Changes, Link, News, Node};
 
 /// Blocks in the index, more than any modelled cluster holds.
@@ -129,7 +130,7 @@ impl State {
         // Without decode nodes an ideal one stands for them.
         let ideal = settings.decode_nodes == 0;
         let local_prefill = if ideal { LocalPrefill::Never } else { LocalPrefill::Auto };
-        let origin = Instant::now();
+        let origin = origin();
         let pulls = settings.link.is_some();
         let options = Options { local_prefill, pulls, most_wait: None };
         let mut state = Self {
