@@ -1,0 +1,87 @@
+//! A prefix that one node has computed and another needs is fetched, when that is cheaper than
+//! computing it or than waiting for the node that has it.
+
+use baton_cli::launcher::ClusterOptions;
+use baton_proto::wire::v1::GenerateRequest;
+use baton_tests::{Answer, Chance, TestCluster, options, request};
+
+/// A model without weights that computes slowly enough for a queue to matter.
+const CONFIG: &str = r#"{
+    "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "hidden_size": 256,
+    "intermediate_size": 768, "num_hidden_layers": 8, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 2048, "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 8192, "rope_theta": 10000.0, "tie_word_embeddings": true,
+    "hidden_act": "silu", "torch_dtype": "bfloat16"
+}"#;
+
+const PREFIX: usize = 1600;
+const BURST: usize = 6;
+
+async fn start() -> (TestCluster, tempfile::TempDir) {
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join("config.json"), CONFIG).unwrap();
+    for file in ["tokenizer.json", "tokenizer_config.json"] {
+        std::fs::copy(baton_tests::model().join(file), folder.path().join(file)).unwrap();
+    }
+    let wanted = ClusterOptions {
+        model: Some(folder.path().to_owned()),
+        load_format: Some("dummy".into()),
+        local_prefill: Some("never".into()),
+        kv_blocks: Some(1200),
+        ..options(2, 1)
+    };
+    (TestCluster::start(wanted).await, folder)
+}
+
+/// All at once; their answers in order.
+async fn together(cluster: &TestCluster, requests: Vec<GenerateRequest>) -> Vec<Answer> {
+    let mut streams = Vec::new();
+    for request in requests {
+        streams.push(tokio::spawn(Answer::gather(cluster.generate(request).await.unwrap())));
+    }
+    let mut answers = Vec::new();
+    for stream in streams {
+        answers.push(stream.await.unwrap().unwrap());
+    }
+    answers
+}
+
+/// The prefill node of an answer, and the tokens that it did not compute.
+fn computed_by(answer: &Answer) -> (String, u32) {
+    let finished = answer.finished.clone().unwrap();
+    let (placement, usage) = (finished.placement.unwrap(), finished.usage.unwrap());
+    (placement.prefill_node, usage.cached_tokens)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_busy_nodes_prefix_is_pulled_by_an_idle_one() {
+    let (cluster, _folder) = start().await;
+    // How fast the nodes are.
+    let unrelated = (1..5).map(|seed| request(Chance(seed).tokens(300), 4)).collect();
+    together(&cluster, unrelated).await;
+    let prefix = Chance(7).tokens(PREFIX);
+    let first = cluster.complete(request(prefix.clone(), 4)).await.unwrap();
+    let (owner, cached) = computed_by(&first);
+    assert_eq!(cached, 0);
+    cluster.idle().await;
+
+    let longer = |seed: usize| [&prefix[..], &Chance(100 + seed as u64).tokens(200)].concat();
+    let burst = (0..BURST).map(|seed| request(longer(seed), 8)).collect();
+    let answers = together(&cluster, burst).await;
+    let elsewhere: Vec<_> =
+        answers.iter().map(computed_by).filter(|(node, _)| *node != owner).collect();
+    println!("on {owner}, then {:?}", answers.iter().map(computed_by).collect::<Vec<_>>());
+    assert!(!elsewhere.is_empty(), "the other node stays idle");
+    for (node, cached) in elsewhere {
+        assert!(cached as usize >= PREFIX - 64, "{node} computed the prefix: {cached} cached");
+    }
+    for (seed, answer) in answers.iter().enumerate() {
+        let alone = GenerateRequest {
+            cache_salt: Some(format!("alone-{seed}")),
+            ..request(longer(seed), 8)
+        };
+        let alone = cluster.complete(alone).await.unwrap();
+        assert_eq!(answer.tokens, alone.tokens, "pulled blocks are those that were computed");
+    }
+    cluster.idle().await;
+}
