@@ -226,6 +226,13 @@ impl Driver {
     /// Returns the stream if it has to be given up.
     fn send(&mut self, node: &NodeId, epoch: Epoch, command: Command) -> Option<LinkId> {
         let (id, _, link) = self.links.get(node).filter(|(_, life, _)| *life == epoch)?;
+        match &command {
+            Command::SetRole(role) => tracing::info!(%node, %role, "told its role"),
+            Command::SetDraining(draining) => {
+                tracing::info!(%node, draining, "told to drain or not")
+            }
+            _ => {}
+        }
         match link.outbox.try_send(Ok(command.into())) {
             Ok(()) => None,
             // A closed one is reported by its own task.

@@ -100,7 +100,6 @@ impl Cluster for Front {
 impl Front {
     async fn order(&self, node: String, order: Order, force: bool) -> Result<(), Status> {
         let node = parse_node(node)?;
-        tracing::info!(%node, ?order, force, "an operator asks");
         self.core.order(node, order, force).await.map_err(|error| {
             let code = match error {
                 OrderError::Unknown { .. } => Code::NotFound,
