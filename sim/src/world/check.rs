@@ -54,7 +54,8 @@ impl World {
         if !indexed {
             return;
         }
-        for (node, name) in self.nodes.iter().zip(&self.names) {
+        let current = |(at, _): &(usize, _)| !process.behind.contains(at);
+        for (_, (node, name)) in self.nodes.iter().zip(&self.names).enumerate().filter(current) {
             let scheduler = &node.as_ref().expect("everything is mended").engine.scheduler;
             let cached = scheduler.cached_hashes();
             let view = control.cache(Some(name), &[], self.block_tokens);

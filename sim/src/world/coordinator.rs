@@ -1,6 +1,6 @@
 //! A coordinator: the real [`Control`], its nodes' streams and its clients.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Instant;
 
 use baton_coordinator::cluster::{LinkId, NodeRef};
@@ -10,12 +10,12 @@ use baton_coordinator::orders::{Order, OrderError};
 use baton_coordinator::requests::Action;
 use baton_proto::hash::BlockHash;
 use baton_proto::ids::{Epoch, NodeId, RequestId};
-use baton_proto::message::{Command, Peer, Pull};
+use baton_proto::message::{Command, NodeEvent, Peer, Pull};
 
-use super::Event;
 use super::log::note;
 use super::net::{Close, Message, Net, WireId};
 use super::node::index_of;
+use super::{Event, Meddling};
 
 /// See the module's description.
 pub(crate) struct Coordinator {
@@ -27,8 +27,9 @@ pub(crate) struct Coordinator {
     /// Which client has which request.
     clients: BTreeMap<RequestId, usize>,
     actions: Vec<Action>,
-    /// Share of the prompts of which a part is pulled, wherever that makes sense or not.
-    pulls: f64,
+    meddling: Meddling,
+    /// Nodes of which the last cache event did not reach the index.
+    pub(crate) behind: BTreeSet<usize>,
     armed: Option<Instant>,
 }
 
@@ -38,7 +39,7 @@ impl Coordinator {
         index: usize,
         life: u64,
         options: Options,
-        pulls: f64,
+        meddling: Meddling,
         now: Instant,
     ) -> Self {
         Self {
@@ -48,7 +49,8 @@ impl Coordinator {
             links: BTreeMap::new(),
             clients: BTreeMap::new(),
             actions: Vec::new(),
-            pulls,
+            meddling,
+            behind: BTreeSet::new(),
             armed: None,
         }
     }
@@ -75,6 +77,7 @@ impl Coordinator {
         match message {
             Message::Hello(hello) => {
                 let epoch = hello.epoch;
+                self.behind.remove(&index);
                 match self.control.join(node, *hello, LinkId(wire), now, &mut self.actions) {
                     Ok(()) => {
                         if let Some((earlier, _)) = self.links.insert(index, (wire, epoch)) {
@@ -88,12 +91,27 @@ impl Coordinator {
                     }
                 }
             }
+            Message::Said(event) if self.misses(&event, index, net) => {}
             Message::Said(event) => {
                 self.control.event(node, LinkId(wire), *event, now, &mut self.actions);
             }
             other => panic!("a node said {other:?}"),
         }
         self.settle(net)
+    }
+
+    /// Whether a cache event gets lost, so that the next one leaves a gap.
+    fn misses(&mut self, event: &NodeEvent, node: usize, net: &mut Net) -> bool {
+        if !matches!(event, NodeEvent::Cache { .. }) {
+            return false;
+        }
+        let lost = net.random.f64() < self.meddling.lost_events;
+        if lost {
+            self.behind.insert(node);
+        } else {
+            self.behind.remove(&node);
+        }
+        lost
     }
 
     /// A node's stream has ended.
@@ -169,7 +187,7 @@ impl Coordinator {
             note!(net, "coordinator-{} {action:?}", self.index);
             match action {
                 Action::Send { to, mut command } => {
-                    if net.random.f64() < self.pulls {
+                    if net.random.f64() < self.meddling.pulls {
                         pulls.extend(self.add_pull(&to, &mut command, net));
                     }
                     self.send(&to, command, net);

@@ -103,6 +103,15 @@ pub(crate) enum NodeTimer {
     },
 }
 
+/// What the world does to coordinators.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Meddling {
+    /// Share of the prompts of which a part is pulled, wherever that makes sense or not.
+    pub(crate) pulls: f64,
+    /// Share of the cache events that are lost.
+    pub(crate) lost_events: f64,
+}
+
 /// See the module's description.
 pub(crate) struct World {
     pub(crate) net: Net,
@@ -116,8 +125,7 @@ pub(crate) struct World {
     open: usize,
     root: ModelRoot,
     block_tokens: usize,
-    /// Share of the prompts of which coordinators let a part be pulled from anywhere.
-    pulls: f64,
+    meddling: Meddling,
     /// What clients that have ended asked is not kept.
     pub(crate) forgets: bool,
     updates: VecDeque<(usize, Update)>,
@@ -125,7 +133,7 @@ pub(crate) struct World {
 
 impl World {
     /// Starts all processes.
-    pub(crate) fn new(net: Net, specs: Vec<NodeSpec>, options: Vec<Options>, pulls: f64) -> Self {
+    pub(crate) fn new(net: Net, specs: Vec<NodeSpec>, options: Vec<Options>, meddling: Meddling) -> Self {
         let info = specs[0].info;
         let name = |at: usize| format!("node-{at}").parse().expect("a node name");
         let mut world = Self {
@@ -139,7 +147,7 @@ impl World {
             open: 0,
             root: info.root,
             block_tokens: info.geometry.block_tokens as usize,
-            pulls,
+            meddling,
             forgets: false,
             updates: VecDeque::new(),
         };
@@ -310,7 +318,7 @@ impl World {
         let life = self.net.life(party) + 1;
         self.net.set_presence(party, Presence::Up, life);
         let (options, now) = (self.options[coordinator], self.net.now());
-        let process = Coordinator::start(coordinator, life, options, self.pulls, now);
+        let process = Coordinator::start(coordinator, life, options, self.meddling, now);
         self.coordinators[coordinator] = Some(process);
     }
 

@@ -95,6 +95,8 @@ pub(crate) struct Quality {
     pub(crate) jitter: Duration,
     /// Of a node's payload, in each direction, shared by all its transfers.
     pub(crate) bytes_per_second: f64,
+    /// Share of the payload units that arrive damaged.
+    pub(crate) damage: f64,
 }
 
 /// See the module's description.
@@ -202,8 +204,12 @@ impl Net {
         id: WireId,
         stream: u64,
         header: UnitHeader,
-        pieces: Vec<Piece>,
+        mut pieces: Vec<Piece>,
     ) {
+        if self.random.f64() < self.quality.damage {
+            let at = self.random.usize(..pieces.len());
+            pieces[at] = Piece::TORN;
+        }
         let Some(Party::Node(target)) = self.party(id, 1) else { return };
         let takes = self.transmission(header.length.into());
         let delay = self.quality.latency + self.some(self.quality.jitter);

@@ -20,7 +20,7 @@ use super::log::{Log, Logging};
 use super::memory::{Oracle, made_up_tokens};
 use super::net::{Net, Party, Quality};
 use super::node::NodeSpec;
-use super::{Device, World};
+use super::{Device, Meddling, World};
 use crate::replay::{DecodeCost, PrefillCost};
 
 /// Clients ask, and things go wrong, within this time; then everything is mended.
@@ -59,7 +59,7 @@ pub fn run_seed(seed: u64, logging: Logging) -> Report {
     let scenario = Scenario::roll(&mut dice);
     let net = Net::new(dice.u64(..), scenario.quality, Log::new(logging));
     let mut world =
-        World::new(net, scenario.specs.clone(), scenario.options.clone(), scenario.pulls);
+        World::new(net, scenario.specs.clone(), scenario.options.clone(), scenario.meddling);
     scenario.add_clients(&mut world, &mut dice);
     let faults = scenario.add_faults(&mut world, &mut dice);
     run(&mut world);
@@ -107,7 +107,7 @@ struct Scenario {
     specs: Vec<NodeSpec>,
     options: Vec<Options>,
     max_model_len: usize,
-    pulls: f64,
+    meddling: Meddling,
     /// The index has room for all that the nodes may hold.
     indexed: bool,
 }
@@ -176,9 +176,20 @@ impl Scenario {
             latency: millis(dice, 0.05, 3.0),
             jitter: Duration::from_millis(one_of(dice, &[0, 0, 1, 10, 100])),
             bytes_per_second: geometry.piece_bytes() as f64 / piece_seconds,
+            damage: one_of(dice, &[0.0, 0.0, 0.1]),
         };
-        let pulls = one_of(dice, &[0.0, 0.0, 0.3, 0.8]);
-        Self { quality, pulls, specs, options: vec![options; coordinators], max_model_len, indexed }
+        let meddling = Meddling {
+            pulls: one_of(dice, &[0.0, 0.0, 0.3, 0.8]),
+            lost_events: one_of(dice, &[0.0, 0.0, 0.1]),
+        };
+        Self {
+            quality,
+            meddling,
+            specs,
+            options: vec![options; coordinators],
+            max_model_len,
+            indexed,
+        }
     }
 
     fn timing(dice: &mut Rng) -> Timing {

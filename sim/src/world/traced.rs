@@ -17,7 +17,7 @@ use super::log::{Log, Logging};
 use super::memory::{Oracle, made_up_tokens};
 use super::net::{Net, Quality};
 use super::node::NodeSpec;
-use super::{Device, World};
+use super::{Device, Meddling, World};
 use crate::replay::{Outcome, Record, Settings};
 use crate::trace::{Request, Trace};
 
@@ -120,8 +120,12 @@ fn geometry(settings: &Settings, block_tokens: u32) -> KvGeometry {
 fn world(settings: &Settings, block_tokens: u32, room: usize) -> World {
     let geometry = geometry(settings, block_tokens);
     let gbps = settings.link.map_or(FAST_GBPS, |link| link.gbps);
-    let quality =
-        Quality { latency: LATENCY, jitter: Duration::ZERO, bytes_per_second: gbps * 1e9 / 8.0 };
+    let quality = Quality {
+        latency: LATENCY,
+        jitter: Duration::ZERO,
+        bytes_per_second: gbps * 1e9 / 8.0,
+        damage: 0.0,
+    };
     let (kv_blocks, vocab_size) = (settings.cache_blocks, VOCAB as usize);
     let info = EngineInfo {
         root: ModelRoot::new(&[7; 32], &geometry),
@@ -155,7 +159,7 @@ fn world(settings: &Settings, block_tokens: u32, room: usize) -> World {
         placement: Default::default(),
     };
     let net = Net::new(settings.seed, quality, Log::new(Logging::Off));
-    let mut world = World::new(net, roles.map(spec).collect(), vec![options], 0.0);
+    let mut world = World::new(net, roles.map(spec).collect(), vec![options], Meddling::default());
     world.forgets = true;
     world
 }
