@@ -2,22 +2,24 @@
 //! `Inbox`, with modelled connections. Mirrors what kvtransfer does over QUIC.
 
 use std::collections::BTreeMap;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use baton_kvtransfer::frame::{FirstToken, Frame, Manifest, Offer, Reason, UnitHeader};
-use baton_kvtransfer::inbox::{Inbox, Origin, Routed};
-use baton_kvtransfer::{LinkId, ReceiveError, Receiver, SendError, Sender, Sent, Timing};
+use baton_kvtransfer::frame::{FirstToken, Manifest, UnitHeader};
+use baton_kvtransfer::inbox::Inbox;
+use baton_kvtransfer::{ReceiveError, Receiver, SendError, Sender, Sent, Timing};
 use baton_proto::ids::{Epoch, NodeId, TransferId};
 use crc32c::crc32c_append;
 
 use super::engine::Engine;
 use super::memory::Piece;
-use super::net::{Close, Message, Net, Party, Presence, WireId};
+use super::net::{Message, Net, WireId};
 use super::{Event, NodeTimer};
 
-/// Pauses between dials, as kvtransfer makes them.
-const FIRST_BACKOFF: Duration = Duration::from_millis(20);
-const LAST_BACKOFF: Duration = Duration::from_secs(1);
+mod accept;
+mod dial;
+
+use accept::LinkIn;
+use dial::Dialer;
 
 /// What a node hears from its endpoint.
 #[derive(Debug)]
@@ -46,28 +48,6 @@ pub(crate) struct Endpoint {
     pub(crate) happened: Vec<Happened>,
 }
 
-/// A connection from a node that sends to this one.
-#[derive(Clone)]
-struct LinkIn {
-    wire: WireId,
-    peer: NodeId,
-    epoch: Epoch,
-}
-
-impl Origin for LinkIn {
-    fn id(&self) -> LinkId {
-        self.wire
-    }
-
-    fn node(&self) -> &NodeId {
-        &self.peer
-    }
-
-    fn epoch(&self) -> Epoch {
-        self.epoch
-    }
-}
-
 struct Outbound {
     machine: Sender,
     target: usize,
@@ -89,13 +69,6 @@ struct Inbound {
     /// It has blocks to write to.
     leased: bool,
     armed: Option<Instant>,
-}
-
-/// The connection to one life of another node, made and kept while it is used.
-struct Dialer {
-    epoch: Epoch,
-    up: Option<WireId>,
-    backoff: Duration,
 }
 
 /// The time and what surrounds an endpoint.
@@ -130,8 +103,6 @@ impl Endpoint {
     fn timer(&self, net: &mut Net, at: Instant, what: NodeTimer) {
         net.timeline.at(at, Event::Node { node: self.node, life: self.epoch.0, what });
     }
-
-    // The owner's inputs.
 
     /// Sends blocks that are leased to the transfer until its end.
     pub(crate) fn send(
@@ -229,8 +200,6 @@ impl Endpoint {
         }
     }
 
-    // Timers.
-
     pub(crate) fn sender_due(&mut self, id: TransferId, around: &mut Around<'_>) {
         let now = around.net.now();
         if let Some(outbound) = self.outbound.get_mut(&id) {
@@ -268,260 +237,6 @@ impl Endpoint {
         }
         self.settle_out(id, around);
     }
-
-    /// A dial has had the time to succeed.
-    pub(crate) fn dialled(&mut self, target: usize, epoch: Epoch, around: &mut Around<'_>) {
-        let dialling = |dialer: &&mut Dialer| dialer.epoch == epoch && dialer.up.is_none();
-        let Some(dialer) = self.dialers.get_mut(&target).filter(dialling) else { return };
-        let (own, peer) = (Party::Node(self.node), Party::Node(target));
-        let net = &mut *around.net;
-        if !net.answers(own, peer) {
-            let pause = self.timing.message + dialer.backoff;
-            dialer.backoff = (dialer.backoff * 2).min(LAST_BACKOFF);
-            return self.wait((target, epoch), pause, "the handshake was too slow", around);
-        }
-        let theirs = Epoch(net.life(peer));
-        if net.presence(peer) == Presence::Stopped {
-            let error = SendError::Unreachable("nobody listens".to_owned());
-            return self.hopeless((target, epoch), &error, around);
-        }
-        if theirs != epoch {
-            let error = SendError::WrongEpoch { expected: epoch.0, theirs: theirs.0 };
-            return self.hopeless((target, epoch), &error, around);
-        }
-        let wire = net.connect(own, peer, self.timing.idle);
-        dialer.up = Some(wire);
-        dialer.backoff = FIRST_BACKOFF;
-        net.send(wire, 0, 0, Message::KvHello(self.epoch));
-        for id in self.senders_to(target, epoch) {
-            self.connected(id, wire, around);
-        }
-    }
-
-    // Connections.
-
-    /// Something arrived over a connection that this node has dialled.
-    pub(crate) fn hear_out(&mut self, wire: WireId, message: Message, around: &mut Around<'_>) {
-        match message {
-            Message::Frame(frame) => {
-                if let Some(id) = frame.transfer() {
-                    self.sender(id, around, |machine, now| machine.handle_frame(now, wire, *frame));
-                }
-            }
-            Message::Closed(why) => self.lost_out(wire, why, around),
-            other => panic!("a receiver said {other:?}"),
-        }
-    }
-
-    /// Something arrived over a connection from another node.
-    pub(crate) fn hear_in(&mut self, wire: WireId, message: Message, around: &mut Around<'_>) {
-        if let Message::KvHello(epoch) = message {
-            return self.greet(wire, epoch, around);
-        }
-        let Some(link) = self.links_in.get(&wire).cloned() else { return };
-        match message {
-            Message::Frame(frame) => match *frame {
-                Frame::Offer(offer) => self.take_offer(&link, offer, around),
-                frame => self.pass_on(&link, frame, around),
-            },
-            Message::UnitBegins(unit) => self.unit_begins(&link, unit, around),
-            Message::UnitEnds(unit, pieces) => self.unit_ends(&link, unit, &pieces, around),
-            Message::Closed(why) => self.lost_in(wire, why == Close::Stopping, around),
-            other => panic!("a sender said {other:?}"),
-        }
-    }
-
-    fn link_to(
-        &mut self,
-        target: usize,
-        epoch: Epoch,
-        around: &mut Around<'_>,
-    ) -> Result<Option<WireId>, SendError> {
-        match self.dialers.get(&target) {
-            Some(dialer) if dialer.epoch == epoch => return Ok(dialer.up),
-            Some(dialer) if dialer.epoch > epoch => {
-                let (expected, theirs) = (epoch.0, dialer.epoch.0);
-                return Err(SendError::WrongEpoch { expected, theirs });
-            }
-            Some(&Dialer { epoch: earlier, up, .. }) => {
-                up.iter().for_each(|&wire| around.net.close(wire, 0, Close::Plain, false));
-                let error = SendError::Unreachable("another life of it is in use".to_owned());
-                self.hopeless((target, earlier), &error, around);
-            }
-            None => {}
-        }
-        self.dialers.insert(target, Dialer { epoch, up: None, backoff: FIRST_BACKOFF });
-        self.dial(target, epoch, Duration::ZERO, around.net);
-        Ok(None)
-    }
-
-    fn dial(&self, target: usize, epoch: Epoch, pause: Duration, net: &mut Net) {
-        let round_trip = net.quality.latency * 2;
-        self.timer(net, net.now() + pause + round_trip, NodeTimer::Dialled { target, epoch });
-    }
-
-    fn senders_to(&self, target: usize, epoch: Epoch) -> Vec<TransferId> {
-        let to = |o: &Outbound| o.target == target && o.epoch == epoch;
-        self.outbound.iter().filter(|(_, o)| to(o)).map(|(&id, _)| id).collect()
-    }
-
-    fn connected(&mut self, id: TransferId, wire: WireId, around: &mut Around<'_>) {
-        self.last_stream += 1;
-        if let Some(outbound) = self.outbound.get_mut(&id) {
-            outbound.wire = Some(wire);
-            outbound.stream = self.last_stream;
-        }
-        self.sender(id, around, |machine, now| machine.handle_connected(now, wire));
-    }
-
-    fn hopeless(
-        &mut self,
-        (target, epoch): (usize, Epoch),
-        error: &SendError,
-        around: &mut Around<'_>,
-    ) {
-        self.dialers.remove(&target);
-        for id in self.senders_to(target, epoch) {
-            self.sender(id, around, |machine, _| machine.handle_failed(error.clone()));
-        }
-    }
-
-    /// Dials again after a while, if anybody needs it.
-    fn wait(
-        &mut self,
-        (target, epoch): (usize, Epoch),
-        pause: Duration,
-        why: &str,
-        around: &mut Around<'_>,
-    ) {
-        for id in self.senders_to(target, epoch) {
-            self.sender(id, around, |machine, now| machine.handle_disconnected(now, why));
-        }
-        if self.senders_to(target, epoch).is_empty() {
-            self.dialers.remove(&target);
-        } else {
-            self.dial(target, epoch, pause, around.net);
-        }
-    }
-
-    fn lost_out(&mut self, wire: WireId, why: Close, around: &mut Around<'_>) {
-        let lost = self.dialers.iter_mut().find(|(_, dialer)| dialer.up == Some(wire));
-        let Some((&target, dialer)) = lost else { return };
-        dialer.up = None;
-        let (to, pause) = ((target, dialer.epoch), dialer.backoff);
-        dialer.backoff = (dialer.backoff * 2).min(LAST_BACKOFF);
-        let error = match why {
-            Close::Plain | Close::Replaced => {
-                return self.wait(to, pause, "the connection was lost", around);
-            }
-            Close::OldEpoch => SendError::Refused(Reason::Epoch),
-            Close::Stopping => SendError::Unreachable("it stops".to_owned()),
-        };
-        self.hopeless(to, &error, around);
-    }
-
-    /// A node has one connection here: the latest of its latest life.
-    fn greet(&mut self, wire: WireId, epoch: Epoch, around: &mut Around<'_>) {
-        let Some(Party::Node(peer)) = around.net.party(wire, 0) else { return };
-        let peer = around.names[peer].clone();
-        let current = self.links_in.values().find(|link| link.peer == peer).cloned();
-        if current.as_ref().is_some_and(|current| current.epoch > epoch) {
-            return around.net.close(wire, 1, Close::OldEpoch, false);
-        }
-        self.links_in.insert(wire, LinkIn { wire, peer: peer.clone(), epoch });
-        if let Some(current) = current {
-            around.net.close(current.wire, 1, Close::Replaced, false);
-            self.lost_in(current.wire, false, around);
-        }
-        for id in self.inbox.before(&peer, epoch) {
-            self.receiver(id, around, |machine, _| machine.handle_sender_gone());
-        }
-    }
-
-    fn lost_in(&mut self, wire: WireId, stops: bool, around: &mut Around<'_>) {
-        self.links_in.remove(&wire);
-        self.inbox.forget_link(wire);
-        for id in self.inbox.all() {
-            self.receiver(id, around, |machine, _| {
-                if stops && machine.link() == Some(wire) {
-                    machine.handle_sender_gone();
-                }
-                machine.handle_disconnected(wire);
-            });
-        }
-    }
-
-    fn take_offer(&mut self, link: &LinkIn, offer: Offer, around: &mut Around<'_>) {
-        match self.inbox.route(around.net.now(), link, offer) {
-            Routed::Wait => {}
-            Routed::Answer(frame) => {
-                around.net.send(link.wire, 1, 0, Message::Frame(Box::new(frame)));
-            }
-            Routed::Deliver(id, offer) => {
-                if let Some(inbound) = self.inbound.get_mut(&id) {
-                    inbound.wire = inbound.wire.max(Some(link.wire));
-                }
-                self.receiver(id, around, |machine, now| {
-                    machine.handle_offer(now, link.wire, &offer);
-                });
-            }
-        }
-    }
-
-    fn pass_on(&mut self, link: &LinkIn, frame: Frame, around: &mut Around<'_>) {
-        let Some(id) = frame.transfer() else { return };
-        match self.inbox.find(id, link) {
-            Some(id) => self.receiver(id, around, |machine, now| {
-                machine.handle_frame(now, link.wire, frame);
-            }),
-            None if matches!(frame, Frame::Cancel(..)) => self.inbox.withdraw(id, link),
-            None => {}
-        }
-    }
-
-    fn unit_begins(&mut self, link: &LinkIn, unit: UnitHeader, around: &mut Around<'_>) {
-        let Some(id) = self.inbox.find(unit.transfer, link) else { return };
-        let mut begun = false;
-        self.receiver(id, around, |machine, now| {
-            begun = machine.begin_unit(now, link.wire, &unit) == Ok(true);
-        });
-        if begun {
-            let torn = vec![Piece::TORN; unit.pieces.run.count as usize];
-            self.write(id, link.wire, &unit, &torn, around);
-        }
-    }
-
-    fn unit_ends(
-        &mut self,
-        link: &LinkIn,
-        unit: UnitHeader,
-        pieces: &[Piece],
-        around: &mut Around<'_>,
-    ) {
-        let Some(id) = self.inbox.find(unit.transfer, link) else { return };
-        self.write(id, link.wire, &unit, pieces, around);
-        let checksum = checksum(&unit, pieces);
-        self.receiver(id, around, |machine, now| machine.end_unit(now, link.wire, checksum));
-    }
-
-    fn write(
-        &mut self,
-        id: TransferId,
-        wire: WireId,
-        unit: &UnitHeader,
-        pieces: &[Piece],
-        around: &mut Around<'_>,
-    ) {
-        let now = around.net.now();
-        let Some(Inbound { machine, .. }) = self.inbound.get_mut(&id) else { return };
-        for (ordinal, &piece) in unit.pieces.run.range().zip(pieces) {
-            if machine.accepts(now, wire, unit.pieces.layer, ordinal) {
-                around.engine.write(id, unit.pieces.layer, ordinal, piece);
-            }
-        }
-    }
-
-    // What machines have to say.
 
     fn settle_out(&mut self, id: TransferId, around: &mut Around<'_>) {
         let Some(outbound) = self.outbound.get_mut(&id) else { return };

@@ -133,7 +133,12 @@ pub(crate) struct World {
 
 impl World {
     /// Starts all processes.
-    pub(crate) fn new(net: Net, specs: Vec<NodeSpec>, options: Vec<Options>, meddling: Meddling) -> Self {
+    pub(crate) fn new(
+        net: Net,
+        specs: Vec<NodeSpec>,
+        options: Vec<Options>,
+        meddling: Meddling,
+    ) -> Self {
         let info = specs[0].info;
         let name = |at: usize| format!("node-{at}").parse().expect("a node name");
         let mut world = Self {

@@ -1,0 +1,153 @@
+//! Connections from nodes that send to this one, and what arrives over them.
+
+use baton_kvtransfer::LinkId;
+use baton_kvtransfer::frame::{Frame, Offer, UnitHeader};
+use baton_kvtransfer::inbox::{Origin, Routed};
+use baton_proto::ids::{Epoch, NodeId, TransferId};
+
+use super::{Around, Endpoint, Inbound, checksum};
+use crate::world::memory::Piece;
+use crate::world::net::{Close, Message, Party, WireId};
+
+/// A connection from a node that sends to this one.
+#[derive(Clone)]
+pub(super) struct LinkIn {
+    wire: WireId,
+    peer: NodeId,
+    epoch: Epoch,
+}
+
+impl Origin for LinkIn {
+    fn id(&self) -> LinkId {
+        self.wire
+    }
+
+    fn node(&self) -> &NodeId {
+        &self.peer
+    }
+
+    fn epoch(&self) -> Epoch {
+        self.epoch
+    }
+}
+
+impl Endpoint {
+    /// Something arrived over a connection from another node.
+    pub(crate) fn hear_in(&mut self, wire: WireId, message: Message, around: &mut Around<'_>) {
+        if let Message::KvHello(epoch) = message {
+            return self.greet(wire, epoch, around);
+        }
+        let Some(link) = self.links_in.get(&wire).cloned() else { return };
+        match message {
+            Message::Frame(frame) => match *frame {
+                Frame::Offer(offer) => self.take_offer(&link, offer, around),
+                frame => self.pass_on(&link, frame, around),
+            },
+            Message::UnitBegins(unit) => self.unit_begins(&link, unit, around),
+            Message::UnitEnds(unit, pieces) => self.unit_ends(&link, unit, &pieces, around),
+            Message::Closed(why) => self.lost_in(wire, why == Close::Stopping, around),
+            other => panic!("a sender said {other:?}"),
+        }
+    }
+
+    /// A node has one connection here: the latest of its latest life.
+    fn greet(&mut self, wire: WireId, epoch: Epoch, around: &mut Around<'_>) {
+        let Some(Party::Node(peer)) = around.net.party(wire, 0) else { return };
+        let peer = around.names[peer].clone();
+        let current = self.links_in.values().find(|link| link.peer == peer).cloned();
+        if current.as_ref().is_some_and(|current| current.epoch > epoch) {
+            return around.net.close(wire, 1, Close::OldEpoch, false);
+        }
+        self.links_in.insert(wire, LinkIn { wire, peer: peer.clone(), epoch });
+        if let Some(current) = current {
+            around.net.close(current.wire, 1, Close::Replaced, false);
+            self.lost_in(current.wire, false, around);
+        }
+        for id in self.inbox.before(&peer, epoch) {
+            self.receiver(id, around, |machine, _| machine.handle_sender_gone());
+        }
+    }
+
+    fn lost_in(&mut self, wire: WireId, stops: bool, around: &mut Around<'_>) {
+        self.links_in.remove(&wire);
+        self.inbox.forget_link(wire);
+        for id in self.inbox.all() {
+            self.receiver(id, around, |machine, _| {
+                if stops && machine.link() == Some(wire) {
+                    machine.handle_sender_gone();
+                }
+                machine.handle_disconnected(wire);
+            });
+        }
+    }
+
+    pub(super) fn take_offer(&mut self, link: &LinkIn, offer: Offer, around: &mut Around<'_>) {
+        match self.inbox.route(around.net.now(), link, offer) {
+            Routed::Wait => {}
+            Routed::Answer(frame) => {
+                around.net.send(link.wire, 1, 0, Message::Frame(Box::new(frame)));
+            }
+            Routed::Deliver(id, offer) => {
+                if let Some(inbound) = self.inbound.get_mut(&id) {
+                    inbound.wire = inbound.wire.max(Some(link.wire));
+                }
+                self.receiver(id, around, |machine, now| {
+                    machine.handle_offer(now, link.wire, &offer);
+                });
+            }
+        }
+    }
+
+    fn pass_on(&mut self, link: &LinkIn, frame: Frame, around: &mut Around<'_>) {
+        let Some(id) = frame.transfer() else { return };
+        match self.inbox.find(id, link) {
+            Some(id) => self.receiver(id, around, |machine, now| {
+                machine.handle_frame(now, link.wire, frame);
+            }),
+            None if matches!(frame, Frame::Cancel(..)) => self.inbox.withdraw(id, link),
+            None => {}
+        }
+    }
+
+    fn unit_begins(&mut self, link: &LinkIn, unit: UnitHeader, around: &mut Around<'_>) {
+        let Some(id) = self.inbox.find(unit.transfer, link) else { return };
+        let mut begun = false;
+        self.receiver(id, around, |machine, now| {
+            begun = machine.begin_unit(now, link.wire, &unit) == Ok(true);
+        });
+        if begun {
+            let torn = vec![Piece::TORN; unit.pieces.run.count as usize];
+            self.write(id, link.wire, &unit, &torn, around);
+        }
+    }
+
+    fn unit_ends(
+        &mut self,
+        link: &LinkIn,
+        unit: UnitHeader,
+        pieces: &[Piece],
+        around: &mut Around<'_>,
+    ) {
+        let Some(id) = self.inbox.find(unit.transfer, link) else { return };
+        self.write(id, link.wire, &unit, pieces, around);
+        let checksum = checksum(&unit, pieces);
+        self.receiver(id, around, |machine, now| machine.end_unit(now, link.wire, checksum));
+    }
+
+    fn write(
+        &mut self,
+        id: TransferId,
+        wire: WireId,
+        unit: &UnitHeader,
+        pieces: &[Piece],
+        around: &mut Around<'_>,
+    ) {
+        let now = around.net.now();
+        let Some(Inbound { machine, .. }) = self.inbound.get_mut(&id) else { return };
+        for (ordinal, &piece) in unit.pieces.run.range().zip(pieces) {
+            if machine.accepts(now, wire, unit.pieces.layer, ordinal) {
+                around.engine.write(id, unit.pieces.layer, ordinal, piece);
+            }
+        }
+    }
+}
