@@ -12,6 +12,7 @@ use baton_proto::hash::BlockHash;
 use baton_proto::ids::{Epoch, NodeId, RequestId};
 use baton_proto::message::{Command, NodeEvent, Peer, Pull};
 
+use super::legs::Legs;
 use super::log::note;
 use super::net::{Close, Message, Net, WireId};
 use super::node::index_of;
@@ -27,6 +28,7 @@ pub(crate) struct Coordinator {
     /// Which client has which request.
     clients: BTreeMap<RequestId, usize>,
     actions: Vec<Action>,
+    legs: Legs,
     meddling: Meddling,
     /// Nodes of which the last cache event did not reach the index.
     pub(crate) behind: BTreeSet<usize>,
@@ -49,6 +51,7 @@ impl Coordinator {
             links: BTreeMap::new(),
             clients: BTreeMap::new(),
             actions: Vec::new(),
+            legs: Legs::default(),
             meddling,
             behind: BTreeSet::new(),
             armed: None,
@@ -78,6 +81,7 @@ impl Coordinator {
             Message::Hello(hello) => {
                 let epoch = hello.epoch;
                 self.behind.remove(&index);
+                self.legs.lost(index);
                 match self.control.join(node, *hello, LinkId(wire), now, &mut self.actions) {
                     Ok(()) => {
                         if let Some((earlier, _)) = self.links.insert(index, (wire, epoch)) {
@@ -93,6 +97,9 @@ impl Coordinator {
             }
             Message::Said(event) if self.misses(&event, index, net) => {}
             Message::Said(event) => {
+                if let Some((_, epoch)) = self.links.get(&index).filter(|(at, _)| *at == wire) {
+                    self.legs.hears(index, *epoch, &event);
+                }
                 self.control.event(node, LinkId(wire), *event, now, &mut self.actions);
             }
             other => panic!("a node said {other:?}"),
@@ -121,6 +128,9 @@ impl Coordinator {
         node: &NodeId,
         net: &mut Net,
     ) -> Vec<(usize, Update)> {
+        if self.links.get(&index_of(node)).is_some_and(|(current, _)| *current == wire) {
+            self.legs.lost(index_of(node));
+        }
         if self.control.leave(node, LinkId(wire), net.now(), &mut self.actions) {
             self.links.remove(&index_of(node));
         }
@@ -187,6 +197,7 @@ impl Coordinator {
             note!(net, "coordinator-{} {action:?}", self.index);
             match action {
                 Action::Send { to, mut command } => {
+                    self.legs.sent(index_of(&to.node), to.epoch, &command);
                     if net.random.f64() < self.meddling.pulls {
                         pulls.extend(self.add_pull(&to, &mut command, net));
                     }
@@ -198,6 +209,7 @@ impl Coordinator {
                     let client = client.expect("an update for a request that has ended");
                     if ended {
                         self.clients.remove(&request);
+                        self.legs.ended(request);
                     }
                     updates.push((client, update));
                 }

@@ -18,6 +18,7 @@ mod coordinator;
 mod endpoint;
 mod engine;
 mod faults;
+mod legs;
 mod log;
 mod memory;
 mod net;

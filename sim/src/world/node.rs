@@ -1,7 +1,7 @@
 //! A node under virtual time: the real `Worker` between its engine, its endpoint and the streams to
 //! coordinators. Mirrors what the node's driver does with threads and sockets.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::{Duration, Instant};
 
 use baton_engine::EngineInfo;
@@ -10,7 +10,7 @@ use baton_kvtransfer::Timing;
 use baton_kvtransfer::frame::Manifest;
 use baton_node::worker::{Action, Input, News as NodeNews, StreamId, Transfer, Worker};
 use baton_proto::ids::{Epoch, NodeId, Role, TransferId};
-use baton_proto::message::{Hello, NodeEvent};
+use baton_proto::message::{Command, Hello, NodeEvent};
 
 use super::endpoint::{Around, Endpoint, Happened};
 use super::engine::{Device, Engine, News};
@@ -35,6 +35,8 @@ pub(crate) struct NodeSpec {
     pub(crate) timing: Timing,
     /// Between reports.
     pub(crate) report: Duration,
+    /// Jobs that nobody wants any more are looked for after every step.
+    pub(crate) watched: bool,
 }
 
 /// See the module's description.
@@ -53,6 +55,10 @@ pub(crate) struct Node {
     news: NodeNews,
     /// Whose lease, of the admission that is being handled, nobody has taken.
     lease: Option<TransferId>,
+    /// Who asked for which job that the engine may still have.
+    owners: BTreeMap<TransferId, WireId>,
+    /// Jobs that nobody wants any more since the engine last looked.
+    unwanted: BTreeSet<TransferId>,
     turn_at: Option<Instant>,
     worker_at: Option<Instant>,
 }
@@ -78,6 +84,8 @@ impl Node {
             news: worker.news(),
             worker,
             lease: None,
+            owners: BTreeMap::new(),
+            unwanted: BTreeSet::new(),
             turn_at: None,
             worker_at: None,
             spec,
@@ -121,7 +129,10 @@ impl Node {
                 let first = net.now() + net.some(self.spec.report);
                 self.timer(net, first, NodeTimer::Report { wire, regular: true });
             }
-            Message::Command(command) => self.inputs.push_back(Input::Command { stream, command }),
+            Message::Command(command) => {
+                self.watch(wire, &command);
+                self.inputs.push_back(Input::Command { stream, command });
+            }
             other => panic!("a coordinator said {other:?}"),
         }
         self.settle(net, names);
@@ -130,6 +141,8 @@ impl Node {
     /// A join stream has ended.
     pub(crate) fn join_lost(&mut self, wire: WireId, net: &mut Net, names: &[NodeId]) {
         self.streams.remove(&wire);
+        let orphans = self.owners.iter().filter(|(_, owner)| **owner == wire);
+        self.unwanted.extend(orphans.map(|(&id, _)| id));
         self.inputs.push_back(Input::Closed(StreamId(wire)));
         self.settle(net, names);
     }
@@ -178,6 +191,11 @@ impl Node {
     fn turn(&mut self, net: &mut Net) {
         let mut news = Vec::new();
         self.engine.turn(net.now(), &mut news);
+        let scheduler = &self.engine.scheduler;
+        for id in std::mem::take(&mut self.unwanted) {
+            assert!(!scheduler.knows(id), "{id} goes on, which nobody wants any more");
+        }
+        self.owners.retain(|id, _| scheduler.knows(*id));
         self.take_news(news, net);
         if let Some(at) = self.engine.next_layer() {
             self.timer(net, at, NodeTimer::Layer);
@@ -196,6 +214,20 @@ impl Node {
         }
         if over {
             self.turn(net);
+        }
+    }
+
+    /// Remembers who wants what, to see that nothing else is computed.
+    fn watch(&mut self, wire: WireId, command: &Command) {
+        match command {
+            _ if !self.spec.watched => {}
+            Command::Prefill { job, .. } | Command::Decode { job, .. } => {
+                self.owners.entry(job.id).or_insert(wire);
+            }
+            Command::Cancel(id) if self.owners.get(id) == Some(&wire) => {
+                self.unwanted.insert(*id);
+            }
+            _ => {}
         }
     }
 

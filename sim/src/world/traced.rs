@@ -150,6 +150,7 @@ fn world(settings: &Settings, block_tokens: u32, room: usize) -> World {
         device: Device { prefill: settings.prefill_cost, decode: settings.decode_cost },
         timing: Timing::default(),
         report: Duration::from_secs_f64(settings.report_ms / 1e3),
+        watched: false,
     };
     let roles = std::iter::repeat_n(Role::Prefill, settings.prefill_nodes)
         .chain(std::iter::repeat_n(Role::Decode, settings.decode_nodes));
