@@ -379,9 +379,10 @@ impl Requests {
         let Some(request) = self.live.get_mut(&id) else {
             return;
         };
-        let (tokens, attempt) = (request.new.tokens.len(), request.attempt);
+        // The first attempt is none that is repeated, whenever it starts.
+        let (tokens, attempt) = (request.new.tokens.len(), request.attempt.max(1));
         let flow = act(request, cx);
-        self.totals.retried += u64::from(request.attempt - attempt);
+        self.totals.retried += u64::from(request.attempt.saturating_sub(attempt));
         self.tokens += request.new.tokens.len() - tokens;
         let due = if matches!(flow, Flow::Go) { request.due() } else { None };
         if due != request.armed {

@@ -19,6 +19,9 @@ struct Script {
     /// Promises not yet ended.
     open: Vec<(NodeId, TransferId)>,
     avoided: Vec<NodeRef>,
+    /// Every attempt is held, and this is what its turn brings.
+    held: Option<Placed>,
+    holds: bool,
 }
 
 impl Placer for Script {
@@ -34,7 +37,12 @@ impl Placer for Script {
         self.open.extend(prefill.into_iter().chain([decode]).map(|name| (node(name), wanted.id)));
         let reason = "scripted".to_owned();
         let (prefill, decode) = (prefill.map(peer), peer(decode));
-        Answer::Go(Placed { prefill, decode, pull: None, reason })
+        let placed = Placed { prefill, decode, pull: None, reason };
+        if self.holds {
+            self.held = Some(placed);
+            return Answer::Held;
+        }
+        Answer::Go(placed)
     }
 
     fn withdraw(&mut self, _: RequestId) {}
@@ -294,6 +302,18 @@ fn a_dead_decode_node_costs_no_token() {
     assert_eq!(tokens, [10, 11, 12]);
     assert_eq!((summary.placement.attempts, summary.placement.prefill), (2, None));
     assert_eq!(world.requests.totals(), Totals { finished: 1, failed: 0, retried: 1 });
+}
+
+#[test]
+fn the_first_attempt_of_a_request_that_was_held_repeats_nothing() {
+    let mut world = World::new();
+    world.script.holds = true;
+    world.arrive(REQUEST, |_| {}).unwrap();
+    assert!(world.sent().is_empty());
+    let placed = world.script.held.take().expect("it is held");
+    world.act(|requests, cx| requests.turn(REQUEST, placed, cx));
+    assert_eq!(world.sent_words(), ["prefill p", "reserve d"]);
+    assert_eq!(world.requests.totals(), Totals::default());
 }
 
 #[test]
