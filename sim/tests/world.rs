@@ -6,7 +6,7 @@
 use baton_sim::world::{Logging, Report, run_seed};
 
 /// Seeds of a run without `BATON_SEEDS`.
-const SEEDS: u64 = 400;
+const SEEDS: u64 = 2000;
 /// Tests that share them, so that they run side by side.
 const SHARES: u64 = 4;
 

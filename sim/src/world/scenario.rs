@@ -78,7 +78,9 @@ fn run(world: &mut World) {
         assert!(now < end, "not done {PATIENCE:?} after all was mended: {}", world.left());
         if now > mended {
             match idle_since {
-                Some(since) if now > since + QUIET => return,
+                // Somebody may have noticed a loss meanwhile.
+                Some(since) if now > since + QUIET && world.is_idle() => return,
+                Some(since) if now > since + QUIET => idle_since = None,
                 Some(_) => {}
                 None if world.is_idle() => idle_since = Some(now),
                 None => {}
