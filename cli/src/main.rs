@@ -10,7 +10,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-use commands::{cache, certs, check, demo, drain, generate, nodes, plan, role, status};
+use commands::{bench, cache, certs, check, demo, drain, generate, nodes, plan, role, status};
 
 #[derive(Parser)]
 #[command(name = "baton", version, about = "Serves language models from prefill and decode nodes")]
@@ -42,6 +42,9 @@ enum Command {
     Certs(certs::CertsCommand),
     /// Check a configuration file
     Check(check::CheckArgs),
+    /// Measure parts of Baton on this machine
+    #[command(subcommand)]
+    Bench(bench::BenchCommand),
     /// Say how a trace would be served, or how many nodes it needs
     Plan(Box<plan::PlanArgs>),
 }
@@ -59,6 +62,7 @@ async fn main() -> ExitCode {
         Command::Drain(args) => drain::run(args).await,
         Command::Certs(command) => certs::run(&command),
         Command::Check(args) => check::run(&args),
+        Command::Bench(command) => bench::run(command).await,
         Command::Plan(args) => plan::run(&args),
     };
     match result {
