@@ -122,7 +122,8 @@ impl Control {
             NodeEvent::Report(report) => {
                 index.sweep(SWEEP_PER_REPORT);
                 self.shares.reported(node, now);
-                self.placement.report(node, &report, now);
+                let alone = self.shares.peers().next().is_none();
+                self.placement.report(node, &report, alone, now);
                 self.placement.share(node, self.shares.load(node));
                 self.cluster.report(node, report, now);
             }

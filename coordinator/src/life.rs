@@ -286,7 +286,7 @@ pub(crate) fn transferred(
         return Flow::Go;
     };
     attempt.handed_over = true;
-    cx.placer.handed_over(request.transfer(), exposed, bytes);
+    cx.placer.handed_over(request.transfer(), exposed, bytes, cx.now);
     close_leg(request, from, cx);
     let timings = &mut request.timings;
     if timings.transfer_bytes == 0 {

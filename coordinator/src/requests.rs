@@ -108,9 +108,9 @@ pub trait Placer {
     /// The node has computed the attempt's prompt.
     fn prefilled(&mut self, node: &NodeId, id: TransferId, took: Duration, now: Instant);
     /// The attempt's KV arrived, so long after it was computed.
-    fn handed_over(&mut self, id: TransferId, exposed: Duration, bytes: u64);
+    fn handed_over(&mut self, id: TransferId, exposed: Duration, bytes: u64, now: Instant);
     /// The attempt's pull is over and brought so many tokens.
-    fn pulled(&mut self, id: TransferId, tokens: usize, took: Duration);
+    fn pulled(&mut self, id: TransferId, tokens: usize, took: Duration, now: Instant);
     /// The node has nothing to do with the attempt any more.
     fn ended(&mut self, node: &NodeId, id: TransferId, now: Instant);
     /// The node failed an attempt by its own fault.
@@ -270,7 +270,7 @@ impl Requests {
             NodeEvent::Pulled { id, tokens, took } => {
                 self.attempt(id, from, cx, |r, cx| {
                     r.pull_ended();
-                    cx.placer.pulled(id, tokens as usize, took);
+                    cx.placer.pulled(id, tokens as usize, took, cx.now);
                     Flow::Go
                 });
             }

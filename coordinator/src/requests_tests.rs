@@ -48,8 +48,8 @@ impl Placer for Script {
     fn withdraw(&mut self, _: RequestId) {}
     fn started(&mut self, _: &NodeId, _: TransferId, _: usize) {}
     fn prefilled(&mut self, _: &NodeId, _: TransferId, _: Duration, _: Instant) {}
-    fn handed_over(&mut self, _: TransferId, _: Duration, _: u64) {}
-    fn pulled(&mut self, _: TransferId, _: usize, _: Duration) {}
+    fn handed_over(&mut self, _: TransferId, _: Duration, _: u64, _: Instant) {}
+    fn pulled(&mut self, _: TransferId, _: usize, _: Duration, _: Instant) {}
     fn failed(&mut self, _: &NodeId, _: Instant) {}
     fn answered(&mut self, _: ModelRoot, _: usize) {}
 

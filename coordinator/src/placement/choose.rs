@@ -157,7 +157,7 @@ impl Placement {
     pub(super) fn choose(&mut self, job: &Job, now: f64) -> Option<Choice> {
         self.look_up(job);
         let pool = self.pools.get(&job.root)?;
-        let source = if self.options.pulls { self.source(job, pool) } else { None };
+        let source = if self.options.pulls { self.source(job, pool, now) } else { None };
         let (mut senders, mut receivers, mut locals) = (Best::new(), Best::new(), Best::new());
         let scarcity = pool.scarcity(now);
         for &key in &pool.prefill {
@@ -178,14 +178,14 @@ impl Placement {
             let cached = candidate.cached;
             // The link is counted with the pair.
             let cost = cost::receiving(&job.demand, &candidate, 0.0);
-            let none = Prefill { ms: 0.0, pull_ms: 0.0, new_tokens: 0.0, pulls: false };
+            let none = Prefill::default();
             receivers.offer(Side { key, cost, work: none, cached });
-            let (work, _) = self.queued(job, node, key, &mut candidate, source, pool, now);
-            let cost = cost::local(&job.demand, &candidate, &work);
+            let (mut work, _) = self.queued(job, node, key, &mut candidate, source, pool, now);
+            let cost = cost::local(&job.demand, &candidate, &mut work);
             locals.offer(Side { key, cost, work, cached });
         }
         let local = locals.first()?;
-        let remote = self.cheapest_pair(&job.demand, pool, &senders, &receivers);
+        let remote = self.cheapest_pair(&job.demand, pool, &senders, &receivers, now);
         let never = self.options.local_prefill == LocalPrefill::Never;
         let choice = |side: Side, prefill, decode, cost, other| Choice {
             prefill,
@@ -218,7 +218,7 @@ impl Placement {
     }
 
     /// Whoever really holds most of the request's blocks, in device memory.
-    fn source(&self, job: &Job, pool: &Pool) -> Option<(NodeKey, Source)> {
+    fn source(&self, job: &Job, pool: &Pool, now: f64) -> Option<(NodeKey, Source)> {
         let holders = self.matches.iter().filter_map(|(key, held)| {
             let node = self.node(key).filter(|node| node.root == job.root)?;
             Some((held.device_blocks, node.serving, key))
@@ -226,7 +226,7 @@ impl Placement {
         let (blocks, serving, key) = holders
             .max_by_key(|&(blocks, serving, key)| (blocks, std::cmp::Reverse((serving, key))))?;
         let node = self.node(key)?;
-        let ms_per_byte = pool.pull_ms(key, key) * (1.0 + f64::from(serving));
+        let ms_per_byte = pool.pulls.ms_per_byte(key, key, now) * (1.0 + f64::from(serving));
         let token_ms = ms_per_byte * job.demand.token_bytes;
         let most = job.demand.tokens.saturating_sub(1);
         let tokens = (blocks * node.block_tokens).min(most);
@@ -250,7 +250,7 @@ impl Placement {
         }
         let blocks = self.cached.of(key, &self.matches);
         let cached = (blocks * node.block_tokens).min(job.demand.tokens.saturating_sub(1));
-        Some((node.candidate(cached, &pool.typical, now), node))
+        Some((node.candidate(cached, &pool.typical[node.role as usize], now), node))
     }
 
     /// How a node would compute the prompt, with the place in its queue added to the candidate.
@@ -266,7 +266,7 @@ impl Placement {
         now: f64,
     ) -> (Prefill, Place) {
         let source = source.filter(|(from, _)| *from != key).map(|(from, source)| Source {
-            token_ms: pool.pull_ms(from, key)
+            token_ms: pool.pulls.ms_per_byte(from, key, now)
                 * (1.0 + f64::from(self.node(from).map_or(0, |node| node.serving)))
                 * job.demand.token_bytes,
             ..source
@@ -293,13 +293,15 @@ impl Placement {
         pool: &Pool,
         senders: &Best,
         receivers: &Best,
+        now: f64,
     ) -> Option<(Side, Side, Cost)> {
         let mut best: Option<(Side, Side, Cost)> = None;
         for p in senders.all() {
             for d in receivers.all() {
                 let incoming = self.node(d.key).map_or(0, |node| node.incoming);
                 let missing = demand.tokens.saturating_sub(d.cached) as f64 * demand.token_bytes;
-                let link = pool.handover_ms(p.key, d.key) * (1.0 + f64::from(incoming));
+                let link =
+                    pool.handover.ms_per_byte(p.key, d.key, now) * (1.0 + f64::from(incoming));
                 let mut cost = p.cost.and(&d.cost);
                 cost.transfer += missing * link;
                 if best.is_none_or(|(.., other)| cost.total() < other.total()) {

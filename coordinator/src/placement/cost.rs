@@ -19,14 +19,18 @@ const TRANSFER_START_MS: f64 = 1.0;
 const PULL_MARGIN: f64 = 0.1;
 /// Tokens of one chunk of a prompt that is computed between decode steps.
 const CHUNK_TOKENS: f64 = 512.0;
-/// Such a chunk is made smaller if it takes longer.
-const LONGEST_CHUNK_MS: f64 = 50.0;
 /// Decode steps longer than this are felt by those who read along.
-const LONGEST_STEP_MS: f64 = 100.0;
+const LONGEST_STEP_MS: f64 = 150.0;
+/// The same on average over [`TAKEN_WINDOW_MS`].
+const SLOWEST_STEP_MS: f64 = 45.0;
+/// Harm of exceeding either: nobody computes a prompt so who has a choice.
+const UNBEARABLE_MS: f64 = 1e6;
 /// Weight of a millisecond by which a local prefill delays a sequence's next token.
-const CHUNK_HARM: f64 = 0.3;
+const CHUNK_HARM: f64 = 0.2;
+/// Time over which the slowdown of sequences by prompts is averaged.
+pub const TAKEN_WINDOW_MS: f64 = 10_000.0;
 /// Weight of the time that the output will take, against the time to the first token.
-const OUTPUT_WEIGHT: f64 = 0.1;
+const OUTPUT_WEIGHT: f64 = 0.5;
 /// Cost of memory pressure on a decode node: this times k / (1 - k) at the share k of its blocks.
 const PRESSURE_MS: f64 = 150.0;
 /// Bounds k, so that no cost becomes infinite.
@@ -59,10 +63,14 @@ pub struct Candidate {
     pub behind: usize,
     /// One of them would miss its deadline because of that.
     pub late: bool,
+    /// Coefficients of a prefill on a typical node of its model.
+    pub typical: [f64; 3],
     /// Coefficients of its prefill.
     pub prefill: [f64; 3],
     /// Coefficients of its decode steps.
     pub step: [f64; 3],
+    /// Time that prompts have lately taken from its sequences, older time counting less.
+    pub taken_ms: f64,
     /// Sequences on it.
     pub sequences: f64,
     /// Tokens that they hold.
@@ -131,14 +139,18 @@ impl Cost {
 }
 
 /// Computing a prompt on one node.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 pub struct Prefill {
     /// Milliseconds of computing.
     pub ms: f64,
+    /// The same on a typical node: a slow node's time is worth less.
+    pub typical_ms: f64,
     /// Milliseconds that a pull takes before it; 0 without one.
     pub pull_ms: f64,
     /// Tokens that it computes.
     pub new_tokens: f64,
+    /// Time that computing it on a decode node takes from the sequences there.
+    pub taken_ms: f64,
     /// A cached prefix is fetched from elsewhere.
     pub pulls: bool,
 }
@@ -150,26 +162,26 @@ pub fn prefill(demand: &Demand, node: &Candidate, source: Option<Source>) -> Pre
     let most = demand.tokens.saturating_sub(1);
     let alone = |cached: usize| {
         let quantities = fit::prefill(demand.tokens, cached.min(most));
-        let ms: f64 = (0..3).map(|at| node.prefill[at] * quantities[at]).sum();
-        (ms * node.caution, quantities[1])
+        let ms = |c: &[f64; 3]| (0..3).map(|at| c[at] * quantities[at]).sum::<f64>();
+        let (own, typical_ms) = (ms(&node.prefill) * node.caution, ms(&node.typical));
+        Prefill { ms: own, typical_ms, new_tokens: quantities[1], ..Prefill::default() }
     };
-    let (ms, new_tokens) = alone(node.cached);
-    let own = Prefill { ms, pull_ms: 0.0, new_tokens, pulls: false };
+    let own = alone(node.cached);
     let Some(source) = source.filter(|source| source.tokens > node.cached) else {
         return own;
     };
     let pull_ms = TRANSFER_START_MS + (source.tokens - node.cached) as f64 * source.token_ms;
-    let (ms, new_tokens) = alone(source.tokens);
-    if own.ms <= ms + pull_ms * (1.0 + PULL_MARGIN) {
+    let rest = alone(source.tokens);
+    if own.ms <= rest.ms + pull_ms * (1.0 + PULL_MARGIN) {
         return own;
     }
-    Prefill { ms, pull_ms, new_tokens, pulls: true }
+    Prefill { pull_ms, pulls: true, ..rest }
 }
 
 /// The prefill node's part of a remote placement. `scarcity`: `w`.
 #[must_use]
 pub fn computing(node: &Candidate, prefill: &Prefill, scarcity: f64) -> Cost {
-    let later = scarcity * prefill.ms * node.price;
+    let later = scarcity * prefill.typical_ms * node.price;
     let waiting = waiting(node, prefill.ms);
     Cost {
         queue: node.queue_ms,
@@ -191,15 +203,21 @@ pub fn receiving(demand: &Demand, node: &Candidate, ms_per_byte: f64) -> Cost {
 
 /// A placement on a decode node alone.
 #[must_use]
-pub fn local(demand: &Demand, node: &Candidate, prefill: &Prefill) -> Cost {
-    let steps = (prefill.new_tokens / CHUNK_TOKENS).max(prefill.ms / LONGEST_CHUNK_MS).ceil();
+pub fn local(demand: &Demand, node: &Candidate, prefill: &mut Prefill) -> Cost {
+    let steps = (prefill.new_tokens / CHUNK_TOKENS).ceil();
     let others = node.step[1] * node.sequences + node.step[2] * node.kv_tokens;
-    let computing = prefill.ms.max(steps * node.step[0]) + steps * others;
-    let extra = (prefill.ms - steps * node.step[0]).max(0.0);
-    let mut harm = CHUNK_HARM * node.sequences * extra + waiting(node, computing);
-    let step = (prefill.ms / steps.max(1.0)).max(node.step[0]) + others;
-    if node.sequences > 0.0 && step > LONGEST_STEP_MS {
-        harm += node.sequences * steps * (step - LONGEST_STEP_MS);
+    let usual = node.step[0] + others;
+    // What the node measured contains the decode steps around its chunks.
+    let computing = prefill.ms.max(steps * usual);
+    let extra = computing - steps * usual;
+    prefill.taken_ms = extra;
+    // One more sequence is always about to come.
+    let mut harm = CHUNK_HARM * (node.sequences + 1.0) * extra + waiting(node, computing);
+    let left = (TAKEN_WINDOW_MS - node.taken_ms - extra).max(1.0);
+    let felt = usual * TAKEN_WINDOW_MS / left;
+    let step = computing / steps.max(1.0);
+    if node.sequences > 0.0 && (step > LONGEST_STEP_MS || felt > SLOWEST_STEP_MS) {
+        harm += UNBEARABLE_MS;
     }
     Cost {
         queue: node.queue_ms,

@@ -151,6 +151,11 @@ impl Placement {
         if let Some(node) = choice.pull.and_then(|(key, _)| self.node_mut(key)) {
             node.serving += 1;
         }
+        if choice.prefill.is_none()
+            && let Some(node) = self.node_mut(choice.decode)
+        {
+            node.taken = (node.taken_ms(now) + choice.work.taken_ms, now);
+        }
         self.shares.serve(job.class, choice.work.ms);
         self.tenants.serve(job.tenant, choice.work.ms);
         let sent = Sent {
@@ -211,7 +216,7 @@ impl Placement {
             (fit::prefill(work.tokens, work.cached), 1000.0 * took.as_secs_f64());
         node.prefill.observe(quantities, ms);
         if let Some(pool) = self.pools.get_mut(&node.root) {
-            pool.typical.prefill.observe(quantities, ms);
+            pool.typical[node.role as usize].prefill.observe(quantities, ms);
         }
         if let Some(sent) = self.sent.get(&at) {
             self.tenants.serve(sent.tenant, ms - sent.prefill_ms);
@@ -219,17 +224,25 @@ impl Placement {
     }
 
     /// The KV of an attempt arrived, so long after its prompt was computed.
-    pub(super) fn transferred(&mut self, id: TransferId, exposed: Duration, bytes: u64) {
+    pub(super) fn transferred(
+        &mut self,
+        id: TransferId,
+        exposed: Duration,
+        bytes: u64,
+        now: Instant,
+    ) {
+        let now = self.ms(now);
         let Some(sent) = self.sent.get(&id) else { return };
         let (Some(from), to) = (sent.prefill, sent.decode) else { return };
         if let Some(pool) = self.pools.get_mut(&sent.root) {
             let ms = 1000.0 * exposed.as_secs_f64();
-            pool.handover().observe((from, to), bytes as f64, ms, sent.others);
+            pool.handover.observe((from, to), bytes as f64, ms, sent.others, now);
         }
     }
 
     /// A pull is over; it brought so many tokens.
-    pub(super) fn fetched(&mut self, id: TransferId, tokens: usize, took: Duration) {
+    pub(super) fn fetched(&mut self, id: TransferId, tokens: usize, took: Duration, now: Instant) {
+        let now = self.ms(now);
         let Some(sent) = self.sent.get_mut(&id) else { return };
         let Some(from) = sent.source.take() else { return };
         let (root, to) = (sent.root, sent.prefill.unwrap_or(sent.decode));
@@ -243,7 +256,7 @@ impl Placement {
         }
         if let Some(pool) = self.pools.get_mut(&root) {
             let ms = 1000.0 * took.as_secs_f64();
-            pool.pulls().observe((from, to), tokens as f64 * token_bytes, ms, others);
+            pool.pulls.observe((from, to), tokens as f64 * token_bytes, ms, others, now);
         }
     }
 

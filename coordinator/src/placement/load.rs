@@ -116,8 +116,9 @@ impl Load {
         }
     }
 
-    /// The node's own view replaces ours for all that it can know of. `ms_per_token`: its speed.
-    pub(super) fn report(&mut self, report: &Report, ms_per_token: f64, now: f64) {
+    /// The node's own view replaces ours for all that it can know of. `foreign_token_ms`: its time
+    /// for a token that others gave it; 0 if there are no others.
+    pub(super) fn report(&mut self, report: &Report, foreign_token_ms: f64, now: f64) {
         let mut own = 0.0;
         for promised in self.promised.values_mut() {
             if promised.sent + REPORT_LAG_MS > now {
@@ -132,7 +133,7 @@ impl Load {
                 own += (promised.work.tokens - promised.work.cached) as f64;
             }
         }
-        self.foreign_ms = (report.queued_tokens as f64 - own).max(0.0) * ms_per_token;
+        self.foreign_ms = (report.queued_tokens as f64 - own).max(0.0) * foreign_token_ms;
         self.report_at = now;
         self.reported_sequences = report.running.saturating_add(report.waiting);
         if report.blocks != BlockCounts::default() {

@@ -27,6 +27,7 @@ pub mod cost;
 mod dispatch;
 mod expected;
 pub mod fit;
+mod links;
 mod load;
 mod node;
 mod pool;
@@ -53,7 +54,7 @@ pub struct Standing {
 use choose::Cached;
 use cost::{Demand, MAKES_OTHERS_LATE_MS};
 use expected::{Expected, Sampled};
-use node::Node;
+use node::{Node, Typical};
 use pool::Pool;
 use queue::{Entry, Shares};
 use tenants::Tenants;
@@ -229,13 +230,14 @@ impl Placement {
         }
     }
 
-    /// A node reports its load.
-    pub fn report(&mut self, id: &NodeId, report: &Report, now: Instant) {
+    /// A node reports its load. `alone`: no other coordinator gives it work; then what a report
+    /// shows beyond our own account is only old.
+    pub fn report(&mut self, id: &NodeId, report: &Report, alone: bool, now: Instant) {
         let now = self.ms(now);
         let Some(key) = self.keys.of(id) else { return };
         let Some(node) = self.nodes[key.0 as usize].as_mut() else { return };
         let before = (node.role, node.draining);
-        node.report(report, now);
+        node.report(report, alone, now);
         if (node.role, node.draining) != before {
             let root = node.root;
             self.displace(key);
@@ -355,7 +357,11 @@ impl Placer for Placement {
         // Who can wait does, in the end; who cannot must not push out those who were there before.
         let makes_others_late =
             job.deadline.is_finite() && choice.cost.harm >= MAKES_OTHERS_LATE_MS;
-        if wanted.arrives && (first_token > job.deadline || makes_others_late) {
+        let known = self
+            .pools
+            .get(&job.root)
+            .is_some_and(|pool| pool.typical.iter().any(Typical::is_known));
+        if wanted.arrives && known && (first_token > job.deadline || makes_others_late) {
             let late = (first_token - job.deadline).max(1000.0);
             return Answer::TooLate { retry_after: Duration::from_secs_f64(late / 1000.0) };
         }
@@ -386,12 +392,12 @@ impl Placer for Placement {
         self.computed(node, id, took, now);
     }
 
-    fn handed_over(&mut self, id: TransferId, exposed: Duration, bytes: u64) {
-        self.transferred(id, exposed, bytes);
+    fn handed_over(&mut self, id: TransferId, exposed: Duration, bytes: u64, now: Instant) {
+        self.transferred(id, exposed, bytes, now);
     }
 
-    fn pulled(&mut self, id: TransferId, tokens: usize, took: Duration) {
-        self.fetched(id, tokens, took);
+    fn pulled(&mut self, id: TransferId, tokens: usize, took: Duration, now: Instant) {
+        self.fetched(id, tokens, took, now);
     }
 
     fn ended(&mut self, node: &NodeId, id: TransferId, now: Instant) {

@@ -6,7 +6,7 @@ use baton_proto::message::{Hello, Peer, Report};
 use baton_proto::share::SharedLoad;
 
 use super::breaker::Breaker;
-use super::cost::Candidate;
+use super::cost::{Candidate, TAKEN_WINDOW_MS};
 use super::fit::{self, Fit};
 use super::load::Load;
 use super::queue::Queue;
@@ -39,6 +39,8 @@ pub(super) struct Node {
     pub(super) breaker: Breaker,
     pub(super) prefill: Fit,
     pub(super) step: Fit,
+    /// Time that prompts took from its sequences, at some time.
+    pub(super) taken: (f64, f64),
     /// Transfers to it under way.
     pub(super) incoming: u32,
     /// Pulls from it under way.
@@ -64,15 +66,18 @@ impl Node {
             breaker: Breaker::new(now),
             prefill: Fit::new(PREFILL_PRIOR),
             step: Fit::new(STEP_PRIOR),
+            taken: (0.0, now),
             incoming: 0,
             serving: 0,
         }
     }
 
-    pub(super) fn report(&mut self, report: &Report, now: f64) {
+    /// `alone`: nobody else gives it work.
+    pub(super) fn report(&mut self, report: &Report, alone: bool, now: f64) {
         self.role = report.role;
         self.draining = report.draining;
-        self.load.report(report, self.prefill.coefficients()[1], now);
+        let foreign_token_ms = if alone { 0.0 } else { self.prefill.coefficients()[1] };
+        self.load.report(report, foreign_token_ms, now);
         let running = f64::from(report.running);
         if report.decode_step_ms > 0.0 && report.running > 0 {
             let held = report.blocks.active as f64 * self.block_tokens as f64;
@@ -90,6 +95,12 @@ impl Node {
         self.load.room().saturating_sub(self.shared.blocks)
     }
 
+    /// Time that prompts have lately taken from its sequences.
+    pub(super) fn taken_ms(&self, now: f64) -> f64 {
+        let (taken, at) = self.taken;
+        taken * (-(now - at) / TAKEN_WINDOW_MS).exp()
+    }
+
     /// How to reach this life of the node.
     pub(super) fn peer(&self) -> Peer {
         let (node, kv_address) = (self.id.clone(), self.kv_address.clone());
@@ -105,12 +116,14 @@ impl Node {
         };
         let kv_tokens = self.load.kv_blocks() as f64 * self.block_tokens as f64;
         Candidate {
+            typical: typical.prefill.coefficients(),
             cached,
             queue_ms: self.queue_ms(now),
             behind: 0,
             late: false,
             prefill: measured(&self.prefill, &typical.prefill),
             step: measured(&self.step, &typical.step),
+            taken_ms: self.taken_ms(now),
             sequences: f64::from(self.load.sequences().saturating_add(self.shared.sequences)),
             kv_tokens,
             room: self.room(),
@@ -126,6 +139,13 @@ impl Node {
 pub(super) struct Typical {
     pub(super) prefill: Fit,
     pub(super) step: Fit,
+}
+
+impl Typical {
+    /// Whether it was measured at all. Nothing is refused on a guess.
+    pub(super) fn is_known(&self) -> bool {
+        self.prefill.observations() >= LEAST_OBSERVATIONS
+    }
 }
 
 impl Default for Typical {

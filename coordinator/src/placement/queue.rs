@@ -6,9 +6,10 @@
 //! 1. the highest class, unless a lower one has had less than its guaranteed share of the nodes'
 //!    time lately, or has waited so long that it counts as a higher one;
 //! 2. in it, the tenant that has had the least of the nodes' time;
-//! 3. of that tenant, the request that is due first. It is due [`DUE_PER_MS`] times its own
-//!    prefill time after its arrival, but at most [`DUE_MOST_MS`] after it, or at its deadline: short
-//!    requests overtake long ones, and nobody is overtaken by what comes much later.
+//! 3. of that tenant, the request that is due first. It is due some time after its arrival that
+//!    grows with its own prefill time ([`DUE_PER_MS`]), up to [`DUE_MOST_MS`]: short requests
+//!    overtake longer ones, and nobody is overtaken by what comes much later. The longest may wait
+//!    less again ([`DUE_LONG`]), since they take long enough by themselves.
 
 use std::cmp::Ordering;
 
@@ -19,8 +20,12 @@ use super::tenants::{TenantId, Tenants};
 
 /// How long a request may take to its first token, in times of its own prefill.
 const DUE_PER_MS: f64 = 10.0;
-/// A request is due at the latest so long after its arrival.
-const DUE_MOST_MS: f64 = 10_000.0;
+/// A request is due at the latest so long after its arrival,
+const DUE_MOST_MS: f64 = 15_000.0;
+/// less so many times its own prefill,
+const DUE_LONG: f64 = 2.0;
+/// but not before.
+const DUE_LEAST_MS: f64 = 2000.0;
 /// Who has waited so long counts as a class higher.
 const AGING_MS: f64 = 60_000.0;
 
@@ -78,7 +83,8 @@ impl Entry {
     /// When a request that takes `ms` to compute should begin to answer.
     #[must_use]
     pub(super) fn due(arrived: f64, ms: f64, deadline: f64) -> f64 {
-        (arrived + (DUE_PER_MS * ms).min(DUE_MOST_MS)).min(deadline)
+        let patience = (DUE_MOST_MS - DUE_LONG * ms).max(DUE_LEAST_MS);
+        (arrived + (DUE_PER_MS * ms).min(patience)).min(deadline)
     }
 
     fn order(&self, other: &Self) -> Ordering {
@@ -228,7 +234,7 @@ mod tests {
     #[test]
     fn short_ones_overtake_but_not_for_ever() {
         let mut queue = Queue::default();
-        queue.insert(entry(1, Class::Standard, 0.0, 5000.0));
+        queue.insert(entry(1, Class::Standard, 0.0, 4000.0));
         queue.insert(entry(2, Class::Standard, 100.0, 50.0));
         queue.insert(entry(3, Class::Standard, 10_001.0, 1.0));
         let place = queue.place(&entry(4, Class::Standard, 200.0, 500.0), 0.0);

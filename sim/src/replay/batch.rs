@@ -141,7 +141,7 @@ impl Batch {
     }
 
     /// Duration of the current step; 0 without work.
-    pub(super) fn step_ms(&self) -> f64 {
+    fn step_ms(&self) -> f64 {
         if self.is_idle() {
             return 0.0;
         }
@@ -150,6 +150,14 @@ impl Batch {
             .front()
             .map_or(0.0, |prompt| self.prefill_cost.compute_ms(prompt.chunk_end(), prompt.done));
         self.decode_cost.ms(self.sequences, self.kv_tokens, chunk_ms)
+    }
+
+    /// Duration of a step without a chunk of a prompt; 0 without sequences.
+    pub(super) fn decode_step_ms(&self) -> f64 {
+        if self.sequences == 0 {
+            return 0.0;
+        }
+        self.decode_cost.ms(self.sequences, self.kv_tokens, 0.0)
     }
 
     fn is_idle(&self) -> bool {

@@ -126,7 +126,7 @@ impl<'a> Cluster<'a> {
                     queued_tokens: waiting_tokens + batch.prompt_tokens(),
                     sequences: batch.sequences(),
                     kv_tokens: batch.kv_tokens(),
-                    step_ms: batch.step_ms(),
+                    step_ms: batch.decode_step_ms(),
                     active_blocks: cache.active(),
                 }
             }

@@ -90,7 +90,7 @@ pub enum News {
         sequences: u64,
         /// Tokens of KV that they hold.
         kv_tokens: u64,
-        /// Duration of a decode step now; 0 without one.
+        /// Duration of a decode step without a chunk of a prompt now; 0 without one.
         step_ms: f64,
         /// KV blocks in use by requests.
         active_blocks: usize,

@@ -47,7 +47,8 @@ struct Running {
     prefill: Option<Node>,
     decode: Node,
     output: u32,
-    prefilled_ms: f64,
+    prefilled_ms: Option<f64>,
+    landed: bool,
     prefill_ended: bool,
 }
 
@@ -221,7 +222,8 @@ impl State {
             prefill,
             decode,
             output,
-            prefilled_ms: 0.0,
+            prefilled_ms: None,
+            landed: false,
             prefill_ended: prefill.is_none(),
         };
         self.running.insert(request, running);
@@ -259,7 +261,7 @@ impl State {
                     ..Report::default()
                 };
                 let at = self.at(now_ms);
-                self.placement.report(&self.names[&node], &report, at);
+                self.placement.report(&self.names[&node], &report, true, at);
             }
         }
     }
@@ -270,7 +272,10 @@ impl State {
         self.placement.started(name, id(request), cached as usize);
         self.placement.prefilled(name, id(request), took, at);
         if let Some(running) = self.running.get_mut(&request) {
-            running.prefilled_ms = now_ms;
+            running.prefilled_ms = Some(now_ms);
+            if running.landed {
+                self.end_prefill(now_ms, request);
+            }
         }
     }
 
@@ -278,12 +283,18 @@ impl State {
         let Some(running) = self.running.get_mut(&request) else { return };
         if matches!(to, Node::Prefill(_)) {
             let took = Duration::from_secs_f64(ms / 1000.0);
-            return self.placement.pulled(id(request), tokens as usize, took);
+            return self.placement.pulled(id(request), tokens as usize, took, self.at(now_ms));
         }
-        let exposed = Duration::from_secs_f64((now_ms - running.prefilled_ms).max(0.0) / 1000.0);
+        // A hand-over that is done before the prefill exposes nothing.
+        running.landed = true;
+        let prefilled_ms = running.prefilled_ms;
+        let exposed_ms = prefilled_ms.map_or(0.0, |at| (now_ms - at).max(0.0));
+        let exposed = Duration::from_secs_f64(exposed_ms / 1000.0);
         let bytes = u64::from(tokens) * self.model.geometry.token_bytes() as u64;
-        self.placement.handed_over(id(request), exposed, bytes);
-        self.end_prefill(now_ms, request);
+        self.placement.handed_over(id(request), exposed, bytes, self.at(now_ms));
+        if prefilled_ms.is_some() {
+            self.end_prefill(now_ms, request);
+        }
     }
 
     fn end_prefill(&mut self, now_ms: f64, request: usize) {
