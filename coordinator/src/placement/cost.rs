@@ -22,11 +22,11 @@ const CHUNK_TOKENS: f64 = 512.0;
 /// Decode steps longer than this are felt by those who read along.
 const LONGEST_STEP_MS: f64 = 150.0;
 /// The same on average over [`TAKEN_WINDOW_MS`].
-const SLOWEST_STEP_MS: f64 = 45.0;
+const SLOWEST_STEP_MS: f64 = 43.0;
 /// Harm of exceeding either: nobody computes a prompt so who has a choice.
 const UNBEARABLE_MS: f64 = 1e6;
 /// Weight of a millisecond by which a local prefill delays a sequence's next token.
-const CHUNK_HARM: f64 = 0.2;
+const CHUNK_HARM: f64 = 0.3;
 /// Time over which the slowdown of sequences by prompts is averaged.
 pub const TAKEN_WINDOW_MS: f64 = 10_000.0;
 /// Weight of the time that the output will take, against the time to the first token.

@@ -47,7 +47,7 @@ pub struct Dispatch {
     pub prefill: Option<usize>,
     /// The decode node; `None` only in a cluster without any.
     pub decode: Option<usize>,
-    /// Leading blocks to be fetched from another node's cache to the prefill node first.
+    /// Leading blocks to be fetched from another node's cache, to the node that computes, first.
     pub pull: Option<(Node, usize)>,
 }
 

@@ -11,6 +11,8 @@ use crate::commands::CommandError;
 
 /// A reporting period long enough to cost nothing and short enough to be current.
 const REPORT_MS: f64 = 500.0;
+/// Links of a machine with eight cards, 50 GB/s each way, where prefill hands over to decode.
+const LINK_GBPS: f64 = 400.0;
 /// Largest figure of milliseconds, factors and rates.
 const MOST: f64 = 1e12;
 
@@ -35,8 +37,8 @@ pub(super) struct ClusterArgs {
     /// Bytes of KV per token
     #[arg(long, value_name = "N", value_parser = positive)]
     kv_bytes_per_token: Option<f64>,
-    /// Speed of every node's link, each way, in gigabits per second; without, KV moves in no time
-    /// and is not pulled
+    /// Speed of every node's link, each way, in gigabits per second; 400 if there are decode nodes,
+    /// otherwise nothing is pulled unless it is given
     #[arg(long, value_name = "X", value_parser = positive)]
     link_gbps: Option<f64>,
     /// Drives random choices and noise
@@ -102,6 +104,7 @@ impl ClusterArgs {
         trace: &Trace,
     ) -> Settings {
         let device = &self.device;
+        let link_gbps = self.link_gbps.or((decode_nodes > 0).then_some(LINK_GBPS));
         let room = device.kv_tokens / u64::from(trace.block_tokens);
         let bytes_per_token = self.kv_bytes_per_token.unwrap_or(device.kv_bytes_per_token);
         Settings {
@@ -110,7 +113,7 @@ impl ClusterArgs {
             cache_blocks: self.cache_blocks.map_or(room as usize, |blocks| blocks as usize),
             prefill_cost: self.prefill_cost.unwrap_or(device.prefill_cost),
             decode_cost: self.decode_cost.unwrap_or(device.decode_cost),
-            link: self.link_gbps.map(|gbps| Link { gbps, bytes_per_token }),
+            link: link_gbps.map(|gbps| Link { gbps, bytes_per_token }),
             deadline_ms: self.deadline_ms,
             disturbance: Disturbance {
                 slow_nodes: self.slow_nodes,

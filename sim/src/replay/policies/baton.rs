@@ -216,7 +216,7 @@ impl State {
             Node::Prefill(at) | Node::Decode(at) => at,
         };
         let block_tokens = cluster.block_tokens() as usize;
-        let pull = placed.pull.as_ref().filter(|_| prefill.is_some());
+        let pull = placed.pull.as_ref();
         let output = cluster.request(request).output_tokens;
         let running = Running {
             prefill,
@@ -281,7 +281,7 @@ impl State {
 
     fn transferred(&mut self, now_ms: f64, to: Node, request: usize, tokens: u32, ms: f64) {
         let Some(running) = self.running.get_mut(&request) else { return };
-        if matches!(to, Node::Prefill(_)) {
+        if matches!(to, Node::Prefill(_)) || running.prefill.is_none() {
             let took = Duration::from_secs_f64(ms / 1000.0);
             return self.placement.pulled(id(request), tokens as usize, took, self.at(now_ms));
         }

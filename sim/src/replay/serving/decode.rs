@@ -43,14 +43,15 @@ impl Serving<'_> {
             self.tell_changes(now_ms, Node::Decode(at), changes);
             match self.cluster.jobs[request].dispatch.and_then(|dispatch| dispatch.prefill) {
                 Some(prefill) => self.hand_over(now_ms, prefill, at, request),
-                None => self.begin_local(now_ms, at, request),
+                None if self.pull_local(now_ms, at, request) => {}
+                None => self.begin_local(now_ms, at, request, held),
             }
         }
     }
 
-    fn begin_local(&mut self, now_ms: f64, at: usize, request: usize) {
+    /// Computes a prompt of which so many leading blocks are here.
+    pub(super) fn begin_local(&mut self, now_ms: f64, at: usize, request: usize, held: usize) {
         let (total, output) = self.lengths(request);
-        let held = self.cluster.jobs[request].held_blocks;
         let done = self.cluster.cached_tokens(request, held);
         let job = &mut self.cluster.jobs[request];
         job.prefill_started_ms = now_ms;

@@ -52,6 +52,28 @@ impl Serving<'_> {
         self.begin_flow(now_ms, Flow { request, from, to, tokens, began_ms: now_ms, pulled });
     }
 
+    /// Fetches leading blocks for a prompt that a decode node computes itself; false if the source
+    /// has none that the node lacks.
+    pub(super) fn pull_local(&mut self, now_ms: f64, at: usize, request: usize) -> bool {
+        let dispatch = self.cluster.jobs[request].dispatch;
+        let Some((from, wanted)) = dispatch.and_then(|dispatch| dispatch.pull) else {
+            return false;
+        };
+        let blocks = self.cluster.full_blocks(request);
+        let blocks = &blocks[..wanted.min(blocks.len())];
+        let own = self.cluster.jobs[request].held_blocks;
+        let there = self.cache_mut(from).matched(blocks);
+        if self.network.is_none() || from == Node::Decode(at) || there <= own {
+            return false;
+        }
+        self.cache_mut(from).touch(&blocks[..there]);
+        let tokens = (there - own) as u32 * self.cluster.trace.block_tokens;
+        self.cluster.jobs[request].record.pulled_tokens = tokens;
+        let (to, pulled) = (Node::Decode(at), Some(there));
+        self.begin_flow(now_ms, Flow { request, from, to, tokens, began_ms: now_ms, pulled });
+        true
+    }
+
     pub(in crate::replay) fn network_change(&mut self, now_ms: f64, generation: u64) {
         if self.network_generation != generation {
             return;
@@ -89,7 +111,10 @@ impl Serving<'_> {
                 self.cluster.jobs[request].pulling = false;
                 self.begin_prefill(now_ms, at);
             }
-            (Node::Decode(at), _) => {
+            (Node::Decode(at), Some(pulled)) => {
+                self.begin_local(now_ms, at, request, pulled);
+            }
+            (Node::Decode(at), None) => {
                 self.landed(now_ms, at, request);
                 self.begin_decode(now_ms, at, request);
             }
