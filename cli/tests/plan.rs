@@ -60,6 +60,8 @@ fn a_replay_prints_its_figures() {
         "remote_ratio",
         "kv_moved_ratio",
         "wall_seconds",
+        // With links, which clusters with decode nodes have.
+        "pulled_ratio",
     ];
     assert_eq!(keys(&figures), expected);
     assert_eq!(keys(&figures["ttft_ms"]), ["mean", "p50", "p90", "p99"]);
