@@ -53,10 +53,10 @@ impl Fit {
         self.observations
     }
 
-    /// The three coefficients. Noise may have made one negative, which no machine is.
+    /// The three coefficients, none negative.
     #[must_use]
     pub fn coefficients(&self) -> [f64; 3] {
-        [0, 1, 2].map(|at| self.prior[at] * self.factors[at].max(0.0))
+        [0, 1, 2].map(|at| self.prior[at] * self.factors[at])
     }
 
     /// Milliseconds for these quantities.
@@ -80,13 +80,21 @@ impl Fit {
         let most = if self.observations > SETTLED { MOST_SURPRISE } else { f64::INFINITY };
         let ms = ms.clamp(expected / most, expected * most);
         let expected = self.predict(quantities);
-        let row = [0, 1, 2].map(|at| self.prior[at] * quantities[at] / expected);
-        let spread = self.covariance.map(|line| dot(line, row));
-        let denominator = KEEP + dot(spread, row);
-        let error = ms / expected - dot(self.factors, row);
-        for (factor, spread) in self.factors.iter_mut().zip(spread) {
-            *factor += spread * error / denominator;
-        }
+        let mut row = [0, 1, 2].map(|at| self.prior[at] * quantities[at] / expected);
+        let (spread, denominator) = loop {
+            let spread = self.covariance.map(|line| dot(line, row));
+            let denominator = KEEP + dot(spread, row);
+            let error = ms / expected - dot(self.factors, row);
+            let after = [0, 1, 2].map(|at| self.factors[at] + spread[at] * error / denominator);
+            // No machine has a negative coefficient. One that would become negative takes no part:
+            // else it would make up for what the others have wrong, and they would learn nothing.
+            if let Some(at) = (0..3).find(|&at| after[at] < 0.0 && row[at] != 0.0) {
+                (self.factors[at], row[at]) = (0.0, 0.0);
+                continue;
+            }
+            self.factors = after.map(|factor| factor.max(0.0));
+            break (spread, denominator);
+        };
         let old = self.covariance;
         for (line, row) in self.covariance.iter_mut().enumerate() {
             for (column, value) in row.iter_mut().enumerate() {
@@ -169,6 +177,14 @@ mod tests {
                 prop_assert!(predicted.is_finite() && predicted > 0.0);
             }
         }
+    }
+
+    #[test]
+    fn a_first_measurement_that_was_far_off_does_not_last() {
+        let mut fit = Fit::new(PRIOR);
+        fit.observe(prefill(100, 0), 5000.0);
+        (0..30).for_each(|_| fit.observe(prefill(100, 0), 10.0));
+        assert!(fit.predict(prefill(100, 0)) < 20.0, "{fit:?}");
     }
 
     #[test]
