@@ -211,6 +211,7 @@ impl Placement {
             return;
         };
         let Some(work) = node.load.prefilled(at, now) else { return };
+        self.measured_at = now;
         node.breaker.succeeded(now);
         let (quantities, ms) =
             (fit::prefill(work.tokens, work.cached), 1000.0 * took.as_secs_f64());

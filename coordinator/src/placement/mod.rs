@@ -72,6 +72,8 @@ const REBALANCE_MS: f64 = 20.0;
 const REBALANCED: usize = 32;
 /// A better place must be better by so much.
 const LEAST_GAIN_MS: f64 = 5.0;
+/// When nothing was measured for so long, one request is let through to see.
+const STALE_MS: f64 = 2000.0;
 /// How often a request may be moved.
 const MOST_MOVES: u8 = 16;
 
@@ -169,6 +171,8 @@ pub struct Placement {
     /// When [`Self::next`] was last asked.
     asked_at: f64,
     rebalanced_at: f64,
+    /// When a prompt was computed last.
+    measured_at: f64,
     rebalanced_to: Option<RequestId>,
     matches: Matches,
     cached: Cached,
@@ -194,6 +198,7 @@ impl Placement {
             tenants: Tenants::default(),
             asked_at: 0.0,
             rebalanced_at: 0.0,
+            measured_at: 0.0,
             rebalanced_to: None,
             matches: Matches::default(),
             cached: Cached::default(),
@@ -321,6 +326,12 @@ impl Placement {
         }
     }
 
+    /// Nothing runs, and nothing was measured for so long that predictions may be wrong. Who refuses
+    /// by them now might refuse for ever: only a request that is served can tell.
+    fn should_measure(&self, now: f64) -> bool {
+        self.sent.is_empty() && self.waiting.is_empty() && now - self.measured_at > STALE_MS
+    }
+
     /// Requests that wait for a node are to be placed again.
     fn displace(&mut self, key: NodeKey) {
         let Some(node) = self.node_mut(key) else { return };
@@ -361,7 +372,8 @@ impl Placer for Placement {
             .pools
             .get(&job.root)
             .is_some_and(|pool| pool.typical.iter().any(Typical::is_known));
-        if wanted.arrives && known && (first_token > job.deadline || makes_others_late) {
+        let refusable = wanted.arrives && known && !self.should_measure(now);
+        if refusable && (first_token > job.deadline || makes_others_late) {
             let late = (first_token - job.deadline).max(1000.0);
             return Answer::TooLate { retry_after: Duration::from_secs_f64(late / 1000.0) };
         }
