@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use baton_coordinator::core::{RequestError, SubmitError, Update};
+use baton_coordinator::placement::Standing;
 use baton_proto::message::NodeFinish;
 use baton_proto::sampling::SamplingParams;
 
@@ -26,6 +27,7 @@ pub(crate) enum Plan {
 pub(crate) struct Question {
     pub(crate) prompt: Vec<u32>,
     pub(crate) sampling: SamplingParams,
+    pub(crate) standing: Standing,
     pub(crate) deadline: Option<Duration>,
     pub(crate) plan: Plan,
 }
@@ -59,6 +61,8 @@ pub(crate) struct Client {
     pub(crate) ended: Option<Ended>,
     pub(crate) first_token: Option<Duration>,
     pub(crate) last_token: Option<Duration>,
+    /// Fetched from another node for its prompt.
+    pub(crate) pulled_tokens: u32,
     pub(crate) summary: Option<baton_coordinator::core::Summary>,
 }
 
@@ -110,6 +114,7 @@ impl Client {
             ended: None,
             first_token: None,
             last_token: None,
+            pulled_tokens: 0,
             summary: None,
         }
     }
@@ -133,6 +138,7 @@ impl Client {
             SubmitError::TooLate { .. } if self.question.deadline.is_some() => {
                 self.end(Ended::Late)
             }
+            SubmitError::TooLate { .. } => Reaction::AskAgain,
             error => panic!("a request that should be fine was refused: {error}"),
         }
     }

@@ -29,6 +29,8 @@ pub(crate) struct Coordinator {
     clients: BTreeMap<RequestId, usize>,
     actions: Vec<Action>,
     legs: Legs,
+    /// Tokens that were fetched for clients' prompts, until somebody takes them.
+    pub(crate) pulled: Vec<(usize, u32)>,
     meddling: Meddling,
     /// Nodes of which the last cache event did not reach the index.
     pub(crate) behind: BTreeSet<usize>,
@@ -52,6 +54,7 @@ impl Coordinator {
             clients: BTreeMap::new(),
             actions: Vec::new(),
             legs: Legs::default(),
+            pulled: Vec::new(),
             meddling,
             behind: BTreeSet::new(),
             armed: None,
@@ -99,6 +102,11 @@ impl Coordinator {
             Message::Said(event) => {
                 if let Some((_, epoch)) = self.links.get(&index).filter(|(at, _)| *at == wire) {
                     self.legs.hears(index, *epoch, &event);
+                }
+                if let NodeEvent::Pulled { id, tokens, .. } = *event
+                    && let Some(&client) = self.clients.get(&id.request)
+                {
+                    self.pulled.push((client, tokens));
                 }
                 self.control.event(node, LinkId(wire), *event, now, &mut self.actions);
             }

@@ -111,6 +111,8 @@ pub(crate) struct Meddling {
     pub(crate) pulls: f64,
     /// Share of the cache events that are lost.
     pub(crate) lost_events: f64,
+    /// Coordinators shift nodes between roles.
+    pub(crate) roles: bool,
 }
 
 /// See the module's description.
@@ -225,6 +227,9 @@ impl World {
             (Party::Coordinator(own), Party::Node(node)) => {
                 if let Some(process) = &mut self.coordinators[own] {
                     let updates = process.hear(wire, &self.names[node], message, &mut self.net);
+                    for (client, tokens) in process.pulled.drain(..) {
+                        self.clients[client].pulled_tokens += tokens;
+                    }
                     self.tell_clients(updates);
                 }
             }
@@ -324,7 +329,10 @@ impl World {
         let life = self.net.life(party) + 1;
         self.net.set_presence(party, Presence::Up, life);
         let (options, now) = (self.options[coordinator], self.net.now());
-        let process = Coordinator::start(coordinator, life, options, self.meddling, now);
+        let mut process = Coordinator::start(coordinator, life, options, self.meddling, now);
+        if self.meddling.roles {
+            process.control.adjust_roles(coordinator_name(coordinator), now);
+        }
         self.coordinators[coordinator] = Some(process);
     }
 
@@ -340,7 +348,7 @@ impl World {
             let Some(share) = self.coordinators[from].as_mut().map(|c| c.control.share(now)) else {
                 continue;
             };
-            let name = format!("coordinator-{from}").parse().expect("a coordinator's name");
+            let name = coordinator_name(from);
             if let Some(to) = &mut self.coordinators[to] {
                 to.control.heard(&name, share, now);
             }
@@ -365,20 +373,12 @@ impl World {
         }
         let coordinator = up[self.net.random.usize(..up.len())];
         client.ask(coordinator);
-        let Question { prompt, sampling, .. } = client.question.clone();
+        let Question { prompt, sampling, standing, .. } = client.question.clone();
         let salt = CacheSalt::default();
         let chain = self.root.chain(salt, &prompt, self.block_tokens);
         let id = request_id(number, client.submissions);
         let model = "demo".to_owned();
-        let request = NewRequest {
-            id,
-            model,
-            tokens: prompt,
-            sampling,
-            salt,
-            standing: Default::default(),
-            deadline,
-        };
+        let request = NewRequest { id, model, tokens: prompt, sampling, salt, standing, deadline };
         let process = self.coordinators[coordinator].as_mut().expect("it is up");
         let (result, updates) = process.submit(number, request, chain, &mut self.net);
         if let Err(error) = result {
@@ -441,4 +441,8 @@ impl World {
             Reaction::AskAgain => self.ask_again(client),
         }
     }
+}
+
+fn coordinator_name(number: usize) -> NodeId {
+    format!("coordinator-{number}").parse().expect("a coordinator's name")
 }

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use baton_coordinator::control::Options;
 use baton_coordinator::orders::Order;
+use baton_coordinator::placement::{self, Class, LocalPrefill, Standing, TenantId};
 use baton_coordinator::requests::Limits as RequestLimits;
 use baton_engine::EngineInfo;
 use baton_engine::scheduler::Limits;
@@ -177,7 +178,11 @@ impl Scenario {
         let options = Options {
             limits: RequestLimits { requests, tokens: 100_000 },
             index_blocks: if indexed { 10_000 } else { dice.usize(1..30) },
-            placement: Default::default(),
+            placement: placement::Options {
+                local_prefill: LocalPrefill::Auto,
+                pulls: dice.bool(),
+                most_wait: one_of(dice, &[None, None, Some(Duration::from_millis(500))]),
+            },
         };
         let coordinators = one_of(dice, &[1, 1, 1, 2, 3]);
         let slowest_ms = if gentle { 50.0 } else { 5.0 };
@@ -191,6 +196,7 @@ impl Scenario {
         let meddling = Meddling {
             pulls: one_of(dice, &[0.0, 0.0, 0.3, 0.8]),
             lost_events: one_of(dice, &[0.0, 0.0, 0.1]),
+            roles: !gentle && dice.u32(..6) == 0,
         };
         Self {
             quality,
@@ -269,7 +275,9 @@ impl Scenario {
             _ => Plan::Stay,
         };
         let deadline = (dice.u32(..12) == 0).then(|| millis(dice, 10.0, 8000.0));
-        Question { prompt, sampling, deadline, plan }
+        let class = one_of(dice, &Class::ALL);
+        let standing = Standing { class, tenant: TenantId(dice.u64(..4)) };
+        Question { prompt, sampling, standing, deadline, plan }
     }
 
     /// Returns how many.

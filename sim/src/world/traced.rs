@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use baton_coordinator::control::Options;
+use baton_coordinator::placement::Standing;
 use baton_coordinator::requests::Limits as RequestLimits;
 use baton_engine::EngineInfo;
 use baton_engine::scheduler::Limits;
@@ -18,7 +19,7 @@ use super::memory::{Oracle, made_up_tokens};
 use super::net::{Net, Quality};
 use super::node::NodeSpec;
 use super::{Device, Meddling, World};
-use crate::replay::{Outcome, Record, Settings};
+use crate::replay::{Disturbance, Outcome, Record, Settings};
 use crate::trace::{Request, Trace};
 
 /// Layers of the modelled model: KV leaves in as many parts.
@@ -42,6 +43,9 @@ pub enum TraceError {
     /// Without decode nodes nothing is generated.
     #[error("a whole cluster needs at least one decode node")]
     NoDecodeNode,
+    /// Nodes are as fast as they should be, and requests wait as long as it takes.
+    #[error("a whole cluster plays neither deadlines nor disturbances")]
+    Disturbed,
     /// A request that no node has room for.
     #[error("request {request} has {tokens} tokens, and a node has room for {room}")]
     NoRoom {
@@ -62,6 +66,9 @@ pub enum TraceError {
 pub fn replay_trace(settings: &Settings, trace: &Trace) -> Result<Outcome, TraceError> {
     if settings.decode_nodes == 0 {
         return Err(TraceError::NoDecodeNode);
+    }
+    if settings.deadline_ms.is_some() || settings.disturbance != Disturbance::default() {
+        return Err(TraceError::Disturbed);
     }
     let room = settings.cache_blocks * trace.block_tokens as usize;
     for (request, asked) in trace.requests.iter().enumerate() {
@@ -95,6 +102,8 @@ pub fn replay_trace(settings: &Settings, trace: &Trace) -> Result<Outcome, Trace
 fn record(client: &Client, arrival_ms: f64, block_tokens: u32, token_bytes: u64) -> Record {
     let ms = |since: Option<Duration>| Some(arrival_ms + since?.as_secs_f64() * 1e3);
     let summary = client.summary.as_ref().expect("every request of a trace is served");
+    // The last block travels whole.
+    let moved = (summary.timings.transfer_bytes / token_bytes) as u32;
     let cached_tokens = summary.usage.cached_tokens;
     Record {
         arrival_ms,
@@ -102,8 +111,8 @@ fn record(client: &Client, arrival_ms: f64, block_tokens: u32, token_bytes: u64)
         remote: summary.placement.prefill.is_some(),
         cached_blocks: cached_tokens / block_tokens,
         cached_tokens,
-        pulled_tokens: 0,
-        moved_tokens: (summary.timings.transfer_bytes / token_bytes) as u32,
+        pulled_tokens: client.pulled_tokens.min(cached_tokens),
+        moved_tokens: moved.min(summary.usage.prompt_tokens),
         first_token_ms: ms(client.first_token),
         end_ms: ms(client.last_token),
     }
@@ -176,5 +185,5 @@ fn question(asked: &Request, block_tokens: u32) -> Question {
     // What nobody shares begins with the time of its arrival.
     prompt.extend(made_up_tokens(asked.arrival_ms.to_bits(), left, VOCAB));
     let sampling = SamplingParams { max_tokens: asked.output_tokens, ..SamplingParams::default() };
-    Question { prompt, sampling, deadline: None, plan: Plan::Stay }
+    Question { prompt, sampling, standing: Standing::default(), deadline: None, plan: Plan::Stay }
 }

@@ -5,9 +5,10 @@ use baton_sim::replay::{
     DecodeCost, Disturbance, Link, PolicyKind, PrefillCost, Settings, Summary, replay,
 };
 use baton_sim::trace::Trace;
+use baton_sim::world::replay_trace;
 use clap::ValueEnum;
 
-use crate::commands::CommandError;
+use crate::commands::{CommandError, usage};
 
 /// A reporting period long enough to cost nothing and short enough to be current.
 const REPORT_MS: f64 = 500.0;
@@ -130,6 +131,18 @@ impl ClusterArgs {
     pub(super) fn play(&self, settings: &Settings, trace: &Trace) -> Result<Summary, CommandError> {
         let outcome = replay(settings, trace, &mut *self.policy.kind()?.build(settings.seed))?;
         Ok(outcome.summary(settings, trace))
+    }
+
+    /// A whole cluster of this program's own machines plays the trace.
+    pub(super) fn play_world(
+        &self,
+        settings: &Settings,
+        trace: &Trace,
+    ) -> Result<Summary, CommandError> {
+        if self.policy != PolicyName::Baton {
+            return Err(usage("--world plays this program's own policy, baton"));
+        }
+        Ok(replay_trace(settings, trace)?.summary(settings, trace))
     }
 
     /// Whether decode nodes compute a prompt wherever that is cheaper.

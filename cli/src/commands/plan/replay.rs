@@ -20,6 +20,9 @@ pub(super) struct ReplayArgs {
     #[arg(long, value_name = "N", requires = "replay",
           value_parser = clap::value_parser!(u32).range(0..=4096))]
     decode: Option<u32>,
+    /// Serve it with all the real machines of a cluster instead of modelled nodes; slower
+    #[arg(long, requires = "replay")]
+    world: bool,
 }
 
 pub(super) fn run(
@@ -35,7 +38,11 @@ pub(super) fn run(
     let trace = trace()?;
     let settings = cluster.settings(prefill, decode, &trace);
     let began = Instant::now();
-    let summary = cluster.play(&settings, &trace)?;
+    let summary = if args.world {
+        cluster.play_world(&settings, &trace)?
+    } else {
+        cluster.play(&settings, &trace)?
+    };
     let wall_seconds = began.elapsed().as_secs_f64();
     if as_json {
         let value = in_json(&summary, wall_seconds);
