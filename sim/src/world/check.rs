@@ -9,7 +9,8 @@ impl World {
     /// Whether every client has ended, no node has anything left to do, and all have joined.
     pub(crate) fn is_idle(&self) -> bool {
         let nodes = self.nodes.iter().flatten();
-        let joined = |c: &super::Coordinator| c.joined() == self.specs.len();
+        let all = 0..self.specs.len();
+        let joined = |c: &super::Coordinator| all.clone().all(|node| c.has_joined(node, &self.net));
         self.open == 0
             && nodes.into_iter().all(super::Node::is_idle)
             && self.coordinators.iter().flatten().all(joined)

@@ -14,7 +14,7 @@ use baton_proto::message::{Command, NodeEvent, Peer, Pull};
 
 use super::legs::Legs;
 use super::log::note;
-use super::net::{Close, Message, Net, WireId};
+use super::net::{Close, Message, Net, Party, WireId};
 use super::node::index_of;
 use super::{Event, Meddling};
 
@@ -61,9 +61,11 @@ impl Coordinator {
         }
     }
 
-    /// How many nodes have joined.
-    pub(crate) fn joined(&self) -> usize {
-        self.links.len()
+    /// Whether the present life of a node has joined, and neither end has lost the stream.
+    pub(crate) fn has_joined(&self, node: usize, net: &Net) -> bool {
+        let current = Epoch(net.life(Party::Node(node)));
+        let link = self.links.get(&node).filter(|(_, epoch)| *epoch == current);
+        link.is_some_and(|&(wire, _)| net.is_open(wire, 0) && net.is_open(wire, 1))
     }
 
     /// Clients that wait for an answer.
