@@ -15,6 +15,7 @@ pub mod requests;
 pub mod roles;
 pub mod server;
 
+mod block_map;
 mod exchange;
 mod join;
 mod life;

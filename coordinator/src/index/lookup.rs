@@ -30,9 +30,15 @@ impl Index {
     /// How many leading blocks of `chain` each node holds. Takes time in the logarithm of its length
     /// and in the number of nodes that hold its first block.
     pub fn longest(&mut self, chain: &[BlockHash], found: &mut Matches) {
+        self.longest_beyond(chain, 0, found);
+    }
+
+    /// The same of the nodes that hold more than the first `skipped` blocks, when those that hold no
+    /// more are of no interest and many.
+    pub fn longest_beyond(&mut self, chain: &[BlockHash], skipped: usize, found: &mut Matches) {
         found.clear();
         let mut runs = std::mem::take(&mut self.runs);
-        self.runs_of(chain, &mut runs);
+        self.runs_of(chain, skipped, &mut runs);
         if let Some(last) = runs.last().map(|run| run.last) {
             self.keep(&chain[..=last]);
         }
@@ -43,9 +49,9 @@ impl Index {
         self.runs = runs;
     }
 
-    fn runs_of(&mut self, chain: &[BlockHash], runs: &mut Vec<Run>) {
+    fn runs_of(&mut self, chain: &[BlockHash], skipped: usize, runs: &mut Vec<Run>) {
         let mut search = Search { index: self, chain, probes: 0 };
-        let mut next = search.first(0, chain.len());
+        let mut next = search.first(skipped, chain.len());
         while let Some((at, holders)) = next {
             let last = search.last_with(holders, at);
             runs.push(Run { holders, last });

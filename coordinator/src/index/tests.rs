@@ -188,7 +188,19 @@ impl World {
             Op::Snapshot { node, part } => self.snapshot(*node, *part),
             Op::Match(last) => {
                 let blocks = chain(last);
-                return Some([self.longest(&blocks), self.naive(&blocks)]);
+                let (all, skipped) = (self.longest(&blocks), blocks.len() / 3);
+                self.index.longest_beyond(&hashes(&blocks), skipped, &mut self.found);
+                let mut beyond: BTreeMap<_, _> = self.found.iter().collect();
+                for (node, held) in &all {
+                    // Device memory may end before, and the host's go on.
+                    let more = beyond.get_mut(node).filter(|_| held.device_blocks <= skipped);
+                    more.into_iter().for_each(|more| more.device_blocks = held.device_blocks);
+                }
+                let more = all.iter().filter(|(_, held)| held.blocks > skipped);
+                if self.index.max_blocks > 1000 {
+                    assert_eq!(beyond, more.map(|(&node, &held)| (node, held)).collect());
+                }
+                return Some([all, self.naive(&blocks)]);
             }
             Op::Sweep(steps) => self.index.sweep(*steps),
         }

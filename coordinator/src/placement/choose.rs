@@ -137,7 +137,7 @@ impl Placement {
             root: model.root,
             demand,
             longest: wanted.longest,
-            sampled: sample(wanted.chain, model.geometry.block_tokens as usize),
+            sampled: sample(wanted.chain, model.geometry.block_tokens as usize, popular),
             chain: wanted.chain.clone(),
             popular,
             avoid: wanted.avoid.to_vec(),
@@ -156,21 +156,30 @@ impl Placement {
     /// the smaller key.
     pub(super) fn choose(&mut self, job: &Job, now: f64) -> Option<Choice> {
         self.look_up(job);
+        let some = self.cheapest(job, now);
+        if some.is_some() || !self.shortlist.look_at_all() {
+            return some;
+        }
+        self.cheapest(job, now)
+    }
+
+    /// The cheapest placement on nodes of the shortlist.
+    fn cheapest(&self, job: &Job, now: f64) -> Option<Choice> {
         let pool = self.pools.get(&job.root)?;
         let source = if self.options.pulls { self.source(job, pool, now) } else { None };
         let (mut senders, mut receivers, mut locals) = (Best::new(), Best::new(), Best::new());
         let scarcity = pool.scarcity(now);
-        for &key in &pool.prefill {
+        for key in self.shortlist.of(&pool.prefill) {
             if let Some((mut candidate, node)) = self.candidate(key, job, pool, now) {
                 let (work, _) = self.queued(job, node, key, &mut candidate, source, pool, now);
                 let cost = cost::computing(&candidate, &work, scarcity);
                 senders.offer(Side { key, cost, work, cached: candidate.cached });
             }
         }
-        let any_fits = pool.decode.iter().any(|&key| {
+        let any_fits = self.shortlist.of(&pool.decode).any(|key| {
             self.candidate(key, job, pool, now).is_some_and(|(c, _)| c.room >= job.demand.blocks)
         });
-        for &key in &pool.decode {
+        for key in self.shortlist.of(&pool.decode) {
             let Some((mut candidate, node)) = self.candidate(key, job, pool, now) else { continue };
             if any_fits && candidate.room < job.demand.blocks {
                 continue;
@@ -209,17 +218,28 @@ impl Placement {
 
     /// Finds out what the nodes have of the request's blocks.
     fn look_up(&mut self, job: &Job) {
-        self.index.longest(&job.chain, &mut self.matches);
+        self.index.longest_beyond(&job.chain, job.popular, &mut self.matches);
         self.cached.clear(job.popular);
         let (cached, nodes) = (&mut self.cached, &self.nodes);
         let size = nodes.iter().flatten().find(|node| node.root == job.root);
         let size = size.map_or(1, |node| node.block_tokens);
-        self.expected.longest(&job.chain, size, |node, blocks| cached.expect(node, blocks));
+        let skipped = job.popular;
+        self.expected
+            .longest(&job.chain, size, skipped, |node, blocks| cached.expect(node, blocks));
+        let held = self.matches.iter().map(|(key, _)| key);
+        let expected = self.cached.touched.iter().copied();
+        let expected = expected.filter(|&key| self.matches.of(key).blocks == 0);
+        let all = held.chain(expected).map(|key| (key, self.cached.of(key, &self.matches)));
+        self.shortlist.begin(all, job.popular);
     }
 
     /// Whoever really holds most of the request's blocks, in device memory.
     fn source(&self, job: &Job, pool: &Pool, now: f64) -> Option<(NodeKey, Source)> {
         let holders = self.matches.iter().filter_map(|(key, held)| {
+            // What every node has or will have is fetched from nobody.
+            if held.device_blocks <= job.popular {
+                return None;
+            }
             let node = self.node(key).filter(|node| node.root == job.root)?;
             Some((held.device_blocks, node.serving, key))
         });

@@ -136,10 +136,9 @@ impl Placement {
         let cached = choice.pull.map_or(choice.cached, |(_, pulled)| pulled);
         let computing = Work { tokens, cached, prefill_ms: choice.work.ms, blocks };
         let receiving = Work { tokens, cached: 0, prefill_ms: 0.0, blocks };
-        self.expected.send(job.sampled.clone(), choice.decode, now);
+        self.expected.send(job.sampled.clone(), [Some(choice.decode), choice.prefill], now);
         let mut others = 0;
         if let Some(key) = choice.prefill {
-            self.expected.send(job.sampled.clone(), key, now);
             self.promise(key, job.id, computing, now);
             others = self.node_mut(choice.decode).map_or(0, |node| {
                 node.incoming += 1;

@@ -33,6 +33,7 @@ mod node;
 mod pool;
 mod popular;
 mod queue;
+mod shortlist;
 mod tenants;
 #[cfg(test)]
 mod tests;
@@ -57,6 +58,7 @@ use expected::{Expected, Sampled};
 use node::{Node, Typical};
 use pool::Pool;
 use queue::{Entry, Shares};
+use shortlist::Shortlist;
 use tenants::Tenants;
 
 /// A node is given more work when it has less than this.
@@ -176,6 +178,7 @@ pub struct Placement {
     rebalanced_to: Option<RequestId>,
     matches: Matches,
     cached: Cached,
+    shortlist: Shortlist,
 }
 
 impl Placement {
@@ -202,6 +205,7 @@ impl Placement {
             rebalanced_to: None,
             matches: Matches::default(),
             cached: Cached::default(),
+            shortlist: Shortlist::default(),
         }
     }
 

@@ -3,9 +3,9 @@
 //! Every node that serves requests has them, or will with its next one. If they counted as a hit,
 //! all requests would go to the node that was the first to compute them.
 
-use std::collections::HashMap;
-
 use baton_proto::hash::BlockHash;
+
+use crate::block_map::BlockMap;
 
 /// Share of the requests that have a popular block.
 const SHARE: f64 = 0.3;
@@ -20,7 +20,7 @@ const MOST_BLOCKS: usize = 4096;
 /// are counted, and all counts halve from time to time.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Popular {
-    counts: HashMap<BlockHash, f64>,
+    counts: BlockMap<f64>,
     requests: f64,
 }
 

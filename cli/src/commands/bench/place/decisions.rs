@@ -1,7 +1,7 @@
 //! Decisions per second on one thread, and response times to requests that arrive on their own
 //! schedule, while the index is full and changing.
 
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::mpsc::{Receiver, RecvError, SyncSender, sync_channel};
 use std::time::{Duration, Instant};
 
 use baton_coordinator::core::NewRequest;
@@ -24,11 +24,12 @@ use crate::output::bytes;
 const REPORTS: u32 = 10;
 /// Prompts that are asked for, again and again with other ends.
 const SAMPLES: usize = 10_000;
-/// Requests that are ready to arrive.
-const READY: usize = 256;
-/// Events that are handed over at once, and how many such heaps are ready.
-const HEAP: usize = 64;
-const HEAPS: usize = 1024;
+/// Requests that are handed over at once, and how many such heaps are ready.
+const REQUESTS: usize = 16;
+const REQUEST_HEAPS: usize = 32;
+/// The same of cache events.
+const CHANGES: usize = 64;
+const CHANGE_HEAPS: usize = 1024;
 /// Least blocks per node.
 const LEAST_CACHE: u64 = 256;
 
@@ -58,12 +59,13 @@ pub(super) fn run(args: &PlaceArgs) -> Result<Vec<Figure>, CommandError> {
         number("bytes_per_pair", index_bytes as f64 / pairs as f64),
     ];
     std::thread::scope(|scope| {
-        let (arrivals_out, arrivals) = sync_channel(READY);
-        let (changes_out, changes) = sync_channel(HEAPS);
+        let (arrivals_out, arrivals) = sync_channel(REQUEST_HEAPS);
+        let (changes_out, changes) = sync_channel(CHANGE_HEAPS);
         let (samples, prompts, event_blocks) = (&samples, &prompts, args.event_blocks.into());
         scope.spawn(move || make_arrivals(samples, &arrivals_out));
         scope.spawn(move || make_changes(caches, prompts, event_blocks, &changes_out));
-        let mut bench = Bench { cluster, arrivals, changes, heap: Vec::new() };
+        let mut bench =
+            Bench { cluster, arrivals: Heap::new(arrivals), changes: Heap::new(changes) };
         figures.extend(measure(&mut bench, args)?);
         Ok::<_, CommandError>(())
     })?;
@@ -88,7 +90,7 @@ fn measure(bench: &mut Bench, args: &PlaceArgs) -> Result<Vec<Figure>, CommandEr
     ];
     if args.churn_hours > 0.0 {
         let events = (args.churn_hours * 3600.0 * f64::from(args.events)) as u64;
-        let took = bench.churn(events);
+        let took = bench.churn(events)?;
         let (_, pairs, bytes) = bench.cluster.index();
         figures.extend([
             count("churn_events", events),
@@ -113,9 +115,29 @@ struct Measured {
 /// The coordinator, and what is ready to happen to it.
 struct Bench {
     cluster: Cluster,
-    arrivals: Receiver<Arrival>,
-    changes: Receiver<Vec<(usize, Change)>>,
-    heap: Vec<(usize, Change)>,
+    arrivals: Heap<Arrival>,
+    changes: Heap<(usize, Change)>,
+}
+
+/// Takes one by one what another thread hands over in heaps, so that this one is seldom disturbed.
+struct Heap<T> {
+    next: std::vec::IntoIter<T>,
+    others: Receiver<Vec<T>>,
+}
+
+impl<T> Heap<T> {
+    fn new(others: Receiver<Vec<T>>) -> Self {
+        Self { next: Vec::new().into_iter(), others }
+    }
+
+    fn take(&mut self) -> Result<T, RecvError> {
+        loop {
+            if let Some(one) = self.next.next() {
+                return Ok(one);
+            }
+            self.next = self.others.recv()?.into_iter();
+        }
+    }
 }
 
 impl Bench {
@@ -148,7 +170,7 @@ impl Bench {
                 self.cluster.answer();
             } else if first == event.next {
                 event.advance();
-                self.change();
+                self.change()?;
             } else if first == report.next {
                 report.advance();
                 self.cluster.report();
@@ -164,7 +186,7 @@ impl Bench {
         scheduled: Option<Instant>,
         measured: &mut Measured,
     ) -> Result<(), CommandError> {
-        let (new, chain) = self.arrivals.recv()?;
+        let (new, chain) = self.arrivals.take()?;
         let begin = Instant::now();
         let scheduled = scheduled.unwrap_or(begin);
         self.cluster.submit(new, chain, scheduled)?;
@@ -175,20 +197,17 @@ impl Bench {
     }
 
     /// The next cache event.
-    fn change(&mut self) {
-        while self.heap.is_empty() {
-            self.heap = self.changes.recv().unwrap_or_default();
-        }
-        if let Some((node, change)) = self.heap.pop() {
-            self.cluster.change(node, change);
-        }
+    fn change(&mut self) -> Result<(), CommandError> {
+        let (node, change) = self.changes.take()?;
+        self.cluster.change(node, change);
+        Ok(())
     }
 
     /// Applies so many cache events as fast as possible; how long that took.
-    fn churn(&mut self, events: u64) -> Duration {
+    fn churn(&mut self, events: u64) -> Result<Duration, CommandError> {
         let begin = Instant::now();
-        (0..events).for_each(|_| self.change());
-        begin.elapsed()
+        (0..events).try_for_each(|_| self.change())?;
+        Ok(begin.elapsed())
     }
 }
 
@@ -229,45 +248,47 @@ fn sample(caches: &[Cache], number: usize) -> (Vec<Segment>, usize) {
 }
 
 /// Makes requests as the front does, until nobody wants more.
-fn make_arrivals(samples: &[(Vec<Segment>, usize)], out: &SyncSender<Arrival>) {
-    for number in 0_u64.. {
-        let (segments, known) = &samples[number as usize % samples.len()];
-        let new = (*known..segments.len()).map(|at| Segment::new(number << 16 | at as u64));
-        let segments = segments[..*known].iter().copied().chain(new);
-        let chain: Vec<_> =
-            segments.flat_map(|segment| (0..PARTS).map(move |part| segment.block(part))).collect();
-        let request = NewRequest {
-            id: RequestId(number.into()),
-            model: MODEL.to_owned(),
-            tokens: vec![1; chain.len() * BLOCK_TOKENS as usize],
-            sampling: SamplingParams { max_tokens: 2, ..SamplingParams::default() },
-            salt: CacheSalt::default(),
-            standing: Standing::default(),
-            deadline: None,
-        };
-        if out.send((request, chain)).is_err() {
+fn make_arrivals(samples: &[(Vec<Segment>, usize)], out: &SyncSender<Vec<Arrival>>) {
+    let mut numbers = 0..;
+    loop {
+        let some = numbers.by_ref().take(REQUESTS);
+        if out.send(some.map(|number| arrival(samples, number)).collect()).is_err() {
             return;
         }
     }
 }
 
-/// Lets the caches turn over in turn, until nobody wants to know.
+fn arrival(samples: &[(Vec<Segment>, usize)], number: u64) -> Arrival {
+    let (segments, known) = &samples[number as usize % samples.len()];
+    let new = (*known..segments.len()).map(|at| Segment::new(number << 16 | at as u64));
+    let segments = segments[..*known].iter().copied().chain(new);
+    let blocks = segments.flat_map(|segment| (0..PARTS).map(move |part| segment.block(part)));
+    let chain: Vec<_> = blocks.collect();
+    let request = NewRequest {
+        id: RequestId(number.into()),
+        model: MODEL.to_owned(),
+        tokens: vec![1; chain.len() * BLOCK_TOKENS as usize],
+        sampling: SamplingParams { max_tokens: 2, ..SamplingParams::default() },
+        salt: CacheSalt::default(),
+        standing: Standing::default(),
+        deadline: None,
+    };
+    (request, chain)
+}
+
+/// Lets the caches turn over, each in turn, until nobody wants to know.
 fn make_changes(
     mut caches: Vec<Cache>,
     prompts: &Prompts,
     blocks: usize,
     out: &SyncSender<Vec<(usize, Change)>>,
 ) {
-    let mut next = 0;
+    let count = caches.len();
+    let mut nodes = (0..count).cycle();
     loop {
-        let mut heap = Vec::with_capacity(HEAP);
-        for _ in 0..HEAP {
-            // Far apart in memory, as events of many nodes are.
-            next = (next + 1) % caches.len();
-            heap.push((next, caches[next].turn_over(prompts, blocks)));
-        }
-        heap.reverse();
-        if out.send(heap).is_err() {
+        let some = nodes.by_ref().take(CHANGES);
+        let changes = some.map(|node| (node, caches[node].turn_over(prompts, blocks)));
+        if out.send(changes.collect()).is_err() {
             return;
         }
     }
