@@ -147,6 +147,7 @@ impl Placement {
             deadline: deadline.min(arrived + wait),
             node: NodeKey(0),
             moves: 0,
+            turn: None,
             retry_at: 0.0,
             blocked: None,
         }
@@ -292,7 +293,7 @@ impl Placement {
             ..source
         });
         let work = cost::prefill(&job.demand, candidate, source);
-        if node.queue.is_empty() {
+        if node.queue.is_empty() || job.turn == Some(key) {
             return (work, Place::default());
         }
         let entry = job.entry(work.ms);

@@ -42,6 +42,7 @@ impl Placement {
             };
             let next = node.queue.next(&self.shares, &self.tenants, now, may)?.request;
             let (mut job, _) = self.take(next)?;
+            job.turn = Some(key);
             let Some(choice) = self.choose(&job, now) else {
                 return Some(Turn::Again(next));
             };
@@ -87,7 +88,7 @@ impl Placement {
         let entry = job.entry(choice.work.ms);
         self.expected.add(&job.sampled, key);
         self.tenants.arrive(job.tenant);
-        job.node = key;
+        (job.node, job.turn) = (key, None);
         if let Some(node) = self.node_mut(key) {
             node.queue.insert(entry);
             self.awaited.insert(key);

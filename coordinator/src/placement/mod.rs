@@ -116,6 +116,8 @@ struct Job {
     /// For which node it waits.
     node: NodeKey,
     moves: u8,
+    /// Whose next work it is: nobody there is asked whether it may go first.
+    turn: Option<NodeKey>,
     /// Not before.
     retry_at: f64,
     /// Since when there is no room for it on decode nodes.
