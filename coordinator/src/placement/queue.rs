@@ -21,9 +21,9 @@ use super::tenants::{TenantId, Tenants};
 /// How long a request may take to its first token, in times of its own prefill.
 const DUE_PER_MS: f64 = 10.0;
 /// A request is due at the latest so long after its arrival,
-const DUE_MOST_MS: f64 = 15_000.0;
+const DUE_MOST_MS: f64 = 30_000.0;
 /// less so many times its own prefill,
-const DUE_LONG: f64 = 2.0;
+const DUE_LONG: f64 = 3.0;
 /// but not before.
 const DUE_LEAST_MS: f64 = 2000.0;
 /// Who has waited so long counts as a class higher.
@@ -234,9 +234,9 @@ mod tests {
     #[test]
     fn short_ones_overtake_but_not_for_ever() {
         let mut queue = Queue::default();
-        queue.insert(entry(1, Class::Standard, 0.0, 4000.0));
+        queue.insert(entry(1, Class::Standard, 0.0, 1500.0));
         queue.insert(entry(2, Class::Standard, 100.0, 50.0));
-        queue.insert(entry(3, Class::Standard, 10_001.0, 1.0));
+        queue.insert(entry(3, Class::Standard, 15_001.0, 1.0));
         let place = queue.place(&entry(4, Class::Standard, 200.0, 500.0), 0.0);
         assert_eq!(place, Place { ahead_ms: 50.0, behind: 2, slack_ms: f64::INFINITY });
         let order = drain(&mut queue, &mut Shares::default(), &mut Tenants::default());
