@@ -120,7 +120,7 @@ fn mistakes_are_named_in_one_line() {
         (&file, "--replay --prefill 0 --decode 0", 2, "both 0"),
         (&file, "--replay --prefill 1 --decode 5000", 2, "4096"),
         (&file, "--replay --prefill 1 --decode 1 --prefill-cost 1,2", 2, "a_ms,b_ms,c_ms"),
-        (&file, "--replay --prefill 1 --decode 1 --scale 0", 2, "more than 0"),
+        (&file, "--replay --prefill 1 --decode 1 --scale 0", 2, "0.000001 and 1000000"),
         (&file, "", 2, "--ttft-ms"),
         (&broken, "--replay --prefill 1 --decode 1", 1, "line 1: input_length: 0 is not between 1"),
     ] {

@@ -45,7 +45,8 @@ struct TraceArgs {
           value_parser = clap::value_parser!(u32).range(1..=65536))]
     block_tokens: u32,
     /// Let requests arrive this many times faster
-    #[arg(long, value_name = "X", default_value_t = 1.0, value_parser = cluster::positive)]
+    #[arg(long, value_name = "X", default_value_t = 1.0, value_parser = cluster::positive,
+          allow_negative_numbers = true)]
     scale: f64,
     /// Spread arrivals that share a coarse timestamp evenly over the time until the next one
     #[arg(long)]

@@ -8,6 +8,9 @@ use crate::trace::Trace;
 /// A policy that sleeps is not woken more often than this.
 const SHORTEST_SLEEP_MS: f64 = 0.1;
 
+/// About how many reports a node makes while the time grows by a factor of e.
+const MOST_REPORTS: f64 = 1e5;
+
 /// A policy neither dispatched nor refused requests that it took.
 #[derive(Debug, thiserror::Error)]
 #[error("the policy never decided about {0} requests that it took")]
@@ -102,7 +105,9 @@ impl Run<'_, '_> {
     fn report(&mut self, now_ms: f64) {
         self.serving.report(now_ms);
         if self.arriving + self.serving.running > 0 {
-            let next = now_ms + self.serving.cluster.settings.report_ms;
+            // The longer it has lasted already, the rarer: a year of nothing else ends, too.
+            let pause = self.serving.cluster.settings.report_ms.max(now_ms / MOST_REPORTS);
+            let next = now_ms + pause;
             self.serving.events.plan(next, Event::Report);
         }
     }

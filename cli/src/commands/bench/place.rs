@@ -15,6 +15,9 @@ use serde_json::Value;
 use crate::commands::CommandError;
 use crate::output::{print, table};
 
+/// Longest churn, in hours of events.
+const MOST_HOURS: f64 = 1000.0;
+
 /// Command line of `baton bench place`.
 #[derive(clap::Args, Clone, Debug)]
 pub(crate) struct PlaceArgs {
@@ -27,7 +30,7 @@ pub(crate) struct PlaceArgs {
     nodes: u32,
     /// Cached blocks of 16 tokens, all nodes together
     #[arg(long, value_name = "N", default_value_t = 10_000_000,
-          value_parser = clap::value_parser!(u64).range(1..))]
+          value_parser = clap::value_parser!(u64).range(1..=1_000_000_000))]
     blocks: u64,
     /// Cache events that arrive per second
     #[arg(long, value_name = "N", default_value_t = 100_000,
@@ -46,7 +49,8 @@ pub(crate) struct PlaceArgs {
           value_parser = clap::value_parser!(u32).range(1..=3600))]
     seconds: u32,
     /// Apply the events of so many hours as fast as possible, and look at the memory again
-    #[arg(long, value_name = "H", default_value_t = 0.0)]
+    #[arg(long, value_name = "H", default_value_t = 0.0, value_parser = hours,
+          allow_negative_numbers = true)]
     churn_hours: f64,
     /// Measure a whole coordinator instead: clients over gRPC, nodes that join over mutual TLS and
     /// answer at once
@@ -63,6 +67,13 @@ pub(crate) struct PlaceArgs {
     /// Print JSON
     #[arg(long)]
     json: bool,
+}
+
+fn hours(text: &str) -> Result<f64, String> {
+    match text.trim().parse::<f64>() {
+        Ok(hours) if (0.0..=MOST_HOURS).contains(&hours) => Ok(hours),
+        _ => Err(format!("{text} is not between 0 and {MOST_HOURS}")),
+    }
 }
 
 /// Something measured: its key in JSON, its value, and the same in words.

@@ -15,7 +15,9 @@ const REPORT_MS: f64 = 500.0;
 /// Links of a machine with eight cards, 50 GB/s each way, where prefill hands over to decode.
 const LINK_GBPS: f64 = 400.0;
 /// Largest figure of milliseconds, factors and rates.
-const MOST: f64 = 1e12;
+const MOST: f64 = 1e6;
+/// The least that is not 0: smaller figures only make a replay last for ever.
+const LEAST: f64 = 1e-6;
 
 #[derive(clap::Args)]
 pub(super) struct ClusterArgs {
@@ -40,7 +42,7 @@ pub(super) struct ClusterArgs {
     kv_bytes_per_token: Option<f64>,
     /// Speed of every node's link, each way, in gigabits per second; 400 if there are decode nodes,
     /// otherwise nothing is pulled unless it is given
-    #[arg(long, value_name = "X", value_parser = positive)]
+    #[arg(long, value_name = "X", value_parser = positive, allow_negative_numbers = true)]
     link_gbps: Option<f64>,
     /// Drives random choices and noise
     #[arg(long, value_name = "S", default_value_t = 0)]
@@ -167,7 +169,8 @@ fn device_help() -> String {
 
 pub(super) fn positive(text: &str) -> Result<f64, String> {
     let number = not_negative(text)?;
-    if number > 0.0 { Ok(number) } else { Err("it must be more than 0".to_owned()) }
+    let fine = number >= LEAST;
+    if fine { Ok(number) } else { Err(format!("{text} is not between {LEAST} and {MOST}")) }
 }
 
 fn not_negative(text: &str) -> Result<f64, String> {
@@ -182,7 +185,7 @@ fn noise(text: &str) -> Result<f64, String> {
 fn number(text: &str, most: f64) -> Result<f64, String> {
     match text.trim().parse::<f64>() {
         Ok(number) if (0.0..=most).contains(&number) => Ok(number),
-        Ok(number) => Err(format!("{number} is not between 0 and {most:e}")),
+        Ok(_) => Err(format!("{text} is not between 0 and {most}")),
         Err(_) => Err(format!("`{text}` is not a number")),
     }
 }
@@ -231,8 +234,8 @@ mod tests {
         for (text, part) in [
             ("20,0.1", "a_ms,b_ms,c_ms"),
             ("20,x,0", "b_ms: `x` is not a number"),
-            ("20,-1,0", "b_ms: -1 is not between 0 and 1e12"),
-            ("nan,1,0", "a_ms: NaN"),
+            ("20,-1,0", "b_ms: -1 is not between 0 and 1000000"),
+            ("nan,1,0", "a_ms: nan"),
             ("0,0,0", "a prefill takes time"),
         ] {
             let problem = prefill_cost(text).unwrap_err();
