@@ -272,8 +272,19 @@ fn finished(request: &mut Request, finish: NodeFinish, cx: &mut Context<'_>) -> 
     let awaited = by_decode && attempt.prefill.as_ref().is_some_and(|leg| leg.open);
     let until = now + TRANSFER_REPORT_WAIT;
     request.phase = Phase::Finishing { attempt, finish, until };
-    cx.placer.answered(request.model.root, request.emitted());
+    answered(request, cx);
     if awaited { Flow::Go } else { Flow::End(Update::Done(request.summary(now))) }
+}
+
+/// The client has all that it wanted of the attempt on nodes now, if there is one.
+pub(crate) fn answered(request: &mut Request, cx: &mut Context<'_>) {
+    let (root, tokens) = (request.model.root, request.emitted());
+    if let Some(attempt) = request.on_nodes().filter(|_| tokens > 0) {
+        let by = if attempt.handed_over { Some(&attempt.decode) } else { attempt.prefill.as_ref() };
+        if let Some(leg) = by {
+            cx.placer.answered(&leg.node.node, root, tokens, cx.now);
+        }
+    }
 }
 
 pub(crate) fn transferred(

@@ -115,8 +115,8 @@ pub trait Placer {
     fn ended(&mut self, node: &NodeId, id: TransferId, now: Instant);
     /// The node failed an attempt by its own fault.
     fn failed(&mut self, node: &NodeId, now: Instant);
-    /// A request of this model was answered with so many tokens.
-    fn answered(&mut self, root: ModelRoot, tokens: usize);
+    /// A request of this model was answered with so many tokens, the last of them by this node.
+    fn answered(&mut self, by: &NodeId, root: ModelRoot, tokens: usize, now: Instant);
 }
 
 /// What every call needs.
@@ -260,10 +260,12 @@ impl Requests {
             }
             NodeEvent::Failed { id, reason, retry } => {
                 let may_repeat = self.retries >= 1.0;
+                let mut counts = false;
                 self.attempt(id, from, cx, |r, cx| {
+                    counts = retry == Retry::OtherNode;
                     life::node_failed(r, from, reason, retry, may_repeat, cx)
                 });
-                if retry == Retry::OtherNode && may_repeat {
+                if counts && may_repeat {
                     self.retries -= 1.0;
                 }
             }
@@ -326,7 +328,13 @@ impl Requests {
     /// The client has what it wanted.
     pub fn stop(&mut self, id: RequestId, cx: &mut Context<'_>) {
         self.with(id, cx, |r, cx| match r.placement {
-            Some(_) => Flow::End(Update::Done(r.summary(cx.now))),
+            Some(_) => {
+                // Who has all tokens already was counted with the last of them.
+                if matches!(r.phase, Phase::Running(_)) {
+                    life::answered(r, cx);
+                }
+                Flow::End(Update::Done(r.summary(cx.now)))
+            }
             None => Flow::End(Update::Failed(RequestError::Cancelled)),
         });
     }

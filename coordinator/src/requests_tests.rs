@@ -22,6 +22,8 @@ struct Script {
     /// Every attempt is held, and this is what its turn brings.
     held: Option<Placed>,
     holds: bool,
+    /// Requests that were answered.
+    answers: usize,
 }
 
 impl Placer for Script {
@@ -51,7 +53,9 @@ impl Placer for Script {
     fn handed_over(&mut self, _: TransferId, _: Duration, _: u64, _: Instant) {}
     fn pulled(&mut self, _: TransferId, _: usize, _: Duration, _: Instant) {}
     fn failed(&mut self, _: &NodeId, _: Instant) {}
-    fn answered(&mut self, _: ModelRoot, _: usize) {}
+    fn answered(&mut self, _: &NodeId, _: ModelRoot, _: usize, _: Instant) {
+        self.answers += 1;
+    }
 
     fn ended(&mut self, node: &NodeId, id: TransferId, _: Instant) {
         let before = self.open.len();

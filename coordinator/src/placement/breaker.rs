@@ -58,6 +58,14 @@ impl Breaker {
         (self.failures, self.pauses, self.probing) = (0, 0, false);
     }
 
+    /// It did a part of what it was asked: enough for a node that is tested, which is not to get
+    /// nothing else until a long answer ends.
+    pub(super) fn did_part(&mut self, now: f64) {
+        if self.probing {
+            self.succeeded(now);
+        }
+    }
+
     /// It was not asked to do the rest.
     pub(super) fn released(&mut self) {
         self.probing = false;
@@ -92,5 +100,18 @@ mod tests {
         assert!(breaker.admits(3200.0));
         assert_eq!(breaker.caution(3200.0), 2.0, "it warms up again");
         assert_eq!(breaker.caution(3200.0 + WARM_UP_MS), 1.0);
+    }
+
+    #[test]
+    fn a_part_ends_a_test_but_does_not_excuse_failures() {
+        let mut breaker = Breaker::new(0.0);
+        for _ in 0..MOST_FAILURES {
+            breaker.did_part(1.0);
+            breaker.failed(1.0);
+        }
+        assert!(!breaker.admits(1000.0));
+        breaker.sent();
+        breaker.did_part(1100.0);
+        assert!(breaker.admits(1100.0));
     }
 }

@@ -345,6 +345,7 @@ impl Job {
             due: Entry::due(self.arrived, ms, self.deadline),
             deadline: self.deadline,
             ms,
+            retry_at: self.retry_at,
         }
     }
 }

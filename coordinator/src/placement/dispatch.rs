@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use baton_proto::ids::{NodeId, RequestId, TransferId};
+use baton_proto::ids::{NodeId, RequestId, Role, TransferId};
 
 use super::choose::Choice;
 use super::fit;
@@ -17,7 +17,7 @@ use crate::requests::Placed;
 impl Placement {
     /// The next request whose turn has come. To be asked after every event until there is none.
     pub fn next(&mut self, now: Instant) -> Option<Turn> {
-        if let Some(request) = self.displaced.pop() {
+        if let Some(request) = self.displaced.pop_front() {
             return Some(Turn::Again(request));
         }
         let now = self.ms(now);
@@ -28,6 +28,9 @@ impl Placement {
         if now >= self.rebalanced_at + REBALANCE_MS {
             self.rebalanced_at = now;
             self.rebalance(now);
+            if let Some(request) = self.displaced.pop_front() {
+                return Some(Turn::Again(request));
+            }
         }
         let awaited: Vec<NodeKey> = self.awaited.iter().copied().collect();
         awaited.into_iter().find_map(|key| self.next_of(key, now))
@@ -37,13 +40,11 @@ impl Placement {
     fn next_of(&mut self, key: NodeKey, now: f64) -> Option<Turn> {
         while self.is_open(key, now) {
             let node = self.node(key)?;
-            let may = |entry: &super::Entry| {
-                self.waiting.get(&entry.request).is_some_and(|job| job.retry_at <= now)
-            };
-            let next = node.queue.next(&self.shares, &self.tenants, now, may)?.request;
+            let next = node.queue.next(&self.shares, &self.tenants, now)?.request;
             let (mut job, _) = self.take(next)?;
             job.turn = Some(key);
             let Some(choice) = self.choose(&job, now) else {
+                self.tenants.leave(job.tenant);
                 return Some(Turn::Again(next));
             };
             let stays = choice.computing() == key || job.moves >= MOST_MOVES;
@@ -54,7 +55,9 @@ impl Placement {
                 job.moves += 1;
             } else {
                 job.blocked.get_or_insert(now);
-                job.retry_at = now + RETRY_MS;
+                // The more wait, the less often each is tried.
+                job.retry_at =
+                    now + RETRY_MS * (1.0 + self.waiting.len() as f64 / REBALANCED as f64);
             }
             self.hold(job, &choice);
         }
@@ -87,7 +90,6 @@ impl Placement {
         let key = choice.computing();
         let entry = job.entry(choice.work.ms);
         self.expected.add(&job.sampled, key);
-        self.tenants.arrive(job.tenant);
         (job.node, job.turn) = (key, None);
         if let Some(node) = self.node_mut(key) {
             node.queue.insert(entry);
@@ -110,7 +112,8 @@ impl Placement {
     fn improve(&mut self, request: RequestId, now: f64) {
         let Some((mut job, entry)) = self.take(request) else { return };
         let Some(choice) = self.choose(&job, now) else {
-            self.displaced.push(request);
+            self.tenants.leave(job.tenant);
+            self.displaced.push_back(request);
             return;
         };
         let here = self.node(job.node).map_or(f64::INFINITY, |node| {
@@ -126,12 +129,11 @@ impl Placement {
             node.queue.insert(entry);
         }
         self.awaited.insert(job.node);
-        self.tenants.arrive(job.tenant);
         self.expected.add(&job.sampled, job.node);
         self.waiting.insert(request, job);
     }
 
-    /// Keeps account of what is sent to nodes now.
+    /// Keeps account of what is sent to nodes now, and waits no more.
     pub(super) fn dispatch(&mut self, job: Job, choice: &Choice, now: f64) -> Placed {
         let (tokens, blocks) = (job.demand.tokens, job.demand.blocks);
         let cached = choice.pull.map_or(choice.cached, |(_, pulled)| pulled);
@@ -157,6 +159,7 @@ impl Placement {
             node.taken = (node.taken_ms(now) + choice.work.taken_ms, now);
         }
         self.shares.serve(job.class, choice.work.ms);
+        self.tenants.leave(job.tenant);
         self.tenants.serve(job.tenant, choice.work.ms);
         let sent = Sent {
             root: job.root,
@@ -212,7 +215,11 @@ impl Placement {
         };
         let Some(work) = node.load.prefilled(at, now) else { return };
         self.measured_at = now;
-        node.breaker.succeeded(now);
+        // A decode node has not done all of its part yet.
+        match node.role {
+            Role::Prefill => node.breaker.succeeded(now),
+            Role::Decode => node.breaker.did_part(now),
+        }
         let (quantities, ms) =
             (fit::prefill(work.tokens, work.cached), 1000.0 * took.as_secs_f64());
         node.prefill.observe(quantities, ms);
@@ -239,6 +246,9 @@ impl Placement {
             let ms = 1000.0 * exposed.as_secs_f64();
             pool.handover.observe((from, to), bytes as f64, ms, sent.others, now);
         }
+        if let Some(node) = self.node_mut(to) {
+            node.breaker.did_part(now);
+        }
     }
 
     /// A pull is over; it brought so many tokens.
@@ -258,6 +268,28 @@ impl Placement {
         if let Some(pool) = self.pools.get_mut(&root) {
             let ms = 1000.0 * took.as_secs_f64();
             pool.pulls.observe((from, to), tokens as f64 * token_bytes, ms, others, now);
+        }
+    }
+
+    /// A node is gone, and with it the transfers of attempts that it had a part in. Its key may
+    /// soon be another node's, so none of them may name it any more.
+    pub(super) fn forget_transfers(&mut self, gone: NodeKey) {
+        let Self { sent, nodes, .. } = self;
+        for sent in sent.values_mut() {
+            let over = sent.prefill == Some(gone) || sent.decode == gone;
+            let source = if over { sent.source } else { sent.source.filter(|key| *key == gone) };
+            if let Some(key) = source {
+                sent.source = None;
+                if let Some(node) = nodes[key.0 as usize].as_mut() {
+                    node.serving = node.serving.saturating_sub(1);
+                }
+            }
+            if over
+                && sent.prefill.take().is_some()
+                && let Some(node) = nodes[sent.decode.0 as usize].as_mut()
+            {
+                node.incoming = node.incoming.saturating_sub(1);
+            }
         }
     }
 

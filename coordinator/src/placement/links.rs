@@ -53,7 +53,11 @@ impl Links {
         others: u32,
         now: f64,
     ) {
-        let each = ms / bytes.max(1.0) / (1.0 + f64::from(others));
+        // A transfer without bytes says nothing of the link.
+        if bytes < 1.0 {
+            return;
+        }
+        let each = ms / bytes / (1.0 + f64::from(others));
         let learnt = |known: f64, novelty: f64| {
             let ms_per_byte = known + novelty * (each.min(MOST_SURPRISE * known) - known);
             Speed { ms_per_byte, at: now }
@@ -97,6 +101,13 @@ mod tests {
         assert!(speed(&links, LINK, 50.0 + 10.0 * MEMORY_MS) < 1.1e-7);
         links.forget(NodeKey(1));
         assert_eq!(speed(&links, LINK, 50.0), speed(&links, other, 50.0));
+    }
+
+    #[test]
+    fn a_transfer_of_nothing_is_not_a_slow_one() {
+        let mut links = Links::new(1e-7);
+        (0..50).for_each(|n| links.observe(LINK, 0.0, 2.0, 0, f64::from(n)));
+        assert_eq!(links.ms_per_byte(LINK.0, LINK.1, 50.0), 1e-7);
     }
 
     #[test]

@@ -7,7 +7,7 @@
 //!
 //! Pure: the caller says what happened and when.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -168,7 +168,7 @@ pub struct Placement {
     /// Nodes for which requests wait.
     awaited: BTreeSet<NodeKey>,
     /// Requests whose node is gone.
-    displaced: Vec<RequestId>,
+    displaced: VecDeque<RequestId>,
     sent: BTreeMap<TransferId, Sent>,
     shares: Shares,
     tenants: Tenants,
@@ -197,7 +197,7 @@ impl Placement {
             expected: Expected::default(),
             waiting: BTreeMap::new(),
             awaited: BTreeSet::new(),
-            displaced: Vec::new(),
+            displaced: VecDeque::new(),
             sent: BTreeMap::new(),
             shares: Shares::default(),
             tenants: Tenants::default(),
@@ -233,6 +233,7 @@ impl Placement {
         self.displace(key);
         self.index.leave(key);
         self.expected.leave(key);
+        self.forget_transfers(key);
         if let Some(node) = self.nodes[key.0 as usize].take() {
             if let Some(pool) = self.pools.get_mut(&node.root) {
                 pool.forget(key);
@@ -343,12 +344,12 @@ impl Placement {
         let Some(node) = self.node_mut(key) else { return };
         let requests: Vec<RequestId> = node.queue.requests().collect();
         for request in requests {
-            self.take(request);
-            self.displaced.push(request);
+            self.dismiss(request);
+            self.displaced.push_back(request);
         }
     }
 
-    /// Takes a request out of those that wait.
+    /// Takes a request out of those that wait. Its tenant is still one that waits.
     fn take(&mut self, request: RequestId) -> Option<(Job, Entry)> {
         let job = self.waiting.remove(&request)?;
         let node = self.nodes[job.node.0 as usize].as_mut();
@@ -357,9 +358,15 @@ impl Placement {
         if node.queue.is_empty() {
             self.awaited.remove(&job.node);
         }
-        self.tenants.leave(job.tenant);
         self.expected.remove(&job.sampled, job.node);
         Some((job, entry))
+    }
+
+    /// The same, for good.
+    fn dismiss(&mut self, request: RequestId) {
+        if let Some((job, _)) = self.take(request) {
+            self.tenants.leave(job.tenant);
+        }
     }
 }
 
@@ -388,6 +395,7 @@ impl Placer for Placement {
         {
             pool.offer(choice.work.ms, now);
         }
+        self.tenants.arrive(job.tenant);
         if self.may_go(&job, &choice, now) {
             return Answer::Go(self.dispatch(job, &choice, now));
         }
@@ -396,7 +404,7 @@ impl Placer for Placement {
     }
 
     fn withdraw(&mut self, request: RequestId) {
-        self.take(request);
+        self.dismiss(request);
         self.displaced.retain(|displaced| *displaced != request);
     }
 
@@ -429,7 +437,11 @@ impl Placer for Placement {
         }
     }
 
-    fn answered(&mut self, root: ModelRoot, tokens: usize) {
+    fn answered(&mut self, by: &NodeId, root: ModelRoot, tokens: usize, now: Instant) {
+        let now = self.ms(now);
+        if let Some(node) = self.keys.of(by).and_then(|key| self.node_mut(key)) {
+            node.breaker.succeeded(now);
+        }
         if let Some(pool) = self.pools.get_mut(&root) {
             pool.answered(tokens);
         }

@@ -77,6 +77,8 @@ pub(super) struct Entry {
     pub(super) deadline: f64,
     /// Predicted prefill time on this node.
     pub(super) ms: f64,
+    /// Not before.
+    pub(super) retry_at: f64,
 }
 
 impl Entry {
@@ -158,22 +160,14 @@ impl Queue {
         self.entries.iter().map(|entry| entry.request)
     }
 
-    /// Who is next, of those that `may` go.
+    /// Who is next, of those that may go now.
     #[must_use]
-    pub(super) fn next(
-        &self,
-        shares: &Shares,
-        tenants: &Tenants,
-        now: f64,
-        may: impl Fn(&Entry) -> bool,
-    ) -> Option<Entry> {
+    pub(super) fn next(&self, shares: &Shares, tenants: &Tenants, now: f64) -> Option<Entry> {
+        let may = || self.entries.iter().filter(|entry| entry.retry_at <= now);
         let mut present = [false; 3];
-        for entry in self.entries.iter().filter(|entry| may(entry)) {
-            present[entry.class_now(now)] = true;
-        }
+        may().for_each(|entry| present[entry.class_now(now)] = true);
         let class = shares.turn(present)?;
-        let theirs =
-            self.entries.iter().filter(|entry| may(entry) && entry.class_now(now) == class);
+        let theirs = may().filter(|entry| entry.class_now(now) == class);
         let served = |entry: &Entry| tenants.served(entry.tenant);
         let first =
             |a: &&Entry, b: &&Entry| served(a).total_cmp(&served(b)).then(a.due.total_cmp(&b.due));
@@ -217,12 +211,12 @@ mod tests {
     fn entry(request: u128, class: Class, arrived: f64, ms: f64) -> Entry {
         let due = Entry::due(arrived, ms, f64::INFINITY);
         let (request, tenant) = (RequestId(request), TenantId(0));
-        Entry { request, class, tenant, arrived, due, deadline: f64::INFINITY, ms }
+        Entry { request, class, tenant, arrived, due, deadline: f64::INFINITY, ms, retry_at: 0.0 }
     }
 
     fn drain(queue: &mut Queue, shares: &mut Shares, tenants: &mut Tenants) -> Vec<u128> {
         let mut order = Vec::new();
-        while let Some(next) = queue.next(shares, tenants, 0.0, |_| true) {
+        while let Some(next) = queue.next(shares, tenants, 0.0) {
             queue.remove(next.request);
             shares.serve(next.class, next.ms);
             tenants.serve(next.tenant, next.ms);
@@ -265,7 +259,7 @@ mod tests {
             .iter()
             .for_each(|&class| shares.serve(class, 1000.0 * Class::GUARANTEED[class as usize]));
         let tenants = Tenants::default();
-        let next = |now| queue.next(&shares, &tenants, now, |_| true).map(|entry| entry.request.0);
+        let next = |now| queue.next(&shares, &tenants, now).map(|entry| entry.request.0);
         assert_eq!(next(59_500.0), Some(2));
         assert_eq!(next(60_000.0), Some(1));
     }

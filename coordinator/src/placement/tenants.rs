@@ -24,6 +24,10 @@ impl TenantId {
 #[derive(Clone, Debug, Default)]
 pub(super) struct Tenants {
     tenants: BTreeMap<TenantId, Tenant>,
+    /// How many have requests that wait.
+    active: usize,
+    /// The time of the one that was served last: where all start who come while nobody waits.
+    last_ms: f64,
 }
 
 #[derive(Clone, Copy, Debug, Default)]
@@ -35,28 +39,46 @@ struct Tenant {
 impl Tenants {
     /// A request of the tenant waits. Whoever was away has saved nothing up.
     pub(super) fn arrive(&mut self, id: TenantId) {
-        let active = self.tenants.values().filter(|tenant| tenant.waiting > 0);
-        let least = active.map(|tenant| tenant.served_ms).min_by(f64::total_cmp).unwrap_or(0.0);
-        if self.tenants.len() >= MOST_TENANTS && !self.tenants.contains_key(&id) {
-            self.forget();
-        }
-        let tenant = self.tenants.entry(id).or_default();
-        if tenant.waiting == 0 {
+        if self.tenants.get(&id).is_none_or(|tenant| tenant.waiting == 0) {
+            let least = self.least();
+            let tenant = self.known(id);
             tenant.served_ms = tenant.served_ms.max(least);
+            self.active += 1;
         }
-        tenant.waiting += 1;
+        self.known(id).waiting += 1;
     }
 
     /// A request of the tenant waits no more.
     pub(super) fn leave(&mut self, id: TenantId) {
-        if let Some(tenant) = self.tenants.get_mut(&id) {
-            tenant.waiting = tenant.waiting.saturating_sub(1);
-        }
+        let Some(tenant) = self.tenants.get_mut(&id).filter(|tenant| tenant.waiting > 0) else {
+            return;
+        };
+        tenant.waiting -= 1;
+        self.active -= usize::from(tenant.waiting == 0);
     }
 
     /// A tenant got so much time; negative if less was needed than thought.
     pub(super) fn serve(&mut self, id: TenantId, ms: f64) {
-        self.tenants.entry(id).or_default().served_ms += ms;
+        let tenant = self.known(id);
+        tenant.served_ms += ms;
+        self.last_ms = tenant.served_ms;
+    }
+
+    /// What the active tenant has had that had the least.
+    fn least(&self) -> f64 {
+        if self.active == 0 {
+            return self.last_ms;
+        }
+        let active = self.tenants.values().filter(|tenant| tenant.waiting > 0);
+        active.map(|tenant| tenant.served_ms).min_by(f64::total_cmp).unwrap_or(self.last_ms)
+    }
+
+    /// The account of a tenant, which is opened if there is none.
+    fn known(&mut self, id: TenantId) -> &mut Tenant {
+        if self.tenants.len() >= MOST_TENANTS && !self.tenants.contains_key(&id) {
+            self.forget();
+        }
+        self.tenants.entry(id).or_default()
     }
 
     /// Time that a tenant has had, in milliseconds, from a beginning that all share.
@@ -87,6 +109,25 @@ mod tests {
         assert_eq!(tenants.served(TenantId(2)), 1000.0);
         tenants.serve(TenantId(2), -100.0);
         assert_eq!(tenants.served(TenantId(2)), 900.0);
+    }
+
+    #[test]
+    fn who_comes_while_nobody_waits_starts_where_the_others_are() {
+        let mut tenants = Tenants::default();
+        let [old, new] = [TenantId(1), TenantId(2)];
+        tenants.arrive(old);
+        tenants.leave(old);
+        tenants.serve(old, 1e6);
+        tenants.arrive(new);
+        tenants.arrive(old);
+        assert_eq!(tenants.served(new), tenants.served(old));
+    }
+
+    #[test]
+    fn who_never_waits_is_forgotten_too() {
+        let mut tenants = Tenants::default();
+        (0..2 * MOST_TENANTS as u64).for_each(|n| tenants.serve(TenantId(n), 1.0));
+        assert_eq!(tenants.tenants.len(), MOST_TENANTS);
     }
 
     #[test]

@@ -312,7 +312,8 @@ impl State {
         let Some(running) = self.running.remove(&request) else { return };
         let at = self.at(now_ms);
         self.placement.ended(&self.names[&running.decode], id(request), at);
-        self.placement.answered(self.model.root, running.output as usize);
+        let by = &self.names[&running.decode];
+        self.placement.answered(by, self.model.root, running.output as usize, at);
     }
 
     fn cache_changed(&mut self, node: Node, changes: &Changes) {
