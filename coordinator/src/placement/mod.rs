@@ -34,6 +34,8 @@ mod pool;
 mod popular;
 mod queue;
 mod shortlist;
+#[cfg(test)]
+mod shortlist_tests;
 mod tenants;
 #[cfg(test)]
 mod tests;

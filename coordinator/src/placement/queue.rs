@@ -137,7 +137,11 @@ impl Queue {
                 place.ahead_ms += other.ms;
             } else {
                 place.behind += 1;
-                place.slack_ms = place.slack_ms.min(other.deadline - end);
+                let slack = other.deadline - end;
+                // Who will be late anyway is not made so by a newcomer.
+                if slack >= 0.0 {
+                    place.slack_ms = place.slack_ms.min(slack);
+                }
             }
         }
         place

@@ -1,91 +1,168 @@
-//! Placement as a whole.
+//! Placement as a whole, as requests see it.
 
-use baton_proto::hash::CacheSalt;
-use baton_proto::ids::Epoch;
+use baton_proto::message::BlockCounts;
 
 use super::*;
 use crate::core::ModelInfo;
-use crate::index::Index;
 use crate::testing::{GEOMETRY, hello, node};
 
-/// A decode node `d` and a request that has to begin within a second.
 struct World {
     placement: Placement,
-    start: Instant,
-    requests: u128,
+    model: ModelInfo,
+    now: Instant,
 }
 
 impl World {
-    fn new() -> Self {
-        let start = Instant::now();
-        let options = Options { most_wait: Some(Duration::from_secs(1)), ..Options::default() };
-        let mut placement = Placement::new(Index::new(100), options, start);
-        placement.join(&node("d"), &hello(Role::Decode, 1), start);
-        Self { placement, start, requests: 0 }
-    }
-
-    fn at(&self, seconds: u64) -> Instant {
-        self.start + Duration::from_secs(seconds)
-    }
-
-    /// A request of 100 tokens arrives, `seconds` after the start.
-    fn arrive(&mut self, seconds: u64) -> (TransferId, Answer) {
-        self.requests += 1;
-        let id = TransferId { request: RequestId(self.requests), attempt: 1 };
-        let hello = hello(Role::Decode, 1);
+    fn new(nodes: &[(&str, Role)]) -> Self {
+        let (now, first) = (Instant::now(), hello(Role::Decode, 1));
+        let placement = Placement::new(Index::new(1 << 12), Options::default(), now);
         let model = ModelInfo {
-            name: hello.model,
-            root: hello.root,
+            name: first.model,
+            root: first.root,
             geometry: GEOMETRY,
-            max_model_len: hello.max_model_len,
-            vocab_size: hello.vocab_size,
+            max_model_len: first.max_model_len,
+            vocab_size: first.vocab_size,
         };
-        let tokens: Vec<u32> = (0..100).map(|token| token + 7 * self.requests as u32).collect();
-        let chain = Arc::new(model.root.chain(CacheSalt::default(), &tokens, 4));
-        let now = self.at(seconds);
+        let mut world = Self { placement, model, now };
+        nodes.iter().for_each(|(name, role)| {
+            world.placement.join(&node(name), &hello(*role, 1), now);
+        });
+        world
+    }
+
+    fn wait(&mut self, ms: u64) {
+        self.now += Duration::from_millis(ms);
+    }
+
+    fn place(&mut self, n: u128, deadline: Option<Duration>) -> Answer {
+        let nothing = Arc::default();
         let wanted = Wanted {
-            id,
-            model: &model,
-            tokens: tokens.len(),
-            longest: 200,
-            chain: &chain,
+            id: id(n),
+            model: &self.model,
+            tokens: 400,
+            longest: 500,
+            chain: &nothing,
             avoid: &[],
             standing: Standing::default(),
-            arrived: now,
-            deadline: None,
+            arrived: self.now,
+            deadline: deadline.map(|left| self.now + left),
             arrives: true,
         };
-        (id, self.placement.place(&wanted, now))
+        self.placement.place(&wanted, self.now)
     }
 
-    /// The node has served the request, whose prompt took so long.
-    fn serve(&mut self, id: TransferId, took: Duration, seconds: u64) {
-        let (d, now) = (node("d"), self.at(seconds));
-        self.placement.prefilled(&d, id, took, now);
-        self.placement.ended(&d, id, now);
+    fn go(&mut self, n: u128) -> Placed {
+        match self.place(n, None) {
+            Answer::Go(placed) => placed,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn end(&mut self, n: u128, placed: &Placed, took: u64) {
+        let took = Duration::from_millis(took);
+        let computing = placed.prefill.as_ref().unwrap_or(&placed.decode);
+        self.placement.prefilled(&computing.node, id(n), took, self.now);
+        for peer in placed.prefill.iter().chain([&placed.decode]) {
+            self.placement.ended(&peer.node, id(n), self.now);
+        }
+    }
+
+    fn report(&mut self, name: &str, role: Role, draining: bool, free: u64) {
+        let blocks = BlockCounts { free, ..BlockCounts::default() };
+        let report = Report { role, draining, blocks, ..Report::default() };
+        self.placement.report(&node(name), &report, true, self.now);
+    }
+}
+
+fn id(n: u128) -> TransferId {
+    TransferId { request: RequestId(n), attempt: 1 }
+}
+
+#[test]
+fn idle_nodes_take_at_once_and_nothing_is_left_behind() {
+    let mut world = World::new(&[("p", Role::Prefill), ("d", Role::Decode)]);
+    for n in 0..3 {
+        let placed = world.go(n);
+        assert!(!world.placement.is_idle());
+        world.end(n, &placed, 50);
+        assert!(world.placement.is_idle());
     }
 }
 
 #[test]
-fn a_node_that_was_slow_once_is_tried_again() {
-    let mut world = World::new();
-    for seconds in [0, 10, 20] {
-        let (slow, answer) = world.arrive(seconds);
-        assert!(matches!(answer, Answer::Go(placed) if placed.decode.epoch == Epoch(1)));
-        world.serve(slow, Duration::from_secs(5), seconds + 6);
+fn a_draining_node_gets_nothing() {
+    let mut world = World::new(&[("d", Role::Decode), ("e", Role::Decode)]);
+    world.report("d", Role::Decode, true, 1024);
+    for n in 0..4 {
+        let placed = world.go(n);
+        assert_eq!(placed.decode.node, node("e"));
+        world.end(n, &placed, 50);
     }
-    assert!(matches!(world.arrive(27).1, Answer::TooLate { .. }), "it would take too long");
-    // Nobody measures a node that gets nothing: what is known of it is old by now.
-    let (again, answer) = world.arrive(40);
-    assert!(matches!(answer, Answer::Go(_)));
-    assert!(matches!(world.arrive(40).1, Answer::TooLate { .. }), "one request can tell");
-    world.serve(again, Duration::from_millis(10), 41);
-    let served = (42..102).filter(|&seconds| match world.arrive(seconds) {
-        (id, Answer::Go(_)) => {
-            world.serve(id, Duration::from_millis(10), seconds);
-            true
-        }
-        _ => false,
-    });
-    assert!(served.count() > 30, "it is fast again");
+    world.report("e", Role::Decode, true, 1024);
+    assert!(matches!(world.place(9, None), Answer::NoNodes));
+}
+
+#[test]
+fn nothing_is_refused_before_speeds_are_known() {
+    let mut world = World::new(&[("d", Role::Decode)]);
+    for n in 0..3 {
+        let placed = match world.place(n, Some(Duration::from_millis(1))) {
+            Answer::Go(placed) => placed,
+            other => panic!("{other:?}"),
+        };
+        world.end(n, &placed, 500);
+    }
+    let hopeless = world.place(9, Some(Duration::from_millis(1)));
+    assert!(matches!(hopeless, Answer::TooLate { .. }), "{hopeless:?}");
+    assert!(world.placement.is_idle());
+}
+
+#[test]
+fn who_waits_for_a_node_that_dies_is_placed_again() {
+    let mut world = World::new(&[("d", Role::Decode)]);
+    let mut held = 0;
+    for n in 0..12 {
+        held += usize::from(matches!(world.place(n, None), Answer::Held));
+    }
+    assert!(held > 0);
+    world.placement.leave(&node("d"));
+    let mut again = 0;
+    while let Some(turn) = world.placement.next(world.now) {
+        assert!(matches!(turn, Turn::Again(_)), "{turn:?}");
+        again += 1;
+    }
+    assert_eq!((again, world.placement.waiting()), (held, 0));
+}
+
+#[test]
+fn decode_nodes_without_room_get_nothing_while_others_have_some() {
+    let mut world = World::new(&[("d", Role::Decode), ("e", Role::Decode)]);
+    world.wait(1000);
+    world.report("d", Role::Decode, false, 3);
+    world.report("e", Role::Decode, false, 1024);
+    assert_eq!(world.go(1).decode.node, node("e"));
+}
+
+#[test]
+fn a_key_that_is_used_again_has_no_old_transfers() {
+    let mut world = World::new(&[("p", Role::Prefill), ("d", Role::Decode)]);
+    let placed = world.go(1);
+    world.placement.leave(&node("d"));
+    world.placement.join(&node("other"), &hello(Role::Decode, 1), world.now);
+    world.end(1, &placed, 50);
+    let incoming = world.placement.nodes.iter().flatten().map(|node| node.incoming);
+    assert_eq!(incoming.sum::<u32>(), 0);
+    assert!(world.placement.is_idle());
+}
+
+#[test]
+fn a_decode_node_that_answers_again_is_trusted_again() {
+    let mut world = World::new(&[("p", Role::Prefill), ("d", Role::Decode)]);
+    (0..5).for_each(|_| world.placement.failed(&node("d"), world.now));
+    assert!(matches!(world.place(1, None), Answer::NoNodes));
+    world.wait(1001);
+    world.go(2);
+    let (root, now) = (world.model.root, world.now);
+    world.placement.answered(&node("d"), root, 9, now);
+    assert!(!matches!(world.place(3, None), Answer::NoNodes));
 }
