@@ -62,7 +62,7 @@ fn broken(status: &tonic::Status, choices: &[Completion]) -> CommandError {
         return explain(status);
     }
     let tokens: usize = choices.iter().map(|choice| choice.token_ids.len()).sum();
-    format!("the stream broke after {tokens} tokens: {}", explain(status)).into()
+    format!("the stream broke after {tokens} tokens; the same request with the same seed gives the same answer: {}", explain(status)).into()
 }
 
 #[cfg(test)]
@@ -138,7 +138,7 @@ mod tests {
         let refuses = Script(Err(Status::invalid_argument("no prompt")));
         assert_eq!(ask(&[refuses, serves.clone()]).await, Err("no prompt".to_owned()));
         let breaks = Script(Ok(vec![message(1, false), Err(Status::unavailable("lost"))]));
-        let error = "the stream broke after 1 tokens: lost".to_owned();
+        let error = "the stream broke after 1 tokens; the same request with the same seed gives the same answer: lost".to_owned();
         assert_eq!(ask(&[breaks, serves]).await, Err(error));
     }
 }

@@ -49,6 +49,14 @@ pub struct Disturbance {
     pub event_lag_ms: f64,
 }
 
+impl Disturbance {
+    /// Whether anything goes wrong: a factor for no nodes disturbs nothing.
+    #[must_use]
+    pub fn is_any(&self) -> bool {
+        self.slow_nodes > 0 || self.noise > 0.0 || self.event_lag_ms > 0.0
+    }
+}
+
 impl Default for Disturbance {
     fn default() -> Self {
         Self { slow_nodes: 0, slow_factor: 1.0, noise: 0.0, event_lag_ms: 0.0 }

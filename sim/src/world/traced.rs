@@ -19,7 +19,7 @@ use super::memory::{Oracle, made_up_tokens};
 use super::net::{Net, Quality};
 use super::node::NodeSpec;
 use super::{Device, Meddling, World};
-use crate::replay::{Disturbance, Outcome, Record, Settings};
+use crate::replay::{Outcome, Record, Settings};
 use crate::trace::{Request, Trace};
 
 /// Layers of the modelled model: KV leaves in as many parts.
@@ -67,7 +67,7 @@ pub fn replay_trace(settings: &Settings, trace: &Trace) -> Result<Outcome, Trace
     if settings.decode_nodes == 0 {
         return Err(TraceError::NoDecodeNode);
     }
-    if settings.deadline_ms.is_some() || settings.disturbance != Disturbance::default() {
+    if settings.deadline_ms.is_some() || settings.disturbance.is_any() {
         return Err(TraceError::Disturbed);
     }
     let room = settings.cache_blocks * trace.block_tokens as usize;
