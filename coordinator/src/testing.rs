@@ -27,5 +27,6 @@ pub(crate) fn hello(role: Role, epoch: u64) -> Hello {
         total_blocks: 1024,
         kv_address: "127.0.0.1:1".to_owned(),
         transports: vec!["quic".to_owned()],
+        price: 1.0,
     }
 }

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use baton_kvtransfer::limits::MAX_PENDING_OFFERS_PER_PEER;
 use baton_proto::geometry::KvDtype;
+use baton_proto::message::MAX_PRICE;
 
 use crate::settings::Settings;
 
@@ -81,6 +82,7 @@ pub struct Config {
     pub identity: PathBuf,
     pub state: Option<PathBuf>,
     pub metrics_listen: Option<SocketAddr>,
+    pub price: f64,
     pub log: String,
     pub log_json: bool,
     pub drain_timeout: Duration,
@@ -117,6 +119,7 @@ impl TryFrom<Settings> for Config {
             metrics_listen: metrics
                 .map(|text| socket_address("metrics_listen", text))
                 .transpose()?,
+            price: price(given.price)?,
             log: given.log.unwrap_or_else(|| "info".to_owned()),
             log_json: log_json(given.log_format.as_deref())?,
             drain_timeout: Duration::from_secs(given.drain_timeout_s.unwrap_or(60)),
@@ -163,6 +166,13 @@ fn max_waiting(value: Option<usize>) -> Result<usize, ConfigError> {
             invalid("max_waiting", value, "at most 2048")
         }
         value => Ok(value),
+    }
+}
+
+fn price(value: Option<f64>) -> Result<f64, ConfigError> {
+    match value.unwrap_or(1.0) {
+        price if price > 0.0 && price <= MAX_PRICE => Ok(price),
+        other => invalid("price", other, "above 0, at most 1000000"),
     }
 }
 
@@ -278,7 +288,7 @@ mod tests {
         let text = "model='m'\nmodel_name='n'\nload_format='dummy'\nblock_tokens=32\nkv_blocks=1
             kv_memory='1'\nkv_dtype='f16'\nmax_batch_tokens=1\nmax_sequences=1\nmax_waiting=1\nmax_model_len=1
             threads=1\nkv_listen='l'\nkv_advertise='a'\ncoordinator=['c']\nidentity='i'\nstate='s'
-            metrics_listen='m'\nlog='debug'\nlog_format='json'\ndrain_timeout_s=1";
+            metrics_listen='m'\nprice=2.5\nlog='debug'\nlog_format='json'\ndrain_timeout_s=1";
         let keys = Settings::augment_args(clap::Command::new("")).get_arguments().count();
         assert_eq!(text.matches('=').count(), keys, "the text names every key");
         let all = settings(text);
@@ -302,6 +312,9 @@ mod tests {
             ("kv_listen = '0.0.0.0:7000'", "or kv_advertise must be set"),
             ("load_format = 'pickle'", "it must be safetensors or dummy"),
             ("kv_dtype = 'f8'", "it must be f32, bf16 or f16"),
+            ("price = 0.0", "price is \"0\"; it must be above 0, at most 1000000"),
+            ("price = 1000001", "price is \"1000001\"; it must be above 0, at most 1000000"),
+            ("price = nan", "price is \"NaN\"; it must be above 0, at most 1000000"),
             ("threads = 0", "threads is \"0\"; it must be at least 1"),
         ];
         for (toml, message) in cases {

@@ -140,6 +140,7 @@ async fn start(config: Config, role: Role) -> Result<Node, StartError> {
         kv_address: kv_address.clone(),
         model_name: config.model_name.clone(),
         engine: engine_config(&config, &model)?,
+        price: config.price,
         coordinators: config.coordinators,
     };
     let node = Node::start(setup, Box::new(model));

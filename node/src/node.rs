@@ -35,6 +35,8 @@ pub struct Setup {
     pub model_name: String,
     /// Sizes of the engine.
     pub engine: EngineConfig,
+    /// What its time costs relative to that of other nodes.
+    pub price: f64,
     /// Cluster addresses of all coordinators.
     pub coordinators: Vec<String>,
 }
@@ -143,5 +145,6 @@ fn hello(setup: &Setup, engine: &EngineInfo) -> Hello {
         total_blocks: engine.kv_blocks as u64,
         kv_address: setup.kv_address.clone(),
         transports: TRANSPORTS.iter().map(ToString::to_string).collect(),
+        price: setup.price,
     }
 }

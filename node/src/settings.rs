@@ -67,6 +67,9 @@ pub struct Settings {
     /// Where Prometheus metrics are served as plain HTTP, e.g. 127.0.0.1:9100. Default: nowhere.
     #[arg(long, env = "BATON_METRICS_LISTEN", value_name = "ADDR")]
     pub metrics_listen: Option<String>,
+    /// What an hour of this node costs relative to the other nodes; above 0, at most 1000000. Default: 1.
+    #[arg(long, env = "BATON_PRICE", value_name = "N")]
+    pub price: Option<f64>,
     /// What is logged to standard error, e.g. `info` or `info,baton_node=debug`. Default: info.
     #[arg(long, env = "BATON_LOG", value_name = "FILTER")]
     pub log: Option<String>,
@@ -128,6 +131,7 @@ impl Settings {
             identity: self.identity.or(other.identity),
             state: self.state.or(other.state),
             metrics_listen: self.metrics_listen.or(other.metrics_listen),
+            price: self.price.or(other.price),
             log: self.log.or(other.log),
             log_format: self.log_format.or(other.log_format),
             drain_timeout_s: self.drain_timeout_s.or(other.drain_timeout_s),

@@ -9,6 +9,8 @@ use crate::sampling::SamplingParams;
 
 /// Version of the join stream; a node with another one is refused.
 pub const PROTOCOL: u32 = 2;
+/// Largest [`Hello::price`].
+pub const MAX_PRICE: f64 = 1e6;
 
 /// One attempt at generating one sequence.
 #[derive(Clone, Debug, PartialEq)]
@@ -122,6 +124,8 @@ pub struct Hello {
     pub kv_address: String,
     /// Transports that it has, best first.
     pub transports: Vec<String>,
+    /// What its time costs relative to that of other nodes: above 0, at most [`MAX_PRICE`].
+    pub price: f64,
 }
 
 /// Blocks of a pool by state; the four add up to the pool.

@@ -58,7 +58,7 @@ impl Node {
             draining: false,
             max_model_len: hello.max_model_len as usize,
             total_blocks: hello.total_blocks,
-            price: 1.0,
+            price: hello.price,
             block_tokens: hello.geometry.block_tokens as usize,
             load: Load::idle(hello.total_blocks),
             shared: SharedLoad::default(),

@@ -166,3 +166,23 @@ fn a_decode_node_that_answers_again_is_trusted_again() {
     world.placement.answered(&node("d"), root, 9, now);
     assert!(!matches!(world.place(3, None), Answer::NoNodes));
 }
+
+/// Who computes a prompt: `p0` or `p1`, idle and equal but for their prices.
+fn computes(prices: [f64; 2], offered_ms: f64) -> NodeId {
+    let mut world = World::new(&[("d", Role::Decode)]);
+    world.placement.options.local_prefill = LocalPrefill::Never;
+    for (name, price) in ["p0", "p1"].into_iter().zip(prices) {
+        let hello = Hello { price, ..hello(Role::Prefill, 1) };
+        world.placement.join(&node(name), &hello, world.now);
+    }
+    world.placement.pools.get_mut(&world.model.root).unwrap().offer(offered_ms, 0.0);
+    world.go(1).prefill.unwrap().node
+}
+
+#[test]
+fn under_load_the_cheaper_of_two_equal_nodes_computes() {
+    assert_eq!(computes([1.0, 1.0], 5000.0), node("p0"), "ties go to the first");
+    assert_eq!(computes([4.0, 1.0], 5000.0), node("p1"));
+    assert_eq!(computes([0.5, 1.0], 5000.0), node("p0"));
+    assert_eq!(computes([4.0, 1.0], 0.0), node("p0"), "nobody else needs the time of idle nodes");
+}

@@ -244,6 +244,7 @@ impl Sim {
             total_blocks: 64,
             kv_address: "127.0.0.1:1".to_owned(),
             transports: Vec::new(),
+            price: 1.0,
         };
         let mut out = Vec::new();
         // The coordinator may not have seen the end of the earlier stream yet.

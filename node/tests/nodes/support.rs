@@ -260,6 +260,7 @@ fn setup(role: Role, identity: Identity, coordinator: SocketAddr) -> Setup {
         kv_address: endpoint.local_addr().to_string(),
         endpoint,
         model_name: "fake".to_owned(),
+        price: 1.0,
         engine: EngineConfig {
             block_tokens: BLOCK_TOKENS,
             kv_blocks: KV_BLOCKS,

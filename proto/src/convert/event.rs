@@ -7,7 +7,8 @@ use super::{
 use crate::hash::ModelRoot;
 use crate::ids::Epoch;
 use crate::message::{
-    BlockCounts, Hello, Logprobs, NodeEvent, NodeFinish, PROTOCOL, Report, Retry, TokenEvent,
+    BlockCounts, Hello, Logprobs, MAX_PRICE, NodeEvent, NodeFinish, PROTOCOL, Report, Retry,
+    TokenEvent,
 };
 use crate::wire::node as wire;
 use wire::from_node::Message as Up;
@@ -26,6 +27,7 @@ impl From<Hello> for wire::FromNode {
             total_blocks: hello.total_blocks,
             kv_address: hello.kv_address,
             transports: hello.transports,
+            price: hello.price,
         };
         Self { message: Some(Up::Hello(hello)) }
     }
@@ -59,7 +61,19 @@ impl TryFrom<wire::FromNode> for Hello {
             total_blocks: hello.total_blocks,
             kv_address: hello.kv_address,
             transports: hello.transports,
+            price: price(hello.price)?,
         })
+    }
+}
+
+/// A node that says nothing costs what others do.
+fn price(price: f64) -> Result<f64, InvalidMessage> {
+    match price {
+        0.0 => Ok(1.0),
+        price if price > 0.0 && price <= MAX_PRICE => Ok(price),
+        other => {
+            invalid(format!("hello.price is {other}; it must be above 0, at most {MAX_PRICE}"))
+        }
     }
 }
 

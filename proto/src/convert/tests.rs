@@ -3,9 +3,10 @@
 use std::time::Duration;
 
 use super::*;
-use crate::hash::CacheSalt;
+use crate::hash::{CacheSalt, ModelRoot};
 use crate::message::{
-    Command, Job, Logprobs, NodeEvent, NodeFinish, Pull, Report, Retry, TokenEvent,
+    Command, Hello, Job, Logprobs, MAX_PRICE, NodeEvent, NodeFinish, Pull, Report, Retry,
+    TokenEvent,
 };
 use crate::sampling::SamplingParams;
 use crate::wire::node::from_node::Message as Up;
@@ -117,6 +118,37 @@ fn bad_messages_are_refused_by_name() {
     let error = NodeEvent::try_from(wire::FromNode { message: Some(Up::Cache(cache)) });
     assert!(error.unwrap_err().to_string().contains("cache.stored"));
     assert!(NodeEvent::try_from(wire::FromNode { message: None }).is_err());
+}
+
+fn introduction(price: f64) -> Hello {
+    let geometry =
+        KvGeometry { layers: 2, kv_heads: 2, head_dim: 8, dtype: KvDtype::F32, block_tokens: 16 };
+    Hello {
+        role: Role::Prefill,
+        epoch: Epoch(7),
+        model: "demo".to_owned(),
+        root: ModelRoot::new(&[1; 32], &geometry),
+        geometry,
+        max_model_len: 64,
+        vocab_size: 1000,
+        total_blocks: 10,
+        kv_address: "127.0.0.1:1".to_owned(),
+        transports: vec!["quic".to_owned()],
+        price,
+    }
+}
+
+#[test]
+fn an_introduction_survives_the_wire_and_its_price_is_checked() {
+    let received = |price| Hello::try_from(wire::FromNode::from(introduction(price)));
+    for price in [0.5, 1.0, MAX_PRICE] {
+        assert_eq!(received(price), Ok(introduction(price)));
+    }
+    assert_eq!(received(0.0), Ok(introduction(1.0)), "of a node that says nothing");
+    for wrong in [-1.0, 2.0 * MAX_PRICE, f64::INFINITY, f64::NAN] {
+        let error = received(wrong).unwrap_err().to_string();
+        assert!(error.contains("hello.price is"), "{error}");
+    }
 }
 
 fn refused(message: wire::to_node::Message) -> String {

@@ -116,6 +116,7 @@ impl Node {
             total_blocks: info.kv_blocks as u64,
             kv_address: format!("node-{}:1", self.index),
             transports: vec!["quic".to_owned()],
+            price: 1.0,
         }
     }
 

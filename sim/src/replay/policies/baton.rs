@@ -170,6 +170,7 @@ impl State {
             total_blocks,
             kv_address: name.to_string(),
             transports: Vec::new(),
+            price: 1.0,
         };
         self.placement.join(&name, &hello, self.origin);
         if let Some(key) = self.placement.key(&name) {

@@ -194,6 +194,7 @@ pub(super) fn hello(node: usize, model: &str, total_blocks: u64) -> Hello {
         total_blocks,
         kv_address: "127.0.0.1:1".to_owned(),
         transports: vec!["quic".to_owned()],
+        price: 1.0,
     }
 }
 
