@@ -37,6 +37,7 @@ const CONFINED: &[(&str, &[&str])] = &[
 
 /// Files with a decision in them, which take time and randomness as arguments.
 const STATE_MACHINES: &[&str] = &[
+    "coordinator/src/aliases.rs",
     "coordinator/src/control.rs",
     "coordinator/src/requests.rs",
     "coordinator/src/request.rs",

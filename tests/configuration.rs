@@ -14,6 +14,22 @@ file. In the file a key has `_` where its flag has `-`. Unknown keys are refused
 FILE` reads a file as the daemon would. This page is made from the code by `tests/configuration.rs`.
 ";
 
+/// Tables have no flags.
+const ALIASES: &str = "
+Several models can share a further name, in the file alone, with one table for each such name:
+
+```toml
+[[aliases]]
+name = \"chat\"
+models = [\"large\", \"small\"]   # served models, the preferred one first
+prices = [1.0, 0.2]            # of a second of device time, relative; default 1 each
+target_ttft_ms = 2000          # default
+```
+
+A request that names `chat` is served by the model with the least price times predicted prefill time among those that
+would begin to answer within the target, or by whichever begins first. The last message says which model answered.
+";
+
 fn section<T: Args>(title: &str, page: &mut String) {
     writeln!(page, "\n## {title}\n\n| key | flag | variable | meaning |\n|---|---|---|---|")
         .unwrap();
@@ -30,6 +46,7 @@ fn section<T: Args>(title: &str, page: &mut String) {
 fn the_page_says_what_the_code_says() {
     let mut page = HEAD.to_owned();
     section::<baton_coordinator::config::Settings>("Coordinator", &mut page);
+    page.push_str(ALIASES);
     section::<baton_node::settings::Settings>("Prefill and decode nodes", &mut page);
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/configuration.md");
     if std::env::var_os("UPDATE").is_some() {

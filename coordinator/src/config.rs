@@ -9,11 +9,15 @@ use baton_proto::config::load_toml;
 use clap::{Args, Parser};
 use serde::Deserialize;
 
+use crate::aliases::Alias;
 use crate::control::Options;
 use crate::front::{PlaintextRefused, check_plaintext};
 use crate::peers::MAX_PEERS;
 use crate::placement::{self, LocalPrefill};
 use crate::requests::Limits;
+
+/// Default of [`AliasSettings::target_ttft_ms`].
+const TARGET_TTFT_MS: f64 = 2000.0;
 
 /// Every key as it was given. In the file a key has `_` where its flag has `-`.
 #[derive(Args, Deserialize, Clone, Debug, Default, PartialEq)]
@@ -47,6 +51,9 @@ pub struct Settings {
     /// names.
     #[arg(long, env = "BATON_MODEL_NAME", value_name = "NAME", value_delimiter = ',')]
     pub model_name: Option<Vec<String>>,
+    /// Names that stand for several models each, `[[aliases]]` in the file; they have no flag.
+    #[arg(skip)]
+    pub aliases: Option<Vec<AliasSettings>>,
     /// Most requests at a time; further ones are refused. Default: 4096.
     #[arg(long, env = "BATON_MAX_REQUESTS", value_name = "N")]
     pub max_requests: Option<usize>,
@@ -76,6 +83,21 @@ pub struct Settings {
     /// `text` or `json`. Default: text.
     #[arg(long, env = "BATON_LOG_FORMAT", value_name = "FORMAT")]
     pub log_format: Option<String>,
+}
+
+/// A name for several models. A request that names it is served by the cheapest of those that would
+/// begin to answer in time, or by whichever begins first.
+#[derive(Deserialize, Clone, Debug, PartialEq)]
+#[serde(deny_unknown_fields)]
+pub struct AliasSettings {
+    /// The name; no model has it.
+    pub name: String,
+    /// Names of served models, in order of preference.
+    pub models: Vec<String>,
+    /// Relative prices of a second of device time of each, in the same order. Default: 1 each.
+    pub prices: Option<Vec<f64>>,
+    /// Milliseconds to the first token that are in time. Default: 2000.
+    pub target_ttft_ms: Option<f64>,
 }
 
 /// The coordinator of a Baton cluster.
@@ -126,6 +148,8 @@ pub struct Config {
     pub identity: PathBuf,
     /// Names and folders of the models.
     pub models: Vec<(String, PathBuf)>,
+    /// Further names, each for several models.
+    pub aliases: Vec<Alias>,
     /// Bounds on what is held, and how requests are placed.
     pub options: Options,
     /// Whether nodes are shifted between roles.
@@ -168,6 +192,7 @@ impl Settings {
             identity: self.identity.or(other.identity),
             model: self.model.or(other.model),
             model_name: self.model_name.or(other.model_name),
+            aliases: self.aliases.or(other.aliases),
             max_requests: self.max_requests.or(other.max_requests),
             max_held_tokens: self.max_held_tokens.or(other.max_held_tokens),
             index_blocks: self.index_blocks.or(other.index_blocks),
@@ -239,6 +264,7 @@ impl TryFrom<Settings> for Config {
             grpc,
             http,
             identity: settings.identity.ok_or(ConfigError::Missing("identity"))?,
+            aliases: aliases(settings.aliases, &models)?,
             models,
             options: Options { limits, index_blocks, placement },
             auto_roles: settings.auto_roles.unwrap_or(false),
@@ -247,6 +273,57 @@ impl TryFrom<Settings> for Config {
             log_json,
         })
     }
+}
+
+fn aliases(
+    given: Option<Vec<AliasSettings>>,
+    models: &[(String, PathBuf)],
+) -> Result<Vec<Alias>, ConfigError> {
+    let mut aliases: Vec<Alias> = Vec::new();
+    for given in given.unwrap_or_default() {
+        let alias = alias(given, models)?;
+        if aliases.iter().any(|other| other.name == alias.name) {
+            let problem = format!("names {:?} twice", alias.name);
+            return Err(ConfigError::Value { key: "aliases.name", problem });
+        }
+        aliases.push(alias);
+    }
+    Ok(aliases)
+}
+
+fn alias(given: AliasSettings, models: &[(String, PathBuf)]) -> Result<Alias, ConfigError> {
+    let AliasSettings { name, models: own, prices, target_ttft_ms } = given;
+    let wrong = |key, problem: String| Err(ConfigError::Value { key, problem });
+    let is_model = |name: &String| models.iter().any(|(model, _)| model == name);
+    if name.is_empty() || is_model(&name) {
+        return wrong("aliases.name", format!("is {name:?}, which is empty or a model's"));
+    }
+    if own.is_empty() {
+        return wrong("aliases.models", format!("of {name:?} is empty"));
+    }
+    if let Some(unknown) = own.iter().find(|model| !is_model(model)) {
+        return wrong(
+            "aliases.models",
+            format!("of {name:?} has {unknown:?}, which is not served"),
+        );
+    }
+    let prices = prices.unwrap_or_else(|| vec![1.0; own.len()]);
+    if prices.len() != own.len() {
+        let (prices, models) = (prices.len(), own.len());
+        return wrong(
+            "aliases.prices",
+            format!("of {name:?} has {prices} prices for {models} models"),
+        );
+    }
+    if let Some(price) = prices.iter().find(|&&price| !(price > 0.0 && price.is_finite())) {
+        return wrong("aliases.prices", format!("of {name:?} has {price}; it must be above 0"));
+    }
+    let target_ttft_ms = target_ttft_ms.unwrap_or(TARGET_TTFT_MS);
+    if !(target_ttft_ms > 0.0 && target_ttft_ms.is_finite()) {
+        let problem = format!("of {name:?} is {target_ttft_ms}; it must be above 0");
+        return wrong("aliases.target_ttft_ms", problem);
+    }
+    Ok(Alias { name, models: own, prices, target_ttft_ms })
 }
 
 fn peers(given: Option<Vec<String>>) -> Result<Vec<String>, ConfigError> {
@@ -284,6 +361,30 @@ mod tests {
         let config: Config = line.settings.over(file).try_into().unwrap();
         assert_eq!(config.grpc.port(), 0, "flags win");
         assert_eq!(config.models, [("a".to_owned(), PathBuf::from("/m/a"))]);
+    }
+
+    fn aliased(alias: &str) -> Result<Config, ConfigError> {
+        parse(&format!("model = ['/m/large', '/m/small']\nidentity = '/i'\n[[aliases]]\n{alias}"))
+    }
+
+    #[test]
+    fn an_alias_stands_for_several_models() {
+        let config = aliased("name = 'chat'\nmodels = ['large', 'small']").unwrap();
+        let [alias] = &config.aliases[..] else { panic!("{:?}", config.aliases) };
+        assert_eq!((alias.prices.as_slice(), alias.target_ttft_ms), (&[1.0, 1.0][..], 2000.0));
+        let cases = [
+            ("name = 'large'\nmodels = ['small']", "aliases.name is \"large\", which"),
+            ("name = 'a'\nmodels = []", "aliases.models of \"a\" is empty"),
+            ("name = 'a'\nmodels = ['x']", "has \"x\", which is not served"),
+            ("name = 'a'\nmodels = ['small']\nprices = []", "has 0 prices for 1 models"),
+            ("name = 'a'\nmodels = ['small']\nprices = [0.0]", "has 0; it must be above 0"),
+            ("name = 'a'\nmodels = ['small']\ntarget_ttft_ms = -1.0", "is -1; it must be"),
+            ("name = 'a'\nmodel = []", "unknown key `model`; did you mean `models`?"),
+        ];
+        for (alias, message) in cases {
+            let error = aliased(alias).unwrap_err().to_string();
+            assert!(error.contains(message), "{error}");
+        }
     }
 
     #[test]

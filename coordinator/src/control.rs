@@ -9,6 +9,7 @@ use baton_proto::ids::{NodeId, RequestId, Role};
 use baton_proto::message::{Command, Hello, NodeEvent};
 use baton_proto::share::Share;
 
+use crate::aliases::Estimate;
 use crate::cluster::{Cluster, LinkId, NodeRef, Refusal};
 use crate::core::{
     CacheView, ModelInfo, NewRequest, NodeCacheView, NodeView, StatusView, SubmitError,
@@ -288,6 +289,13 @@ impl Control {
             requests_failed: failed,
             requests_retried: retried,
         }
+    }
+
+    /// What a prompt of so many tokens would take with this model, if it can be served now.
+    #[must_use]
+    pub fn estimate(&self, model: &str, tokens: usize, now: Instant) -> Option<Estimate> {
+        let model = self.cluster.model(model).filter(|model| self.cluster.is_ready(model))?;
+        self.placement.estimate(model.root, tokens, now)
     }
 
     /// What the prefix caches hold, of one node or of all, and how much of a prompt.

@@ -11,6 +11,7 @@ use baton_proto::sampling::SamplingParams;
 use baton_proto::share::Share;
 use tokio::sync::{mpsc, oneshot, watch};
 
+use crate::aliases::Estimate;
 use crate::orders::{Order, OrderError};
 use crate::placement::Standing;
 
@@ -309,6 +310,11 @@ pub(crate) enum Ask {
         block_tokens: usize,
         reply: oneshot::Sender<CacheView>,
     },
+    Estimates {
+        models: Vec<String>,
+        tokens: usize,
+        reply: oneshot::Sender<Vec<Option<Estimate>>>,
+    },
     ShutDown(oneshot::Sender<()>),
 }
 
@@ -436,6 +442,16 @@ impl Core {
     pub async fn order(&self, node: NodeId, order: Order, force: bool) -> Result<(), OrderError> {
         let ask = |reply| Ask::Order { node, order, force, reply };
         self.ask(ask).await.unwrap_or(Err(OrderError::ShuttingDown))
+    }
+
+    /// What a prompt of so many tokens, none of them cached, would take with each of these models;
+    /// `None` for one that cannot be served now.
+    pub(crate) async fn estimates(
+        &self,
+        models: Vec<String>,
+        tokens: usize,
+    ) -> Vec<Option<Estimate>> {
+        self.ask(|reply| Ask::Estimates { models, tokens, reply }).await.unwrap_or_default()
     }
 
     /// What to tell other coordinators; `None` once the core is gone.

@@ -187,6 +187,10 @@ impl Driver {
                 drop(reply.send(self.control.order(&node, order, force, actions)));
             }
             Ask::Nodes(reply) => drop(reply.send(self.control.nodes(now))),
+            Ask::Estimates { models, tokens, reply } => {
+                let estimate = |model: &String| self.control.estimate(model, tokens, now);
+                drop(reply.send(models.iter().map(estimate).collect()));
+            }
             Ask::Cache { node, chain, block_tokens, reply } => {
                 let view = self.control.cache(node.as_ref(), &chain, block_tokens);
                 drop(reply.send(view));

@@ -1,6 +1,7 @@
 //! The coordinator: admission, placement, the life of requests, the index of cached blocks, and
 //! the front that clients talk to.
 
+pub mod aliases;
 pub mod cluster;
 pub mod config;
 pub mod control;

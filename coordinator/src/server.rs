@@ -84,7 +84,7 @@ impl Coordinator {
         if config.auto_roles {
             driver.adjust_roles(identity.node_id().clone());
         }
-        let front = Front::new(core.clone(), models);
+        let front = Front::new(core.clone(), models, config.aliases.clone());
         let (closing, closed) = watch::channel(false);
         let (mut servers, mut nodes) = (JoinSet::new(), JoinSet::new());
         tokio::spawn(driver.run());

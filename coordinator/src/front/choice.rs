@@ -1,6 +1,5 @@
 //! One completion of a request: from the core's updates to the messages of the stream.
 
-use std::sync::Arc;
 use std::time::Duration;
 
 use baton_proto::ids::RequestId;
@@ -10,14 +9,17 @@ use baton_proto::wire::v1::{
     Usage,
 };
 
+use super::models::ServedModel;
 use super::stop::StopMatcher;
-use super::text::{Detokenizer, Tokenizer};
+use super::text::Detokenizer;
 use crate::core::{OutputToken, RequestError, Summary, Update};
 
 /// Makes text of tokens and looks for stop strings; decides, and does nothing.
 pub(crate) struct Choice {
     index: u32,
     id: RequestId,
+    /// Name of the model that answers.
+    model: String,
     first_prompt_token: u32,
     min_tokens: u32,
     detokenizer: Detokenizer,
@@ -50,7 +52,7 @@ impl Choice {
     pub(crate) fn new(
         index: u32,
         id: RequestId,
-        tokenizer: &Arc<Tokenizer>,
+        model: &ServedModel,
         prompt: &[u32],
         stops: Vec<String>,
         min_tokens: u32,
@@ -58,9 +60,10 @@ impl Choice {
         Self {
             index,
             id,
+            model: model.name.clone(),
             first_prompt_token: prompt[0],
             min_tokens,
-            detokenizer: Detokenizer::new(tokenizer.clone(), prompt),
+            detokenizer: Detokenizer::new(model.tokenizer.clone(), prompt),
             matcher: StopMatcher::new(stops),
             piece: String::new(),
             emitted: 0,
@@ -134,6 +137,7 @@ impl Choice {
             }),
             timings: Some(timings(summary)),
             placement: Some(placement(summary)),
+            model: self.model.clone(),
         };
         GenerateResponse { finished: Some(finished), ..self.response() }
     }

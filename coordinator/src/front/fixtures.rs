@@ -1,5 +1,6 @@
 //! What the front's tests share: files, and a core that the test plays.
 
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
@@ -16,6 +17,7 @@ use tonic::transport::{Channel, Endpoint};
 use super::models::Models;
 use super::text::Tokenizer;
 use super::{Front, serve_grpc, serve_http};
+use crate::aliases::{Alias, Estimate};
 use crate::core::{
     Ask, CacheView, Core, ModelInfo, NewRequest, NodeCacheView, NodeView, OutputToken,
     PlacementInfo, StatusView, SubmitError, Summary, Timings, Update, Usage,
@@ -57,12 +59,17 @@ pub(crate) enum Play {
     Refuse(SubmitError),
 }
 
+type Asked = Arc<Mutex<Vec<NewRequest>>>;
+/// By model: milliseconds that a prompt would wait. A model that is not here is not ready.
+type Queues = Arc<Mutex<BTreeMap<String, f64>>>;
+
 /// A front that listens, and its played core.
 pub(crate) struct Played {
     grpc: SocketAddr,
     /// Address of the HTTP port.
     pub(crate) http: SocketAddr,
-    asked: Arc<Mutex<Vec<NewRequest>>>,
+    asked: Asked,
+    queues: Queues,
     dropped: tokio::sync::Mutex<mpsc::Receiver<RequestId>>,
     ready: watch::Sender<bool>,
 }
@@ -83,6 +90,11 @@ impl Played {
         self.dropped.lock().await.recv().await.unwrap()
     }
 
+    /// From now on a prompt would wait so long for this model.
+    pub(crate) fn set_queue(&self, model: &str, ms: f64) {
+        self.queues.lock().unwrap().insert(model.to_owned(), ms);
+    }
+
     /// Whether the core says that it would serve a request.
     pub(crate) fn set_ready(&self, ready: bool) {
         self.ready.send_replace(ready);
@@ -91,9 +103,18 @@ impl Played {
 
 /// Starts a front for the demo model whose core answers requests as `play` says.
 pub(crate) async fn start(play: impl Fn(&NewRequest) -> Play + Send + 'static) -> Played {
+    start_with(&["demo"], Vec::new(), play).await
+}
+
+/// The same for the demo model under several names.
+pub(crate) async fn start_with(
+    names: &[&str],
+    aliases: Vec<Alias>,
+    play: impl Fn(&NewRequest) -> Play + Send + 'static,
+) -> Played {
     let hello = hello(Role::Decode, 1);
-    let model = ModelInfo {
-        name: hello.model,
+    let model = |name: &&str| ModelInfo {
+        name: String::from(*name),
         root: hello.root,
         geometry: hello.geometry,
         max_model_len: MAX_MODEL_LEN,
@@ -101,15 +122,17 @@ pub(crate) async fn start(play: impl Fn(&NewRequest) -> Play + Send + 'static) -
     };
     let (asks, asked_of_core) = mpsc::channel(16);
     let (drops, dropped) = mpsc::channel(64);
-    let (models, models_seen) = watch::channel(Arc::new(vec![model]));
+    let (models, models_seen) = watch::channel(Arc::new(names.iter().map(model).collect()));
     let (ready, ready_seen) = watch::channel(true);
-    let asked = Arc::default();
-    tokio::spawn(serve_core(asked_of_core, play, Arc::clone(&asked), ready_seen, models));
+    let (asked, queues) = (Arc::default(), Arc::default());
+    let shared = (Arc::clone(&asked), Arc::clone(&queues));
+    tokio::spawn(serve_core(asked_of_core, play, shared, ready_seen, models));
 
     let folder = demo_model();
     let front = Front::new(
         Core::new(asks, drops, models_seen),
-        Models::load([("demo", folder.as_path())]).unwrap(),
+        Models::load(names.iter().map(|name| (*name, folder.as_path()))).unwrap(),
+        aliases,
     );
     let (grpc, http) = (listener().await, listener().await);
     let addresses = (grpc.local_addr().unwrap(), http.local_addr().unwrap());
@@ -117,7 +140,7 @@ pub(crate) async fn start(play: impl Fn(&NewRequest) -> Play + Send + 'static) -
     tokio::spawn(serve_grpc(front.clone(), grpc, None, std::future::pending()));
     tokio::spawn(serve_http(front, metrics, http, std::future::pending()));
     let (grpc, http) = addresses;
-    Played { grpc, http, asked, dropped: dropped.into(), ready }
+    Played { grpc, http, asked, queues, dropped: dropped.into(), ready }
 }
 
 async fn listener() -> TcpListener {
@@ -127,7 +150,7 @@ async fn listener() -> TcpListener {
 async fn serve_core(
     mut asks: mpsc::Receiver<Ask>,
     play: impl Fn(&NewRequest) -> Play,
-    asked: Arc<Mutex<Vec<NewRequest>>>,
+    (asked, queues): (Asked, Queues),
     ready: watch::Receiver<bool>,
     // Kept for as long as the core lives.
     _models: watch::Sender<Arc<Vec<ModelInfo>>>,
@@ -162,6 +185,13 @@ async fn serve_core(
             Ask::Cancel(_) | Ask::ShutDown(_) => {}
             Ask::Status(reply) => drop(reply.send(status(*ready.borrow()))),
             Ask::Order { reply, .. } => drop(reply.send(Ok(()))),
+            Ask::Estimates { models, tokens, reply } => {
+                let queues = queues.lock().unwrap();
+                let prefill_ms = tokens as f64;
+                let estimate = |queue_ms: &f64| Estimate { queue_ms: *queue_ms, prefill_ms };
+                let estimates = models.iter().map(|model| queues.get(model).map(estimate));
+                drop(reply.send(estimates.collect()));
+            }
             Ask::Share(reply) => drop(reply.send(baton_proto::share::Share::default())),
             Ask::Nodes(reply) => drop(reply.send(vec![decode_node()])),
             Ask::Cache { node: wanted, reply, .. } => {

@@ -52,7 +52,10 @@ impl Front {
         timeout: Option<Duration>,
         arrived: Instant,
     ) -> Result<mpsc::Receiver<Message>, Refusal> {
-        let model = self.models.get(&request.model)?.clone();
+        let model = match self.aliases.resolve(&request, &self.core).await? {
+            Some(model) => model,
+            None => self.models.get(&request.model)?.clone(),
+        };
         let info = self.core.model(&model.name);
         let info = info.ok_or_else(|| SubmitError::NoNodes(model.name.clone()))?;
         let (seed, now) = (u64::from_ne_bytes(random()), SystemTime::now());
@@ -91,7 +94,7 @@ impl Front {
             let choice = Choice::new(
                 index,
                 id,
-                &model.tokenizer,
+                model,
                 &prepared.tokens,
                 prepared.stops.clone(),
                 sampling.min_tokens,

@@ -3,7 +3,9 @@
 
 use std::sync::Arc;
 
+use crate::aliases::Alias;
 use crate::core::Core;
+use aliases::Aliases;
 use models::Models;
 
 pub mod chat;
@@ -12,6 +14,7 @@ pub mod models;
 pub mod stop;
 pub mod text;
 
+mod aliases;
 mod choice;
 mod cluster;
 mod http;
@@ -37,12 +40,14 @@ const VERSION: &str = env!("CARGO_PKG_VERSION");
 pub struct Front {
     core: Core,
     models: Arc<Models>,
+    aliases: Arc<Aliases>,
 }
 
 impl Front {
-    /// A front of `core` for `models`.
+    /// A front of `core` for `models`, of which some have further names.
     #[must_use]
-    pub fn new(core: Core, models: Models) -> Self {
-        Self { core, models: Arc::new(models) }
+    pub fn new(core: Core, models: Models, aliases: Vec<Alias>) -> Self {
+        let aliases = Aliases::new(aliases, &models);
+        Self { core, models: Arc::new(models), aliases: Arc::new(aliases) }
     }
 }

@@ -21,7 +21,8 @@ use tonic_reflection::pb::v1::server_reflection_client::ServerReflectionClient;
 use tonic_reflection::pb::v1::server_reflection_request::MessageRequest;
 use tonic_reflection::pb::v1::server_reflection_response::MessageResponse;
 
-use super::fixtures::{MAX_MODEL_LEN, Play, Played, done, output, start, tokenizer};
+use super::fixtures::{MAX_MODEL_LEN, Play, Played, done, output, start, start_with, tokenizer};
+use crate::aliases::Alias;
 use crate::core::{RequestError, SubmitError, Update};
 
 fn prompt(text: &str) -> GenerateRequest {
@@ -210,6 +211,35 @@ async fn min_tokens_delays_stop_strings_too() {
         Sampling { stop: vec!["END".into()], min_tokens: Some(count), ..Sampling::default() };
     let messages = all(&played, sampled(sampling)).await.unwrap();
     assert_eq!(text_of(&messages), "END and ");
+}
+
+#[tokio::test]
+async fn an_alias_is_served_by_one_of_its_models_which_the_end_names() {
+    let alias = Alias {
+        name: "chat".to_owned(),
+        models: vec!["large".to_owned(), "small".to_owned()],
+        prices: vec![1.0, 2.0],
+        target_ttft_ms: 100.0,
+    };
+    let play = |_: &_| Play::Accept(says("ok", Some(NodeFinish::Length)));
+    let played = start_with(&["large", "small"], vec![alias], play).await;
+    let served = async || {
+        let request = GenerateRequest { model: "chat".into(), ..tokens(vec![10, 11]) };
+        let last = all(&played, request).await.unwrap().pop().unwrap();
+        let model = last.finished.unwrap().model;
+        assert_eq!(played.asked().pop().unwrap().model, model);
+        model
+    };
+    assert_eq!(served().await, "large", "the first if none is ready");
+    played.set_queue("small", 0.0);
+    assert_eq!(served().await, "small");
+    played.set_queue("large", 0.0);
+    assert_eq!(served().await, "large", "it is cheaper");
+    played.set_queue("large", 200.0);
+    assert_eq!(served().await, "small", "it is in time");
+    let named = GenerateRequest { model: "large".into(), ..prompt("Hello") };
+    let last = all(&played, named).await.unwrap().pop().unwrap();
+    assert_eq!(last.finished.unwrap().model, "large");
 }
 
 #[tokio::test]

@@ -16,6 +16,7 @@ use baton_proto::ids::{NodeId, RequestId, Role, TransferId};
 use baton_proto::message::{Hello, Peer, Report};
 use baton_proto::share::SharedLoad;
 
+use crate::aliases::Estimate;
 use crate::cluster::NodeRef;
 use crate::index::{Index, Matches, NodeKey, NodeKeys, Tier};
 use crate::peers::Own;
@@ -288,6 +289,24 @@ impl Placement {
     #[must_use]
     pub fn waiting(&self) -> usize {
         self.waiting.len()
+    }
+
+    /// What a prompt of so many tokens, none of them cached, would take: the least over the model's
+    /// prefill nodes, or over its decode nodes if it has none. `None` without nodes.
+    #[must_use]
+    pub fn estimate(&self, root: ModelRoot, tokens: usize, now: Instant) -> Option<Estimate> {
+        let (now, pool) = (self.ms(now), self.pools.get(&root)?);
+        let nodes = if pool.prefill.is_empty() { &pool.decode } else { &pool.prefill };
+        let estimate = |&key: &NodeKey| {
+            let node = self.node(key)?;
+            let candidate = node.candidate(0, &pool.typical[node.role as usize], now);
+            let quantities = fit::prefill(tokens, 0);
+            let prefill_ms: f64 = (0..3).map(|at| candidate.prefill[at] * quantities[at]).sum();
+            Some(Estimate { queue_ms: candidate.queue_ms + node.queue.ms(), prefill_ms })
+        };
+        let first_token = |estimate: &Estimate| estimate.queue_ms + estimate.prefill_ms;
+        let estimates = nodes.iter().filter_map(estimate);
+        estimates.min_by(|a, b| first_token(a).total_cmp(&first_token(b)))
     }
 
     /// Whether nothing waits, and nothing is promised to any node.

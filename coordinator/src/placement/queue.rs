@@ -125,6 +125,12 @@ impl Queue {
         self.entries.is_empty()
     }
 
+    /// Prefill time of all that wait.
+    #[must_use]
+    pub(super) fn ms(&self) -> f64 {
+        self.entries.iter().map(|entry| entry.ms).sum()
+    }
+
     /// Where this request would stand if the node starts on the queue at `start`; it may be in
     /// the queue already.
     #[must_use]
