@@ -2,12 +2,13 @@
 
 use serde::Deserialize;
 
+use super::Placement;
 use super::cost::{self, Candidate, Cost, Demand, Prefill, Source};
 use super::expected::sample;
+use super::job::Job;
 use super::node::Node;
 use super::pool::Pool;
 use super::queue::{Entry, Place};
-use super::{Job, Placement};
 use crate::index::{Matches, NodeKey};
 use crate::requests::Wanted;
 

@@ -1,15 +1,16 @@
 //! Requests go to nodes when their turn comes, and what the nodes say of them is kept account of.
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use baton_proto::ids::{NodeId, RequestId, Role, TransferId};
+use baton_proto::ids::{RequestId, TransferId};
 
 use super::choose::Choice;
-use super::fit;
+use super::job::{Job, Sent};
 use super::load::Work;
+use super::node::Node;
 use super::{
-    FEED_AHEAD_MS, FEED_AHEAD_PROMPTS, Job, LEAST_GAIN_MS, MOST_MOVES, Placement, REBALANCE_MS,
-    REBALANCED, RETRY_MS, ROOM_WAIT_MS, Sent, Turn, peer,
+    FEED_AHEAD_MS, FEED_AHEAD_PROMPTS, LEAST_GAIN_MS, MOST_MOVES, Placement, REBALANCE_MS,
+    REBALANCED, RETRY_MS, ROOM_WAIT_MS, Turn,
 };
 use crate::index::NodeKey;
 use crate::requests::Placed;
@@ -199,125 +200,10 @@ impl Placement {
         };
         let reason = format!("{kind}: {total:.1} ms, {percent}% cached on {on}; {other}");
         Placed {
-            prefill: prefill.map(peer),
-            decode: peer(decode),
-            pull: choice.pull.map(|(key, tokens)| (peer(named(key)), tokens)),
+            prefill: prefill.map(Node::peer),
+            decode: decode.peer(),
+            pull: choice.pull.map(|(key, tokens)| (named(key).peer(), tokens)),
             reason,
-        }
-    }
-
-    /// A node has computed a prompt in `took`.
-    pub(super) fn computed(&mut self, id: &NodeId, at: TransferId, took: Duration, now: Instant) {
-        let now = self.ms(now);
-        let Some(node) = self.keys.of(id).and_then(|key| self.nodes[key.0 as usize].as_mut())
-        else {
-            return;
-        };
-        let Some(work) = node.load.prefilled(at, now) else { return };
-        self.measured_at = now;
-        // A decode node has not done all of its part yet.
-        match node.role {
-            Role::Prefill => node.breaker.succeeded(now),
-            Role::Decode => node.breaker.did_part(now),
-        }
-        let (quantities, ms) =
-            (fit::prefill(work.tokens, work.cached), 1000.0 * took.as_secs_f64());
-        node.prefill.observe(quantities, ms);
-        if let Some(pool) = self.pools.get_mut(&node.root) {
-            pool.typical[node.role as usize].prefill.observe(quantities, ms);
-        }
-        if let Some(sent) = self.sent.get(&at) {
-            self.tenants.serve(sent.tenant, ms - sent.prefill_ms);
-        }
-    }
-
-    /// The KV of an attempt arrived, so long after its prompt was computed.
-    pub(super) fn transferred(
-        &mut self,
-        id: TransferId,
-        exposed: Duration,
-        bytes: u64,
-        now: Instant,
-    ) {
-        let now = self.ms(now);
-        let Some(sent) = self.sent.get(&id) else { return };
-        let (Some(from), to) = (sent.prefill, sent.decode) else { return };
-        if let Some(pool) = self.pools.get_mut(&sent.root) {
-            let ms = 1000.0 * exposed.as_secs_f64();
-            pool.handover.observe((from, to), bytes as f64, ms, sent.others, now);
-        }
-        if let Some(node) = self.node_mut(to) {
-            node.breaker.did_part(now);
-        }
-    }
-
-    /// A pull is over; it brought so many tokens.
-    pub(super) fn fetched(&mut self, id: TransferId, tokens: usize, took: Duration, now: Instant) {
-        let now = self.ms(now);
-        let Some(sent) = self.sent.get_mut(&id) else { return };
-        let Some(from) = sent.source.take() else { return };
-        let (root, to) = (sent.root, sent.prefill.unwrap_or(sent.decode));
-        let token_bytes = sent.token_bytes;
-        let others = self.node_mut(from).map_or(0, |node| {
-            node.serving = node.serving.saturating_sub(1);
-            node.serving
-        });
-        if tokens == 0 {
-            return;
-        }
-        if let Some(pool) = self.pools.get_mut(&root) {
-            let ms = 1000.0 * took.as_secs_f64();
-            pool.pulls.observe((from, to), tokens as f64 * token_bytes, ms, others, now);
-        }
-    }
-
-    /// A node is gone, and with it the transfers of attempts that it had a part in. Its key may
-    /// soon be another node's, so none of them may name it any more.
-    pub(super) fn forget_transfers(&mut self, gone: NodeKey) {
-        let Self { sent, nodes, .. } = self;
-        for sent in sent.values_mut() {
-            let over = sent.prefill == Some(gone) || sent.decode == gone;
-            let source = if over { sent.source } else { sent.source.filter(|key| *key == gone) };
-            if let Some(key) = source {
-                sent.source = None;
-                if let Some(node) = nodes[key.0 as usize].as_mut() {
-                    node.serving = node.serving.saturating_sub(1);
-                }
-            }
-            if over
-                && sent.prefill.take().is_some()
-                && let Some(node) = nodes[sent.decode.0 as usize].as_mut()
-            {
-                node.incoming = node.incoming.saturating_sub(1);
-            }
-        }
-    }
-
-    /// A node has nothing to do with an attempt any more.
-    pub(super) fn released(&mut self, id: &NodeId, at: TransferId, now: Instant) {
-        let now = self.ms(now);
-        let key = self.keys.of(id);
-        if let Some(node) = key.and_then(|key| self.node_mut(key)) {
-            node.load.ended(at, now);
-            node.breaker.released();
-        }
-        let Some(sent) = self.sent.get_mut(&at) else { return };
-        sent.legs = sent.legs.saturating_sub(1);
-        let last = sent.legs == 0;
-        let was_sender = sent.prefill.is_some() && (last || sent.prefill == key);
-        let decode = sent.decode;
-        if was_sender {
-            sent.prefill = None;
-        }
-        let source = if last { sent.source.take() } else { None };
-        if last {
-            self.sent.remove(&at);
-        }
-        if let Some(node) = self.node_mut(decode).filter(|_| was_sender) {
-            node.incoming = node.incoming.saturating_sub(1);
-        }
-        if let Some(node) = source.and_then(|key| self.node_mut(key)) {
-            node.serving = node.serving.saturating_sub(1);
         }
     }
 }

@@ -8,35 +8,35 @@
 //! Pure: the caller says what happened and when.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use baton_proto::hash::{BlockHash, ModelRoot};
+use baton_proto::hash::ModelRoot;
 use baton_proto::ids::{NodeId, RequestId, Role, TransferId};
-use baton_proto::message::{Hello, Peer, Report};
+use baton_proto::message::{Hello, Report};
 use baton_proto::share::SharedLoad;
 
 use crate::aliases::Estimate;
-use crate::cluster::NodeRef;
 use crate::index::{Index, Matches, NodeKey, NodeKeys, Tier};
 use crate::peers::Own;
-use crate::requests::{Answer, Placed, Placer, Wanted};
+use crate::requests::Placed;
 
+mod account;
 mod breaker;
 mod choose;
 pub mod cost;
 mod dispatch;
 mod expected;
 pub mod fit;
+mod job;
 mod links;
 mod load;
 mod node;
 mod pool;
 mod popular;
 mod queue;
-mod shortlist;
 #[cfg(test)]
-mod shortlist_tests;
+mod refusal_tests;
+mod shortlist;
 mod tenants;
 #[cfg(test)]
 mod tests;
@@ -56,9 +56,9 @@ pub struct Standing {
 }
 
 use choose::Cached;
-use cost::{Demand, MAKES_OTHERS_LATE_MS};
-use expected::{Expected, Sampled};
-use node::{Node, Typical};
+use expected::Expected;
+use job::{Job, Sent};
+use node::Node;
 use pool::Pool;
 use queue::{Entry, Shares};
 use shortlist::Shortlist;
@@ -97,53 +97,6 @@ impl Default for Options {
     fn default() -> Self {
         Self { local_prefill: LocalPrefill::default(), pulls: true, most_wait: None }
     }
-}
-
-/// A request to be placed. Times are milliseconds since the origin.
-#[derive(Clone, Debug)]
-struct Job {
-    id: TransferId,
-    root: ModelRoot,
-    demand: Demand,
-    longest: usize,
-    chain: Arc<Vec<BlockHash>>,
-    /// Some of its blocks, expected on the node that it waits for.
-    sampled: Sampled,
-    /// Leading blocks that nearly every request has.
-    popular: usize,
-    avoid: Vec<NodeRef>,
-    class: Class,
-    tenant: TenantId,
-    arrived: f64,
-    deadline: f64,
-    /// For which node it waits.
-    node: NodeKey,
-    moves: u8,
-    /// Whose next work it is: nobody there is asked whether it may go first.
-    turn: Option<NodeKey>,
-    /// Not before.
-    retry_at: f64,
-    /// Since when there is no room for it on decode nodes.
-    blocked: Option<f64>,
-}
-
-/// A request that was sent to nodes.
-#[derive(Clone, Copy, Debug)]
-struct Sent {
-    root: ModelRoot,
-    tenant: TenantId,
-    /// Predicted.
-    prefill_ms: f64,
-    /// With a transfer that has not ended.
-    prefill: Option<NodeKey>,
-    decode: NodeKey,
-    /// With a pull that has not ended.
-    source: Option<NodeKey>,
-    /// Transfers to the decode node when it was sent.
-    others: u32,
-    token_bytes: f64,
-    /// Nodes that still have to do with it.
-    legs: u8,
 }
 
 /// The next thing to do with a request that waited.
@@ -389,87 +342,4 @@ impl Placement {
             self.tenants.leave(job.tenant);
         }
     }
-}
-
-impl Placer for Placement {
-    fn place(&mut self, wanted: &Wanted<'_>, now: Instant) -> Answer {
-        let now = self.ms(now);
-        let job = self.job(wanted);
-        let Some(choice) = self.choose(&job, now) else {
-            return Answer::NoNodes;
-        };
-        let first_token = now + choice.cost.first_token();
-        // Who can wait does, in the end; who cannot must not push out those who were there before.
-        let makes_others_late =
-            job.deadline.is_finite() && choice.cost.harm >= MAKES_OTHERS_LATE_MS;
-        let known = self
-            .pools
-            .get(&job.root)
-            .is_some_and(|pool| pool.typical.iter().any(Typical::is_known));
-        let refusable = wanted.arrives && known && !self.should_measure(now);
-        if refusable && (first_token > job.deadline || makes_others_late) {
-            let late = (first_token - job.deadline).max(1000.0);
-            return Answer::TooLate { retry_after: Duration::from_secs_f64(late / 1000.0) };
-        }
-        if choice.prefill.is_some()
-            && let Some(pool) = self.pools.get_mut(&job.root)
-        {
-            pool.offer(choice.work.ms, now);
-        }
-        self.tenants.arrive(job.tenant);
-        if self.may_go(&job, &choice, now) {
-            return Answer::Go(self.dispatch(job, &choice, now));
-        }
-        self.hold(job, &choice);
-        Answer::Held
-    }
-
-    fn withdraw(&mut self, request: RequestId) {
-        self.dismiss(request);
-        self.displaced.retain(|displaced| *displaced != request);
-    }
-
-    fn started(&mut self, node: &NodeId, id: TransferId, cached: usize) {
-        if let Some(node) = self.keys.of(node).and_then(|key| self.node_mut(key)) {
-            node.load.started(id, cached);
-        }
-    }
-
-    fn prefilled(&mut self, node: &NodeId, id: TransferId, took: Duration, now: Instant) {
-        self.computed(node, id, took, now);
-    }
-
-    fn handed_over(&mut self, id: TransferId, exposed: Duration, bytes: u64, now: Instant) {
-        self.transferred(id, exposed, bytes, now);
-    }
-
-    fn pulled(&mut self, id: TransferId, tokens: usize, took: Duration, now: Instant) {
-        self.fetched(id, tokens, took, now);
-    }
-
-    fn ended(&mut self, node: &NodeId, id: TransferId, now: Instant) {
-        self.released(node, id, now);
-    }
-
-    fn failed(&mut self, node: &NodeId, now: Instant) {
-        let now = self.ms(now);
-        if let Some(node) = self.keys.of(node).and_then(|key| self.node_mut(key)) {
-            node.breaker.failed(now);
-        }
-    }
-
-    fn answered(&mut self, by: &NodeId, root: ModelRoot, tokens: usize, now: Instant) {
-        let now = self.ms(now);
-        if let Some(node) = self.keys.of(by).and_then(|key| self.node_mut(key)) {
-            node.breaker.succeeded(now);
-        }
-        if let Some(pool) = self.pools.get_mut(&root) {
-            pool.answered(tokens);
-        }
-    }
-}
-
-/// How to reach a node's present life.
-fn peer(node: &Node) -> Peer {
-    node.peer()
 }

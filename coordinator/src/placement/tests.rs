@@ -1,9 +1,12 @@
 //! Placement as a whole, as requests see it.
 
+use std::sync::Arc;
+
 use baton_proto::message::BlockCounts;
 
 use super::*;
 use crate::core::ModelInfo;
+use crate::requests::{Answer, Placer, Wanted};
 use crate::testing::{GEOMETRY, hello, node};
 
 struct World {

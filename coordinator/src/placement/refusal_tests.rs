@@ -1,4 +1,6 @@
-//! Large clusters: only some nodes are compared.
+//! Refusing what would be late, while predictions are young enough.
+
+use std::sync::Arc;
 
 use baton_proto::hash::CacheSalt;
 use baton_proto::ids::Epoch;
@@ -6,6 +8,7 @@ use baton_proto::ids::Epoch;
 use super::*;
 use crate::core::ModelInfo;
 use crate::index::Index;
+use crate::requests::{Answer, Placer, Wanted};
 use crate::testing::{GEOMETRY, hello, node};
 
 /// A decode node `d` and a request that has to begin within a second.
