@@ -6,7 +6,7 @@ use baton_proto::hash::ModelRoot;
 use baton_proto::ids::{NodeId, RequestId, Role, TransferId};
 
 use super::cost::MAKES_OTHERS_LATE_MS;
-use super::node::Typical;
+use super::fit::Fit;
 use super::{Placement, fit};
 use crate::index::NodeKey;
 use crate::requests::{Answer, Placer, Wanted};
@@ -22,10 +22,8 @@ impl Placer for Placement {
         // Who can wait does, in the end; who cannot must not push out those who were there before.
         let makes_others_late =
             job.deadline.is_finite() && choice.cost.harm >= MAKES_OTHERS_LATE_MS;
-        let known = self
-            .pools
-            .get(&job.root)
-            .is_some_and(|pool| pool.typical.iter().any(Typical::is_known));
+        let known =
+            self.pools.get(&job.root).is_some_and(|pool| pool.typical.iter().any(Fit::is_known));
         let refusable = wanted.arrives && known && !self.should_measure(now);
         if refusable && (first_token > job.deadline || makes_others_late) {
             let late = (first_token - job.deadline).max(1000.0);
@@ -72,7 +70,7 @@ impl Placer for Placement {
             (fit::prefill(work.tokens, work.cached), 1000.0 * took.as_secs_f64());
         node.prefill.observe(quantities, ms);
         if let Some(pool) = self.pools.get_mut(&node.root) {
-            pool.typical[node.role as usize].prefill.observe(quantities, ms);
+            pool.typical[node.role as usize].observe(quantities, ms);
         }
         if let Some(sent) = self.sent.get(&at) {
             self.tenants.serve(sent.tenant, ms - sent.prefill_ms);

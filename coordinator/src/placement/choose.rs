@@ -3,17 +3,15 @@
 use serde::Deserialize;
 
 use super::Placement;
+use super::best::{Best, Side};
 use super::cost::{self, Candidate, Cost, Demand, Prefill, Source};
 use super::expected::sample;
 use super::job::Job;
 use super::node::Node;
 use super::pool::Pool;
-use super::queue::{Entry, Place};
-use crate::index::{Matches, NodeKey};
+use super::queue::Entry;
+use crate::index::NodeKey;
 use crate::requests::Wanted;
-
-/// How many of the best of each side are paired, as links differ.
-const FINALISTS: usize = 4;
 
 /// When decode nodes compute prompts themselves.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, clap::ValueEnum)]
@@ -49,72 +47,13 @@ impl Choice {
     }
 }
 
-/// Leading blocks that each node has or will have. Kept between requests, it allocates nothing.
-#[derive(Clone, Debug, Default)]
-pub(super) struct Cached {
-    expected: Vec<u32>,
-    touched: Vec<NodeKey>,
-    popular: usize,
-}
-
-impl Cached {
-    fn clear(&mut self, popular: usize) {
-        self.touched.drain(..).for_each(|node| self.expected[node.0 as usize] = 0);
-        self.popular = popular;
-    }
-
-    fn expect(&mut self, node: NodeKey, blocks: usize) {
-        let at = node.0 as usize;
-        if self.expected.len() <= at {
-            self.expected.resize(at + 1, 0);
-        }
-        if self.expected[at] == 0 {
-            self.touched.push(node);
-        }
-        self.expected[at] = blocks as u32;
-    }
-
-    fn of(&self, node: NodeKey, matches: &Matches) -> usize {
-        let expected = self.expected.get(node.0 as usize).copied().unwrap_or(0) as usize;
-        matches.of(node).blocks.max(expected).max(self.popular)
-    }
-}
-
-/// One side of a pair: a node, how it would do its part, and what that costs.
-#[derive(Clone, Copy, Debug)]
-struct Side {
-    key: NodeKey,
-    cost: Cost,
-    work: Prefill,
-    cached: usize,
-}
-
-/// The best few of many.
-struct Best {
-    sides: [Option<Side>; FINALISTS],
-}
-
-impl Best {
-    fn new() -> Self {
-        Self { sides: [None; FINALISTS] }
-    }
-
-    fn offer(&mut self, side: Side) {
-        let total = side.cost.total();
-        let worse = |other: &Option<Side>| other.is_none_or(|other| total < other.cost.total());
-        if let Some(at) = self.sides.iter().position(worse) {
-            self.sides[at..].rotate_right(1);
-            self.sides[at] = Some(side);
-        }
-    }
-
-    fn first(&self) -> Option<Side> {
-        self.sides[0]
-    }
-
-    fn all(&self) -> impl Iterator<Item = Side> {
-        self.sides.iter().flatten().copied()
-    }
+/// A request, and what all nodes are compared by.
+struct Asked<'a> {
+    job: &'a Job,
+    pool: &'a Pool,
+    /// Who has most of the prompt, and its tokens.
+    source: Option<(NodeKey, usize)>,
+    now: f64,
 }
 
 impl Placement {
@@ -168,40 +107,16 @@ impl Placement {
     /// The cheapest placement on nodes of the shortlist.
     fn cheapest(&self, job: &Job, now: f64) -> Option<Choice> {
         let pool = self.pools.get(&job.root)?;
-        let source = if self.options.pulls { self.source(job, pool, now) } else { None };
-        let (mut senders, mut receivers, mut locals) = (Best::new(), Best::new(), Best::new());
-        let scarcity = pool.scarcity(now);
-        for key in self.shortlist.of(&pool.prefill) {
-            if let Some((mut candidate, node)) = self.candidate(key, job, pool, now) {
-                let (work, _) = self.queued(job, node, key, &mut candidate, source, pool, now);
-                let cost = cost::computing(&candidate, &work, scarcity);
-                senders.offer(Side { key, cost, work, cached: candidate.cached });
-            }
-        }
-        let any_fits = self.shortlist.of(&pool.decode).any(|key| {
-            self.candidate(key, job, pool, now).is_some_and(|(c, _)| c.room >= job.demand.blocks)
-        });
-        for key in self.shortlist.of(&pool.decode) {
-            let Some((mut candidate, node)) = self.candidate(key, job, pool, now) else { continue };
-            if any_fits && candidate.room < job.demand.blocks {
-                continue;
-            }
-            let cached = candidate.cached;
-            // The link is counted with the pair.
-            let cost = cost::receiving(&job.demand, &candidate, 0.0);
-            let none = Prefill::default();
-            receivers.offer(Side { key, cost, work: none, cached });
-            let (mut work, _) = self.queued(job, node, key, &mut candidate, source, pool, now);
-            let cost = cost::local(&job.demand, &candidate, &mut work);
-            locals.offer(Side { key, cost, work, cached });
-        }
+        let source = if self.options.pulls { self.source(job) } else { None };
+        let asked = Asked { job, pool, source, now };
+        let (receivers, locals) = self.decoding(&asked);
         let local = locals.first()?;
-        let remote = self.cheapest_pair(&job.demand, pool, &senders, &receivers, now);
+        let remote = self.cheapest_pair(&asked, &self.computing(&asked), &receivers);
         let never = self.options.local_prefill == LocalPrefill::Never;
         let choice = |side: Side, prefill, decode, cost, other| Choice {
             prefill,
             decode,
-            pull: source.filter(|_| side.work.pulls).map(|(key, source)| (key, source.tokens)),
+            pull: source.filter(|_| side.work.pulls),
             cached: side.cached,
             work: side.work,
             cost,
@@ -218,6 +133,39 @@ impl Placement {
         })
     }
 
+    /// The best prefill nodes.
+    fn computing(&self, asked: &Asked<'_>) -> Best {
+        let mut best = Best::default();
+        let scarcity = asked.pool.scarcity(asked.now);
+        for key in self.shortlist.of(&asked.pool.prefill) {
+            let Some((mut candidate, node)) = self.candidate(key, asked) else { continue };
+            let work = self.queued(asked, node, key, &mut candidate);
+            let cost = cost::computing(&candidate, &work, scarcity);
+            best.offer(Side { key, cost, work, cached: candidate.cached });
+        }
+        best
+    }
+
+    /// The best decode nodes, to receive the prompt's KV and to compute the prompt themselves; those
+    /// with room for it, if there are any.
+    fn decoding(&self, asked: &Asked<'_>) -> (Best, Best) {
+        let [mut roomy, mut full] = <[(Best, Best); 2]>::default();
+        let demand = &asked.job.demand;
+        for key in self.shortlist.of(&asked.pool.decode) {
+            let Some((mut candidate, node)) = self.candidate(key, asked) else { continue };
+            let fits = candidate.room >= demand.blocks;
+            let (receivers, locals) = if fits { &mut roomy } else { &mut full };
+            let cached = candidate.cached;
+            // The link is counted with the pair.
+            let cost = cost::receiving(demand, &candidate, 0.0);
+            receivers.offer(Side { key, cost, work: Prefill::default(), cached });
+            let mut work = self.queued(asked, node, key, &mut candidate);
+            let cost = cost::local(demand, &candidate, &mut work);
+            locals.offer(Side { key, cost, work, cached });
+        }
+        if roomy.0.first().is_some() { roomy } else { full }
+    }
+
     /// Finds out what the nodes have of the request's blocks.
     fn look_up(&mut self, job: &Job) {
         self.index.longest_beyond(&job.chain, job.popular, &mut self.matches);
@@ -229,76 +177,61 @@ impl Placement {
         self.expected
             .longest(&job.chain, size, skipped, |node, blocks| cached.expect(node, blocks));
         let held = self.matches.iter().map(|(key, _)| key);
-        let expected = self.cached.touched.iter().copied();
+        let expected = self.cached.expecting();
         let expected = expected.filter(|&key| self.matches.of(key).blocks == 0);
         let all = held.chain(expected).map(|key| (key, self.cached.of(key, &self.matches)));
         self.shortlist.begin(all, job.popular);
     }
 
-    /// Whoever really holds most of the request's blocks, in device memory.
-    fn source(&self, job: &Job, pool: &Pool, now: f64) -> Option<(NodeKey, Source)> {
+    /// Whoever really holds most of the request's blocks, in device memory, and their tokens.
+    fn source(&self, job: &Job) -> Option<(NodeKey, usize)> {
         let holders = self.matches.iter().filter_map(|(key, held)| {
             // What every node has or will have is fetched from nobody.
             if held.device_blocks <= job.popular {
                 return None;
             }
             let node = self.node(key).filter(|node| node.root == job.root)?;
-            Some((held.device_blocks, node.serving, key))
+            Some((held.device_blocks, std::cmp::Reverse((node.serving, key)), node.block_tokens))
         });
-        let (blocks, serving, key) = holders
-            .max_by_key(|&(blocks, serving, key)| (blocks, std::cmp::Reverse((serving, key))))?;
-        let node = self.node(key)?;
-        let ms_per_byte = pool.pulls.ms_per_byte(key, key, now) * (1.0 + f64::from(serving));
-        let token_ms = ms_per_byte * job.demand.token_bytes;
+        let (blocks, std::cmp::Reverse((_, key)), block_tokens) = holders.max()?;
         let most = job.demand.tokens.saturating_sub(1);
-        let tokens = (blocks * node.block_tokens).min(most);
-        (blocks > 0).then_some((key, Source { tokens, token_ms }))
+        Some((key, (blocks * block_tokens).min(most)))
     }
 
     /// A node in numbers, if it may take the request.
-    fn candidate(
-        &self,
-        key: NodeKey,
-        job: &Job,
-        pool: &Pool,
-        now: f64,
-    ) -> Option<(Candidate, &Node)> {
-        let node = self.node(key)?;
+    fn candidate(&self, key: NodeKey, asked: &Asked<'_>) -> Option<(Candidate, &Node)> {
+        let (node, job) = (self.node(key)?, asked.job);
         let avoided =
             || job.avoid.iter().any(|avoid| avoid.epoch == node.epoch && avoid.node == node.id);
         // A node with less room would end the output earlier than the others.
-        if node.max_model_len < job.longest || !node.breaker.admits(now) || avoided() {
+        if node.max_model_len < job.longest || !node.breaker.admits(asked.now) || avoided() {
             return None;
         }
         let blocks = self.cached.of(key, &self.matches);
         let cached = (blocks * node.block_tokens).min(job.demand.tokens.saturating_sub(1));
-        Some((node.candidate(cached, &pool.typical[node.role as usize], now), node))
+        let typical = &asked.pool.typical[node.role as usize];
+        Some((node.candidate(cached, typical, asked.now), node))
     }
 
     /// How a node would compute the prompt, with the place in its queue added to the candidate.
-    #[expect(clippy::too_many_arguments, reason = "all that decides what a node would do")]
     fn queued(
         &self,
-        job: &Job,
+        asked: &Asked<'_>,
         node: &Node,
         key: NodeKey,
         candidate: &mut Candidate,
-        source: Option<(NodeKey, Source)>,
-        pool: &Pool,
-        now: f64,
-    ) -> (Prefill, Place) {
-        let source = source.filter(|(from, _)| *from != key).map(|(from, source)| Source {
-            token_ms: pool.pulls.ms_per_byte(from, key, now)
-                * (1.0 + f64::from(self.node(from).map_or(0, |node| node.serving)))
-                * job.demand.token_bytes,
-            ..source
+    ) -> Prefill {
+        let Asked { job, pool, source, now } = *asked;
+        let source = source.filter(|&(from, _)| from != key).map(|(from, tokens)| {
+            let serving = self.node(from).map_or(0, |node| node.serving);
+            let ms_per_byte = pool.pulls.ms_per_byte(from, key, now) * (1.0 + f64::from(serving));
+            Source { tokens, token_ms: ms_per_byte * job.demand.token_bytes }
         });
         let work = cost::prefill(&job.demand, candidate, source);
         if node.queue.is_empty() || job.turn == Some(key) {
-            return (work, Place::default());
+            return work;
         }
-        let entry = job.entry(work.ms);
-        let place = node.queue.place(&entry, now + candidate.queue_ms);
+        let place = node.queue.place(&job.entry(work.ms), now + candidate.queue_ms);
         candidate.queue_ms += place.ahead_ms;
         candidate.behind = place.behind;
         if place.slack_ms < work.ms {
@@ -306,26 +239,24 @@ impl Placement {
             candidate.behind += 1;
             candidate.late = true;
         }
-        (work, place)
+        work
     }
 
     fn cheapest_pair(
         &self,
-        demand: &Demand,
-        pool: &Pool,
+        asked: &Asked<'_>,
         senders: &Best,
         receivers: &Best,
-        now: f64,
     ) -> Option<(Side, Side, Cost)> {
+        let Demand { tokens, token_bytes, .. } = asked.job.demand;
         let mut best: Option<(Side, Side, Cost)> = None;
         for p in senders.all() {
             for d in receivers.all() {
                 let incoming = self.node(d.key).map_or(0, |node| node.incoming);
-                let missing = demand.tokens.saturating_sub(d.cached) as f64 * demand.token_bytes;
-                let link =
-                    pool.handover.ms_per_byte(p.key, d.key, now) * (1.0 + f64::from(incoming));
+                let missing = tokens.saturating_sub(d.cached) as f64 * token_bytes;
+                let link = asked.pool.handover.ms_per_byte(p.key, d.key, asked.now);
                 let mut cost = p.cost.and(&d.cost);
-                cost.transfer += missing * link;
+                cost.transfer += missing * link * (1.0 + f64::from(incoming));
                 if best.is_none_or(|(.., other)| cost.total() < other.total()) {
                     best = Some((p, d, cost));
                 }

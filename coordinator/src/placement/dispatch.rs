@@ -1,4 +1,4 @@
-//! Requests go to nodes when their turn comes, and what the nodes say of them is kept account of.
+//! Requests go to nodes when their turn comes.
 
 use std::time::Instant;
 
@@ -191,12 +191,12 @@ impl Placement {
         let decode = named(choice.decode);
         let percent = 100 * choice.cached / job.demand.tokens.max(1);
         let on = &prefill.unwrap_or(decode).id;
-        let kind = if prefill.is_some() { "remote" } else { "local" };
+        let kinds = ["remote", "local"];
+        let [kind, other_kind] = if prefill.is_some() { kinds } else { [kinds[1], kinds[0]] };
         let total = choice.cost.total();
-        let other = match (prefill, choice.other) {
-            (None, None) => "no prefill node is free".to_owned(),
-            (None, Some(other)) => format!("remote would be {other:.1} ms"),
-            (Some(_), other) => format!("local would be {:.1} ms", other.unwrap_or(f64::NAN)),
+        let other = match choice.other {
+            None => "no prefill node is free".to_owned(),
+            Some(other) => format!("{other_kind} would be {other:.1} ms"),
         };
         let reason = format!("{kind}: {total:.1} ms, {percent}% cached on {on}; {other}");
         Placed {

@@ -18,6 +18,8 @@ const MOST_MS: f64 = 1e8;
 /// long, or as short.
 const SETTLED: u32 = 32;
 const MOST_SURPRISE: f64 = 8.0;
+/// From so many observations on, what was learnt is more than a guess.
+const LEAST_OBSERVATIONS: u32 = 3;
 
 /// A duration that is linear in three known quantities.
 #[derive(Clone, Debug)]
@@ -39,18 +41,16 @@ impl Fit {
         Self { prior, factors: [1.0; 3], covariance, observations: 0 }
     }
 
-    /// What a node starts from that is like the ones observed here.
-    #[must_use]
-    pub fn like(&self) -> Self {
-        // A coefficient that was found to be 0 could never grow again.
-        let coefficients = self.coefficients();
-        Self::new([0, 1, 2].map(|at| coefficients[at].max(0.01 * self.prior[at])))
-    }
-
     /// Observations so far.
     #[must_use]
     pub fn observations(&self) -> u32 {
         self.observations
+    }
+
+    /// Whether it is worth more than a guess.
+    #[must_use]
+    pub fn is_known(&self) -> bool {
+        self.observations >= LEAST_OBSERVATIONS
     }
 
     /// The three coefficients, none negative.

@@ -21,7 +21,9 @@ use crate::peers::Own;
 use crate::requests::Placed;
 
 mod account;
+mod best;
 mod breaker;
+mod cached;
 mod choose;
 pub mod cost;
 mod dispatch;
@@ -46,16 +48,7 @@ pub use load::REPORT_LAG;
 pub use queue::Class;
 pub use tenants::TenantId;
 
-/// Whose a request is, and how urgent.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Standing {
-    /// How urgent.
-    pub class: Class,
-    /// Whose.
-    pub tenant: TenantId,
-}
-
-use choose::Cached;
+use cached::Cached;
 use expected::Expected;
 use job::{Job, Sent};
 use node::Node;
@@ -81,6 +74,15 @@ const LEAST_GAIN_MS: f64 = 5.0;
 const STALE_MS: f64 = 2000.0;
 /// How often a request may be moved.
 const MOST_MOVES: u8 = 16;
+
+/// Whose a request is, and how urgent.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Standing {
+    /// How urgent.
+    pub class: Class,
+    /// Whose.
+    pub tenant: TenantId,
+}
 
 /// What an operator may choose.
 #[derive(Clone, Copy, Debug)]

@@ -15,9 +15,7 @@ use super::queue::Queue;
 /// per pair of tokens. Attention doubles a token's cost after 16,384 others.
 pub(super) const PREFILL_PRIOR: [f64; 3] = [1.0, 0.5, 0.5 / (2.0 * 16384.0)];
 /// Coefficients of a decode step: its floor, per sequence, and per token of KV.
-pub(super) const STEP_PRIOR: [f64; 3] = [10.0, 0.2, 2e-5];
-/// A node's own measurements count from so many of them on.
-const LEAST_OBSERVATIONS: u32 = 3;
+const STEP_PRIOR: [f64; 3] = [10.0, 0.2, 2e-5];
 
 /// See the module's description.
 #[derive(Clone, Debug)]
@@ -107,22 +105,20 @@ impl Node {
         Peer { node, epoch: self.epoch, kv_address }
     }
 
-    /// The node in numbers, for a request of which it has `cached` tokens. `typical`: speeds of
-    /// nodes that serve the same model.
-    pub(super) fn candidate(&self, cached: usize, typical: &Typical, now: f64) -> Candidate {
-        let measured = |own: &Fit, typical: &Fit| {
-            let known = own.observations() >= LEAST_OBSERVATIONS || typical.observations() == 0;
-            if known { own.coefficients() } else { typical.coefficients() }
-        };
+    /// The node in numbers, for a request of which it has `cached` tokens. `typical`: prefills of
+    /// nodes in its role that serve the same model.
+    pub(super) fn candidate(&self, cached: usize, typical: &Fit, now: f64) -> Candidate {
+        let measured = self.prefill.is_known() || typical.observations() == 0;
+        let prefill = if measured { &self.prefill } else { typical };
         let kv_tokens = self.load.kv_blocks() as f64 * self.block_tokens as f64;
         Candidate {
-            typical: typical.prefill.coefficients(),
+            typical: typical.coefficients(),
             cached,
             queue_ms: self.queue_ms(now),
             behind: 0,
             late: false,
-            prefill: measured(&self.prefill, &typical.prefill),
-            step: measured(&self.step, &typical.step),
+            prefill: prefill.coefficients(),
+            step: self.step.coefficients(),
             taken_ms: self.taken_ms(now),
             sequences: f64::from(self.load.sequences().saturating_add(self.shared.sequences)),
             kv_tokens,
@@ -131,25 +127,5 @@ impl Node {
             price: self.price,
             caution: self.breaker.caution(now),
         }
-    }
-}
-
-/// Speeds over all nodes of a model.
-#[derive(Clone, Debug)]
-pub(super) struct Typical {
-    pub(super) prefill: Fit,
-    pub(super) step: Fit,
-}
-
-impl Typical {
-    /// Whether it was measured at all. Nothing is refused on a guess.
-    pub(super) fn is_known(&self) -> bool {
-        self.prefill.observations() >= LEAST_OBSERVATIONS
-    }
-}
-
-impl Default for Typical {
-    fn default() -> Self {
-        Self { prefill: Fit::new(PREFILL_PRIOR), step: Fit::new(STEP_PRIOR) }
     }
 }

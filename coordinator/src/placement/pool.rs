@@ -1,7 +1,8 @@
 //! What the nodes of one model have in common.
 
+use super::fit::Fit;
 use super::links::Links;
-use super::node::Typical;
+use super::node::PREFILL_PRIOR;
 use super::popular::Popular;
 use crate::index::NodeKey;
 
@@ -19,13 +20,14 @@ const NOVELTY: f64 = 0.02;
 const PULL_MS_PER_BYTE: f64 = 1e-7;
 /// The same of a handover, most of which is hidden by computing.
 const HANDOVER_MS_PER_BYTE: f64 = 2e-8;
+
 /// See the module's description. Times are milliseconds of the caller's clock.
 #[derive(Clone, Debug)]
 pub(super) struct Pool {
     pub(super) prefill: Vec<NodeKey>,
     pub(super) decode: Vec<NodeKey>,
-    /// Of prefill nodes, and of decode nodes, which compute prompts between their steps.
-    pub(super) typical: [Typical; 2],
+    /// Prefills on all prefill nodes, and on all decode nodes, which compute prompts between steps.
+    pub(super) typical: [Fit; 2],
     pub(super) popular: Popular,
     pub(super) output: f64,
     /// Prefill time placed lately, older work counting less.
@@ -44,7 +46,7 @@ impl Default for Pool {
         Self {
             prefill: Vec::new(),
             decode: Vec::new(),
-            typical: Default::default(),
+            typical: std::array::from_fn(|_| Fit::new(PREFILL_PRIOR)),
             popular: Popular::default(),
             output: FIRST_OUTPUT,
             offered_ms: 0.0,

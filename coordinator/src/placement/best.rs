@@ -1,0 +1,44 @@
+//! The cheapest few of the nodes that could do one side of a placement.
+
+use super::cost::{Cost, Prefill};
+use crate::index::NodeKey;
+
+/// How many of the best of each side are paired, as links differ.
+const FINALISTS: usize = 4;
+
+/// One side of a pair: a node, how it would do its part, and what that costs.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Side {
+    pub(super) key: NodeKey,
+    pub(super) cost: Cost,
+    pub(super) work: Prefill,
+    pub(super) cached: usize,
+}
+
+/// The best few of many.
+#[derive(Default)]
+pub(super) struct Best {
+    sides: [Option<Side>; FINALISTS],
+}
+
+impl Best {
+    /// One more of the many.
+    pub(super) fn offer(&mut self, side: Side) {
+        let total = side.cost.total();
+        let worse = |other: &Option<Side>| other.is_none_or(|other| total < other.cost.total());
+        if let Some(at) = self.sides.iter().position(worse) {
+            self.sides[at..].rotate_right(1);
+            self.sides[at] = Some(side);
+        }
+    }
+
+    /// The best one.
+    pub(super) fn first(&self) -> Option<Side> {
+        self.sides[0]
+    }
+
+    /// The best first.
+    pub(super) fn all(&self) -> impl Iterator<Item = Side> {
+        self.sides.iter().flatten().copied()
+    }
+}
