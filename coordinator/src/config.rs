@@ -69,6 +69,10 @@ pub struct Settings {
     /// there is no prefill node. Default: auto.
     #[arg(long, env = "BATON_LOCAL_PREFILL", value_name = "WHEN")]
     pub local_prefill: Option<LocalPrefill>,
+    /// Refuses a request at once if its first token would take more seconds than this, once speeds are
+    /// known. Default: no limit but the request's own deadline.
+    #[arg(long, env = "BATON_MAX_WAIT_S", value_name = "SECONDS")]
+    pub max_wait_s: Option<f64>,
     /// Makes decode nodes prefill nodes, and the other way round, as load shifts. Set it on all
     /// coordinators of the same nodes or on none. Default: false.
     #[arg(long, env = "BATON_AUTO_ROLES", num_args = 0..=1, default_missing_value = "true")]
@@ -197,6 +201,7 @@ impl Settings {
             max_held_tokens: self.max_held_tokens.or(other.max_held_tokens),
             index_blocks: self.index_blocks.or(other.index_blocks),
             local_prefill: self.local_prefill.or(other.local_prefill),
+            max_wait_s: self.max_wait_s.or(other.max_wait_s),
             auto_roles: self.auto_roles.or(other.auto_roles),
             drain_timeout_s: self.drain_timeout_s.or(other.drain_timeout_s),
             log: self.log.or(other.log),
@@ -249,7 +254,9 @@ impl TryFrom<Settings> for Config {
         };
         let index_blocks = above_0("index_blocks", settings.index_blocks.unwrap_or(4 << 20))?;
         let local_prefill = settings.local_prefill.unwrap_or_default();
-        let placement = placement::Options { local_prefill, ..placement::Options::default() };
+        let most_wait = settings.max_wait_s.map(most_wait).transpose()?;
+        let placement =
+            placement::Options { local_prefill, most_wait, ..placement::Options::default() };
         let log_json = match settings.log_format.as_deref() {
             None | Some("text") => false,
             Some("json") => true,
@@ -273,6 +280,12 @@ impl TryFrom<Settings> for Config {
             log_json,
         })
     }
+}
+
+fn most_wait(seconds: f64) -> Result<Duration, ConfigError> {
+    let wait = Duration::try_from_secs_f64(seconds).ok().filter(|wait| !wait.is_zero());
+    let problem = format!("is {seconds}; it must be above 0");
+    wait.ok_or(ConfigError::Value { key: "max_wait_s", problem })
 }
 
 fn aliases(
@@ -356,11 +369,15 @@ mod tests {
     #[test]
     fn every_key_is_a_flag_and_a_file_key() {
         let line = CommandLine::parse_from(["x", "--grpc", "127.0.0.1:0", "--model", "/m/a"]);
-        let file: Settings =
-            parse_toml("grpc = '127.0.0.1:9'\nidentity = '/i'", Path::new("c.toml")).unwrap();
+        let file: Settings = parse_toml(
+            "grpc = '127.0.0.1:9'\nidentity = '/i'\nmax_wait_s = 1.5",
+            Path::new("c.toml"),
+        )
+        .unwrap();
         let config: Config = line.settings.over(file).try_into().unwrap();
         assert_eq!(config.grpc.port(), 0, "flags win");
         assert_eq!(config.models, [("a".to_owned(), PathBuf::from("/m/a"))]);
+        assert_eq!(config.options.placement.most_wait, Some(Duration::from_millis(1500)));
     }
 
     fn aliased(alias: &str) -> Result<Config, ConfigError> {
@@ -396,6 +413,7 @@ mod tests {
             ("model = ['/m/a', '/n/a']", "model_name names \"a\" twice"),
             ("model = ['/m']\nmodel_name = []", "model_name has 0 names for 1 models"),
             ("model = ['/m']\nmax_requests = 0", "max_requests must be above 0"),
+            ("model = ['/m']\nmax_wait_s = -1", "max_wait_s is -1; it must be above 0"),
             (
                 "model = ['/m']\nidentity = '/i'\npeers = ['10.0.0.1']",
                 "peers has \"10.0.0.1\", which is not HOST:PORT",

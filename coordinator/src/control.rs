@@ -281,6 +281,7 @@ impl Control {
             reason: reason.to_owned(),
             models,
             requests_active: self.requests.len(),
+            requests_waiting: self.placement.waiting(),
             prefill_nodes: cluster.count(Role::Prefill),
             decode_nodes,
             peers: self.shares.peers().map(ToString::to_string).collect(),

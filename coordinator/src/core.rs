@@ -222,6 +222,8 @@ pub struct StatusView {
     pub models: Vec<String>,
     /// Requests running.
     pub requests_active: usize,
+    /// Of these, requests that wait here for their turn on a node.
+    pub requests_waiting: usize,
     /// Joined prefill nodes.
     pub prefill_nodes: usize,
     /// Joined decode nodes.

@@ -59,6 +59,7 @@ pub(crate) fn refused(error: &SubmitError) {
 /// What is there now.
 pub(crate) fn gauges(status: &StatusView, index_blocks: u64) {
     gauge!("baton_requests_active").set(status.requests_active as f64);
+    gauge!("baton_requests_waiting").set(status.requests_waiting as f64);
     gauge!("baton_nodes", "role" => "prefill").set(status.prefill_nodes as f64);
     gauge!("baton_nodes", "role" => "decode").set(status.decode_nodes as f64);
     gauge!("baton_peers").set(status.peers.len() as f64);
