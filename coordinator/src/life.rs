@@ -157,6 +157,16 @@ pub(crate) fn release(request: &mut Request, cx: &mut Context<'_>) {
     }
 }
 
+/// The attempt's pull brings nothing any more: who waits for it need not.
+pub(crate) fn pull_failed(request: &mut Request, cx: &mut Context<'_>) {
+    let id = request.transfer().pull();
+    let Some(attempt) = request.on_nodes() else { return };
+    if attempt.pull.take().is_some() && attempt.computing().open {
+        let to = attempt.computing().node.clone();
+        cx.out.push(Action::Send { to, command: Command::Cancel(id) });
+    }
+}
+
 fn close_leg(request: &mut Request, node: &NodeRef, cx: &mut Context<'_>) {
     let id = request.transfer();
     if let Some(leg) = request.on_nodes().and_then(|attempt| attempt.leg(node)) {
@@ -192,11 +202,7 @@ fn again(
 }
 
 /// The request has no nodes for now.
-pub(crate) fn wait(request: &mut Request, now: Instant) {
-    pause(request, now);
-}
-
-fn pause(request: &mut Request, now: Instant) {
+pub(crate) fn pause(request: &mut Request, now: Instant) {
     let pause = FIRST_PAUSE * 2_u32.saturating_pow(request.pauses.min(16));
     request.pauses += 1;
     request.idle_since.get_or_insert(now);
@@ -348,6 +354,7 @@ pub(crate) fn node_failed(
         Retry::SameNode => again(request, Some(from), reason, false, cx),
         Retry::OtherNode => {
             if !may_repeat {
+                // The retries that all requests share are used up: this failure is its last one.
                 request.fruitless = MAX_FRUITLESS_ATTEMPTS;
             }
             again(request, Some(from), reason, true, cx)
@@ -356,6 +363,12 @@ pub(crate) fn node_failed(
 }
 
 pub(crate) fn node_gone(request: &mut Request, node: &NodeRef, cx: &mut Context<'_>) -> Flow {
+    if request.pulls_from(node) {
+        pull_failed(request, cx);
+    }
+    if request.on_nodes().is_none_or(|attempt| attempt.leg(node).is_none()) {
+        return Flow::Go;
+    }
     close_leg(request, node, cx);
     if spares(request, node) {
         return done_if_finishing(request, cx);

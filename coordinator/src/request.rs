@@ -110,9 +110,13 @@ impl Attempt {
         }
     }
 
-    /// The node that computes the prompt.
+    /// The part of the node that computes the prompt.
+    pub(crate) fn computing(&self) -> &Leg {
+        self.prefill.as_ref().unwrap_or(&self.decode)
+    }
+
     pub(crate) fn computes(&self, node: &NodeRef) -> bool {
-        self.prefill.as_ref().map_or(&self.decode, |leg| leg).node == *node
+        self.computing().node == *node
     }
 
     pub(crate) fn is_prefill(&self, node: &NodeRef) -> bool {
@@ -305,6 +309,11 @@ impl Request {
             self.cached_tokens = Some(cached_tokens.min(self.prompt_tokens as u32));
             self.timings.queue = self.held + queued;
         }
+    }
+
+    /// Whether the attempt on nodes now fetches a prefix from this one.
+    pub(crate) fn pulls_from(&mut self, node: &NodeRef) -> bool {
+        self.on_nodes().is_some_and(|attempt| attempt.pull.as_ref() == Some(node))
     }
 
     /// The attempt's pull is over.

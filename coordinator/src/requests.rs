@@ -258,6 +258,14 @@ impl Requests {
                     life::transferred(r, from, (hidden, exposed, bytes), cx)
                 });
             }
+            NodeEvent::Failed { id, .. } if id.is_pull() => {
+                self.with(id.request, cx, |r, cx| {
+                    if r.transfer().pull() == id && r.pulls_from(from) {
+                        life::pull_failed(r, cx);
+                    }
+                    Flow::Go
+                });
+            }
             NodeEvent::Failed { id, reason, retry } => {
                 let may_repeat = self.retries >= 1.0;
                 let mut counts = false;
@@ -282,7 +290,9 @@ impl Requests {
 
     /// A life of a node is over, or its stream is.
     pub fn node_lost(&mut self, node: &NodeRef, cx: &mut Context<'_>) {
-        let on = |r: &mut Request| r.on_nodes().is_some_and(|a| a.leg(node).is_some());
+        let on = |r: &mut Request| {
+            r.pulls_from(node) || r.on_nodes().is_some_and(|a| a.leg(node).is_some())
+        };
         let hit: Vec<RequestId> =
             self.live.iter_mut().filter_map(|(&id, r)| on(r).then_some(id)).collect();
         for id in hit {
@@ -314,7 +324,7 @@ impl Requests {
     /// The node for which a request was held is gone.
     pub fn again(&mut self, id: RequestId, cx: &mut Context<'_>) {
         self.with(id, cx, |r, cx| {
-            life::wait(r, cx.now);
+            life::pause(r, cx.now);
             life::start_anywhere(r, cx);
             Flow::Go
         });

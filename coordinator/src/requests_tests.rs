@@ -10,6 +10,9 @@ use baton_proto::sampling::SamplingParams;
 use super::*;
 use crate::testing::{hello, node};
 
+#[path = "pull_tests.rs"]
+mod pulls;
+
 const REQUEST: RequestId = RequestId(7);
 
 /// Gives the nodes of a list; an empty one, `p` and `d` for ever.
@@ -22,6 +25,8 @@ struct Script {
     /// Every attempt is held, and this is what its turn brings.
     held: Option<Placed>,
     holds: bool,
+    /// From whom every attempt fetches a prefix.
+    source: Option<&'static str>,
     /// Requests that were answered.
     answers: usize,
 }
@@ -39,7 +44,8 @@ impl Placer for Script {
         self.open.extend(prefill.into_iter().chain([decode]).map(|name| (node(name), wanted.id)));
         let reason = "scripted".to_owned();
         let (prefill, decode) = (prefill.map(peer), peer(decode));
-        let placed = Placed { prefill, decode, pull: None, reason };
+        let pull = self.source.map(|name| (peer(name), 4));
+        let placed = Placed { prefill, decode, pull, reason };
         if self.holds {
             self.held = Some(placed);
             return Answer::Held;
@@ -163,6 +169,8 @@ impl World {
                 Command::Prefill { job, .. } => (to, "prefill", job.tokens),
                 Command::Decode { job, prefill: Some(_), .. } => (to, "reserve", job.tokens),
                 Command::Decode { job, prefill: None, .. } => (to, "decode", job.tokens),
+                Command::Serve { tokens, .. } => (to, "serve", tokens),
+                Command::Cancel(id) if id.is_pull() => (to, "cancel-pull", Vec::new()),
                 Command::Cancel(_) => (to, "cancel", Vec::new()),
                 Command::SendSnapshot => (to, "snapshot", Vec::new()),
                 other => panic!("unexpected {other:?}"),
