@@ -3,15 +3,13 @@
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
-use baton_kernels::Dtype;
-use baton_kernels::cpu::{KvLayout, KvStore};
-use baton_proto::geometry::{KvDtype, KvGeometry};
+use baton_proto::geometry::KvGeometry;
 use baton_proto::hash::ModelRoot;
 use baton_proto::ids::TransferId;
 use baton_proto::message::{BlockCounts, Report};
 
 use crate::events::{EngineEvent, FirstToken, Submission, SubmitError};
-use crate::forward::Forward;
+use crate::executor::Executor;
 use crate::inbox::Inbox;
 use crate::scheduler::{Limits, Scheduler};
 use crate::step::Device;
@@ -72,9 +70,9 @@ impl Engine {
     /// # Panics
     /// If the operating system has no memory for the KV cache, or no thread.
     #[must_use]
-    pub fn start(config: EngineConfig, model: Box<dyn Forward>, sink: Sink) -> Self {
-        let info = info(&config, &*model);
-        let store = Arc::new(kv_store(&info.geometry, info.kv_blocks));
+    pub fn start(config: EngineConfig, mut executor: Box<dyn Executor>, sink: Sink) -> Self {
+        let info = info(&config, &*executor);
+        let store = executor.allocate(info.geometry.block_tokens, info.kv_blocks);
         let limits = Limits {
             block_tokens: info.geometry.block_tokens as usize,
             kv_blocks: info.kv_blocks,
@@ -87,7 +85,7 @@ impl Engine {
         let free = BlockCounts { free: info.kv_blocks as u64, ..BlockCounts::default() };
         let report = Arc::new(Mutex::new(Report { blocks: free, ..Report::default() }));
         let scheduler = Scheduler::new(limits, info.root);
-        let device = Device::new(scheduler, model, store, inbox.clone(), report.clone(), sink);
+        let device = Device::new(scheduler, executor, store, inbox.clone(), report.clone(), sink);
         std::thread::Builder::new()
             .name("engine".to_owned())
             .spawn(move || device.run())
@@ -164,32 +162,16 @@ impl EngineInfo {
     }
 }
 
-fn info(config: &EngineConfig, model: &dyn Forward) -> EngineInfo {
+fn info(config: &EngineConfig, executor: &dyn Executor) -> EngineInfo {
     let block_tokens = u32::try_from(config.block_tokens.max(1)).unwrap_or(u32::MAX);
-    let geometry = model.geometry(block_tokens);
+    let geometry = executor.geometry(block_tokens);
     let kv_blocks = config.kv_blocks.max(1);
     let capacity = kv_blocks.saturating_mul(config.block_tokens.max(1));
     EngineInfo {
-        root: ModelRoot::new(&model.revision(), &geometry),
+        root: ModelRoot::new(&executor.revision(), &geometry),
         geometry,
-        vocab_size: model.vocab_size(),
-        max_model_len: model.max_model_len().min(capacity),
+        vocab_size: executor.vocab_size(),
+        max_model_len: executor.max_model_len().min(capacity),
         kv_blocks,
     }
-}
-
-fn kv_store(geometry: &KvGeometry, blocks: usize) -> KvStore {
-    let dtype = match geometry.dtype {
-        KvDtype::F32 => Dtype::F32,
-        KvDtype::Bf16 => Dtype::Bf16,
-        KvDtype::F16 => Dtype::F16,
-    };
-    let layout = KvLayout {
-        layers: geometry.layers as usize,
-        kv_heads: geometry.kv_heads as usize,
-        head_dim: geometry.head_dim as usize,
-        block_tokens: geometry.block_tokens as usize,
-        dtype,
-    };
-    KvStore::new(layout, blocks)
 }

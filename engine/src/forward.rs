@@ -1,5 +1,6 @@
-//! What a step of the scheduler asks of a model: [`Forward`], implemented by
-//! [`Model`](crate::model::Model) and by the fakes of the scheduler's tests.
+//! A forward pass on the calling thread: [`Forward`], implemented by
+//! [`Model`](crate::model::Model) and by the fakes of tests, and served through
+//! [`HostExecutor`](crate::HostExecutor).
 
 #![expect(
     unsafe_code,
@@ -36,7 +37,7 @@ pub struct Chunk<'a> {
     pub logits: Wanted,
 }
 
-/// One model on one set of devices, seen from the scheduler.
+/// A model in this process's memory.
 pub trait Forward: Send {
     /// Identifies configuration and weights: equal on all nodes that serve the same checkpoint.
     fn revision(&self) -> [u8; 32];

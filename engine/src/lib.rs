@@ -5,8 +5,10 @@ pub mod blocks;
 pub mod config;
 mod engine;
 mod events;
+mod executor;
 mod forward;
 pub mod generation;
+mod host;
 mod inbox;
 mod lease;
 pub mod model;
@@ -24,6 +26,10 @@ mod weights;
 pub use engine::{Engine, EngineConfig, EngineInfo, Sink};
 pub use events::{EngineEvent, FirstToken, Kind, Submission, SubmitError};
 
+pub use executor::{
+    AfterLayer, DeviceFailure, Executor, Input, PromptLogprobs, Sample, Step, StepChunk,
+};
 pub use forward::{Chunk, Forward, Wanted};
+pub use host::HostExecutor;
 pub use lease::{BlockLease, Piece};
 pub use rope::Rope;

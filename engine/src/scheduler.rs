@@ -1,7 +1,8 @@
 //! [`Scheduler`]: which tokens of which sequences the next step computes.
 //!
 //! A pure machine: it is told what happened and asked for the next [`Plan`]; the engine's thread
-//! computes the plan and tells the [`Outcome`]. `plan` and `complete` alternate.
+//! has the plan computed and tells the [`Outcome`]. Every plan that is not empty is completed (or
+//! abandoned), in order, and the next one may be asked for before that: then steps are *in flight*.
 //!
 //! - Decode first: a running sequence advances in every step. Then chunks of prompts, in order of
 //!   arrival, until the step's tokens are used up.
@@ -14,8 +15,17 @@
 //! - A held sequence keeps its place but is overtaken until it is released: nothing is reserved for
 //!   KV that is not about to come.
 //! - Serving and fetching a cached prefix ([`pull`]) are leases without a sequence.
+//!
+//! With a step in flight:
+//!
+//! - A sequence whose last token that step samples goes on with it, though nobody knows it yet. If
+//!   the sequence turns out to have ended, what later steps compute for it is dropped.
+//! - Blocks that the step may read or write are given to nobody else before it has ended
+//!   ([`Flight`]), whatever becomes of the sequence.
+//! - Nobody is preempted: if that is needed the plan is empty, until nothing is in flight.
+//! - A block is cached when the step that fills it has ended.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::time::{Duration, Instant};
 
 use baton_proto::hash::{BlockHash, ModelRoot};
@@ -106,6 +116,13 @@ struct Lease {
     ended: bool,
 }
 
+/// A step that was planned and has not ended.
+#[derive(Debug, Default)]
+struct Flight {
+    /// Blocks that their sequences have given back, and which the step may still read or write.
+    blocks: Vec<u32>,
+}
+
 /// The sequences of one engine and its blocks.
 #[derive(Debug)]
 pub struct Scheduler {
@@ -123,6 +140,8 @@ pub struct Scheduler {
     deadlines: BTreeSet<(Instant, u64)>,
     leases: HashMap<TransferId, Lease>,
     fetches: HashMap<TransferId, Fetch>,
+    /// Oldest first.
+    flights: VecDeque<Flight>,
     arrivals: u64,
     /// Most prompt tokens of one step.
     prefill_limit: usize,
@@ -147,6 +166,7 @@ impl Scheduler {
             deadlines: BTreeSet::new(),
             leases: HashMap::new(),
             fetches: HashMap::new(),
+            flights: VecDeque::new(),
             arrivals: 0,
             events: Vec::new(),
         }
@@ -219,6 +239,7 @@ impl Scheduler {
             return self.fail(number, reason, Retry::OtherNode);
         }
         sequence.computed = sequence.tokens.len();
+        sequence.planned = sequence.computed;
         self.cache_full_blocks(number);
         let Limits { block_tokens, max_model_len, .. } = self.limits;
         let sequence = self.sequences.get_mut(&number).expect("every number has a sequence");
@@ -284,10 +305,16 @@ impl Scheduler {
     /// The sequence of a planned chunk.
     ///
     /// # Panics
-    /// If the plan is not the current one.
+    /// If it is over.
     #[must_use]
     pub fn sequence(&self, chunk: &PlannedChunk) -> &Sequence {
         &self.sequences[&chunk.number]
+    }
+
+    /// Whether the sequence of a planned chunk is over.
+    #[must_use]
+    pub fn is_over(&self, chunk: &PlannedChunk) -> bool {
+        !self.sequences.contains_key(&chunk.number)
     }
 
     /// When the next sequence fails if nothing else happens.
@@ -326,9 +353,9 @@ impl Scheduler {
     /// Tokens of prompts that are to be computed here.
     #[must_use]
     pub fn queued_tokens(&self) -> usize {
-        let queued = |s: &&Sequence| s.kind != Kind::Import && !s.decoding();
+        let queued = |s: &&Sequence| s.kind != Kind::Import && s.computed < s.admitted_tokens;
         let waits = self.sequences.values().filter(queued);
-        waits.map(Sequence::remaining).sum()
+        waits.map(|s| s.admitted_tokens - s.computed).sum()
     }
 
     /// Blocks by state.
@@ -365,8 +392,21 @@ impl Scheduler {
         for queue in [&mut self.waiting, &mut self.held, &mut self.importing, &mut self.running] {
             queue.remove(&number);
         }
-        release_blocks(&mut self.cache, &mut sequence);
+        if sequence.in_flight() {
+            let flight = self.flights.back_mut().expect("what is in flight is in a flight");
+            flight.blocks.extend(sequence.blocks.drain(..).rev());
+        } else {
+            release_blocks(&mut self.cache, &mut sequence);
+        }
         sequence
+    }
+
+    /// The oldest step in flight has ended.
+    fn land(&mut self) {
+        let flight = self.flights.pop_front().expect("a step in flight ends once");
+        for block in flight.blocks {
+            self.cache.release(block, User::Sequence);
+        }
     }
 
     /// Caches the blocks of a sequence that have become full. Where the cache has an equal block
@@ -383,8 +423,11 @@ impl Scheduler {
                     self.cache.retain(cached, User::Transfer);
                     lease.blocks.push(cached);
                 }
-                self.cache.release(own, User::Sequence);
                 sequence.blocks[ordinal] = cached;
+                match self.flights.back_mut().filter(|_| sequence.in_flight()) {
+                    Some(flight) => flight.blocks.push(own),
+                    None => self.cache.release(own, User::Sequence),
+                }
             }
             sequence.cached_blocks = ordinal + 1;
         }
@@ -409,13 +452,17 @@ impl Scheduler {
                 Phase::Running => &self.running,
             };
             assert!(queue.contains(number), "the phase names the queue");
-            let blocks = sequence.tokens.len().div_ceil(self.limits.block_tokens);
+            assert!(sequence.computed <= sequence.planned && sequence.planned <= sequence.length());
+            let flies = sequence.in_flight() || sequence.pending > 0;
+            assert!(!flies || sequence.phase == Phase::Running && !self.flights.is_empty());
+            let blocks = sequence.length().div_ceil(self.limits.block_tokens);
             match sequence.phase {
                 Phase::Waiting => assert!(sequence.blocks.is_empty()),
                 _ => assert!((blocks - 1..=blocks).contains(&sequence.blocks.len())),
             }
         }
-        if self.sequences.is_empty() && self.fetches.is_empty() && self.leases.is_empty() {
+        let idle = self.flights.is_empty() && self.sequences.is_empty();
+        if idle && self.fetches.is_empty() && self.leases.is_empty() {
             let BlockCounts { active, leased, .. } = self.blocks();
             assert_eq!((active, leased), (0, 0), "nothing is left of ended sequences");
         }

@@ -38,6 +38,12 @@ pub struct Sequence {
     pub prompt_tokens: usize,
     /// Leading tokens whose KV is in `blocks`.
     pub computed: usize,
+    /// Leading tokens whose KV will be in `blocks` when every step in flight has ended.
+    pub planned: usize,
+    /// Tokens after `tokens` that steps in flight sample.
+    pub pending: usize,
+    /// Its place among the chunks of the last step that it was planned for.
+    pub chunk: usize,
     /// Length at the last admission, or while it waits: what counts as its prompt.
     pub admitted_tokens: usize,
     /// Its blocks in order.
@@ -75,6 +81,9 @@ impl Sequence {
             phase: Phase::Waiting,
             prompt_tokens: job.prompt_tokens,
             computed: 0,
+            planned: 0,
+            pending: 0,
+            chunk: 0,
             admitted_tokens: job.tokens.len(),
             blocks: Vec::new(),
             cached_blocks: 0,
@@ -91,16 +100,38 @@ impl Sequence {
         }
     }
 
-    /// Tokens whose KV is still to be computed.
+    /// Its length, with the tokens that are not known yet.
     #[must_use]
-    pub fn remaining(&self) -> usize {
-        self.tokens.len() - self.computed
+    pub fn length(&self) -> usize {
+        self.tokens.len() + self.pending
     }
 
-    /// It generates: every token that it was admitted with is computed.
+    /// Tokens whose KV no step was planned to compute.
+    #[must_use]
+    pub fn remaining(&self) -> usize {
+        self.length() - self.planned
+    }
+
+    /// It generates: every token that it was admitted with is computed, or in flight.
     #[must_use]
     pub fn decoding(&self) -> bool {
-        self.computed >= self.admitted_tokens
+        self.planned >= self.admitted_tokens
+    }
+
+    /// A step in flight reads or writes its blocks.
+    #[must_use]
+    pub fn in_flight(&self) -> bool {
+        self.planned > self.computed
+    }
+
+    /// It is known to end with a token that a step in flight samples, whichever that is.
+    #[must_use]
+    pub fn ends_in_flight(&self, max_model_len: usize) -> bool {
+        let output = self.output().len() + self.pending;
+        self.pending > 0
+            && (self.kind == Kind::Export
+                || output >= self.sampling.max_tokens as usize
+                || self.length() >= max_model_len)
     }
 
     /// As what it uses its blocks.

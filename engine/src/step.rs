@@ -1,7 +1,7 @@
 //! The engine's thread: takes the inbox, asks the scheduler, computes, tells the sink.
-#![expect(unsafe_code, reason = "lets the model write to blocks that the scheduler gave it")]
+#![expect(unsafe_code, reason = "lets the device write to blocks that the scheduler gave it")]
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::ops::{ControlFlow, Range};
 use std::panic::AssertUnwindSafe;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -13,19 +13,20 @@ use baton_proto::message::{Report, Retry};
 
 use crate::engine::Sink;
 use crate::events::{EngineEvent, Kind};
-use crate::forward::{Chunk, Forward, Wanted};
+use crate::executor::{DeviceFailure, Executor, Input, PromptLogprobs, Sample, Step, StepChunk};
 use crate::inbox::{Inbox, Inputs, Wait};
 use crate::lease::{BlockLease, Gate};
 use crate::pace::Pace;
-use crate::sampler::{Sampler, logprobs};
-use crate::scheduler::{Event, Outcome, Plan, PlannedChunk, Scheduler};
+use crate::scheduler::{Event, Plan, PlannedChunk, Scheduler};
+use crate::sequence::Sequence;
 
 /// All that the thread owns.
 pub(crate) struct Device {
     scheduler: Scheduler,
-    model: Box<dyn Forward>,
+    executor: Box<dyn Executor>,
+    /// Launched steps that are not finished, oldest first.
+    in_flight: VecDeque<InFlight>,
     store: Arc<KvStore>,
-    sampler: Sampler,
     pace: Pace,
     /// Of every lease that is out.
     gates: HashMap<TransferId, Arc<Gate>>,
@@ -35,9 +36,15 @@ pub(crate) struct Device {
     sink: Sink,
 }
 
+struct InFlight {
+    plan: Plan,
+    exported: Vec<Exported>,
+}
+
 /// A chunk of an export, whose blocks are told as they become complete.
 struct Exported {
-    id: TransferId,
+    /// Its place in the plan.
+    chunk: usize,
     gate: Arc<Gate>,
     blocks: Range<usize>,
 }
@@ -45,53 +52,66 @@ struct Exported {
 impl Device {
     pub(crate) fn new(
         scheduler: Scheduler,
-        model: Box<dyn Forward>,
+        executor: Box<dyn Executor>,
         store: Arc<KvStore>,
         inbox: Arc<Inbox>,
         report: Arc<Mutex<Report>>,
         sink: Sink,
     ) -> Self {
-        let sampler = Sampler::new(model.vocab_size());
-        let layers = model.geometry(1).layers as usize;
-        let (pace, gates) = (Pace::default(), HashMap::new());
-        Self { scheduler, model, store, sampler, pace, gates, layers, inbox, report, sink }
+        let layers = executor.geometry(1).layers as usize;
+        Self {
+            scheduler,
+            executor,
+            in_flight: VecDeque::new(),
+            store,
+            pace: Pace::default(),
+            gates: HashMap::new(),
+            layers,
+            inbox,
+            report,
+            sink,
+        }
     }
 
     /// Serves until nobody holds the engine any more.
     pub(crate) fn run(mut self) {
         // A panic is a defect of one node: its jobs have to go on elsewhere.
         let served = std::panic::catch_unwind(AssertUnwindSafe(|| self.serve()));
-        let reason = if served.is_ok() { "the engine has stopped" } else { "the engine failed" };
+        let reason = match served {
+            Ok(Ok(())) => "the engine has stopped".to_owned(),
+            Ok(Err(failure)) => failure.to_string(),
+            Err(_) => "the engine failed".to_owned(),
+        };
         for id in self.inbox.close() {
             if !self.scheduler.end_told(id) {
-                let reason = reason.to_owned();
+                let reason = reason.clone();
                 (self.sink)(EngineEvent::Failed { id, reason, retry: Retry::OtherNode });
             }
         }
     }
 
-    fn serve(&mut self) {
+    fn serve(&mut self) -> Result<(), DeviceFailure> {
         let mut wait = Wait::No;
         loop {
             let inputs = self.inbox.take(wait);
             if inputs.stop {
-                return;
+                return Ok(());
             }
             let (snapshot, returned) = self.apply(inputs);
             let limit = self.pace.prefill_limit(self.scheduler.decodes());
             self.scheduler.set_prefill_limit(limit);
             let plan = self.scheduler.plan(Instant::now());
             self.tell(&returned, snapshot);
-            if plan.chunks.is_empty() {
-                wait = self.scheduler.next_deadline().map_or(Wait::Forever, Wait::Until);
-                continue;
-            }
-            // An abandoned step changed nothing, and its sequences are about to be cancelled.
-            if let Some(outcome) = self.compute(&plan) {
-                self.scheduler.complete(&plan, outcome);
-                self.tell(&[], false);
+            let launches = !plan.chunks.is_empty();
+            if launches {
+                self.launch(plan)?;
             }
             wait = Wait::No;
+            if !launches && self.in_flight.is_empty() {
+                wait = self.scheduler.next_deadline().map_or(Wait::Forever, Wait::Until);
+            } else if !launches || self.in_flight.len() >= self.executor.depth() {
+                self.finish()?;
+            }
         }
     }
 
@@ -197,107 +217,114 @@ impl Device {
         Some(BlockLease::new(id, store, (blocks, cached), gate, inbox))
     }
 
-    /// The results of a plan; none if all of its sequences were cancelled meanwhile.
-    fn compute(&mut self, plan: &Plan) -> Option<Outcome> {
-        let began = Instant::now();
-        let exported = self.exported(plan);
-        let (scheduler, sampler) = (&self.scheduler, &mut self.sampler);
-        let (sink, inbox) = (&self.sink, &self.inbox);
-        let chunks: Vec<Chunk<'_>> = plan.chunks.iter().map(|c| chunk(scheduler, c)).collect();
-        let mut after_layer = |layer: usize| {
-            for Exported { id, gate, blocks } in &exported {
-                gate.complete(layer, blocks.end);
-                sink(EngineEvent::KvReady { id: *id, layer, blocks: blocks.clone() });
-            }
-            match inbox.cancels(plan.chunks.iter().map(|chunk| chunk.id)) {
-                true => ControlFlow::Break(()),
-                false => ControlFlow::Continue(()),
-            }
-        };
-        let rows = wanted_rows(plan);
-        let mut outcome = Outcome {
-            sampled: vec![None; plan.chunks.len()],
-            prompt_logprobs: vec![Vec::new(); plan.chunks.len()],
-            ..Outcome::default()
-        };
-        let mut logits = |row: usize, values: &mut [f32]| {
-            let (index, position) = rows[row];
-            read_logits(scheduler, sampler, plan, (index, position), values, &mut outcome);
-        };
+    /// Begins to compute a plan.
+    fn launch(&mut self, plan: Plan) -> Result<(), DeviceFailure> {
+        let exported = self.exported(&plan);
+        let chunks = plan.chunks.iter().map(|chunk| step_chunk(&self.scheduler, chunk)).collect();
+        let step = Step { chunks, watched: !exported.is_empty() };
+        let mut after_layer =
+            layer_listener(&plan, &exported, &self.scheduler, &self.inbox, &self.sink);
         // SAFETY: the blocks that a chunk writes are its sequence's own: shared ones are full, and
-        // a sequence continues behind them. Leases write an import's blocks only until the gate is
-        // sealed, before its sequence runs; they read an export's only when they are complete.
-        let done =
-            unsafe { self.model.forward(&chunks, &self.store, &mut after_layer, &mut logits) };
-        if done.is_break() {
-            return None;
-        }
-        outcome.took = began.elapsed();
+        // a sequence continues behind them. The scheduler gives them to nobody else while the step
+        // is in flight. Leases write an import's blocks only until the gate is sealed, before its
+        // sequence runs; they read an export's only when they are complete.
+        unsafe { self.executor.launch(&step, &mut after_layer) }?;
+        drop(after_layer);
+        self.in_flight.push_back(InFlight { plan, exported });
+        Ok(())
+    }
+
+    /// Waits for the oldest step in flight, and handles its results.
+    fn finish(&mut self) -> Result<(), DeviceFailure> {
+        let Some(InFlight { plan, exported }) = self.in_flight.pop_front() else { return Ok(()) };
+        let mut after_layer =
+            layer_listener(&plan, &exported, &self.scheduler, &self.inbox, &self.sink);
+        let outcome = self.executor.finish(&mut after_layer)?;
+        drop(after_layer);
+        let Some(outcome) = outcome else {
+            // The step changed nothing, and its sequences are about to be cancelled.
+            self.scheduler.abandon(&plan);
+            return Ok(());
+        };
         let decode = plan.chunks.iter().filter(|chunk| chunk.decode).count();
         self.pace.observe(plan.prefill_tokens(), decode, outcome.took);
-        Some(outcome)
+        self.scheduler.complete(&plan, outcome);
+        self.tell(&[], false);
+        Ok(())
     }
 
     /// The blocks that become complete with this plan, the last and partial one with the last
     /// chunk.
     fn exported(&self, plan: &Plan) -> Vec<Exported> {
         let block_tokens = self.store.layout().block_tokens;
-        let exports = plan.chunks.iter().filter_map(|chunk| {
+        let exports = plan.chunks.iter().enumerate().filter_map(|(index, chunk)| {
             let export = self.scheduler.sequence(chunk).kind == Kind::Export;
             let gate = self.gates.get(&chunk.id).filter(|_| export)?.clone();
             let end = match chunk.samples {
                 true => chunk.end().div_ceil(block_tokens),
                 false => chunk.end() / block_tokens,
             };
-            Some(Exported { id: chunk.id, gate, blocks: chunk.start / block_tokens..end })
+            Some(Exported { chunk: index, gate, blocks: chunk.start / block_tokens..end })
         });
         exports.filter(|exported| !exported.blocks.is_empty()).collect()
     }
 }
 
-fn chunk<'a>(scheduler: &'a Scheduler, planned: &PlannedChunk) -> Chunk<'a> {
-    let sequence = scheduler.sequence(planned);
-    Chunk {
-        tokens: &sequence.tokens[planned.start..planned.end()],
-        start: planned.start,
-        blocks: &sequence.blocks,
-        logits: planned.logits,
-    }
-}
-
-/// Of every row with logits, which chunk it is of and which position.
-fn wanted_rows(plan: &Plan) -> Vec<(usize, usize)> {
-    let rows = |chunk: &PlannedChunk| match chunk.logits {
-        Wanted::None => 0..0,
-        Wanted::Last => chunk.end() - 1..chunk.end(),
-        Wanted::All => chunk.start..chunk.end(),
-    };
-    let chunks = plan.chunks.iter().enumerate();
-    chunks.flat_map(|(i, chunk)| rows(chunk).map(move |position| (i, position))).collect()
-}
-
-fn read_logits(
-    scheduler: &Scheduler,
-    sampler: &mut Sampler,
-    plan: &Plan,
-    (index, position): (usize, usize),
-    values: &[f32],
-    outcome: &mut Outcome,
-) {
-    let chunk = &plan.chunks[index];
-    let sequence = scheduler.sequence(chunk);
-    if let Some(before) = &sequence.prompt_logprobs {
-        let more = &mut outcome.prompt_logprobs[index];
-        // After a preemption the leading ones are here already.
-        let next = before.len() + more.len() + 1;
-        if position + 1 == next && next < sequence.prompt_tokens {
-            let top = sequence.sampling.prompt_logprobs.unwrap_or(0) as usize;
-            let token = sequence.tokens[next];
-            more.push((token, logprobs(values, token, top)));
+/// Tells who waits for the layers of a step, and breaks when nobody wants it any more.
+fn layer_listener<'a>(
+    plan: &'a Plan,
+    exported: &'a [Exported],
+    scheduler: &'a Scheduler,
+    inbox: &'a Inbox,
+    sink: &'a Sink,
+) -> impl FnMut(usize) -> ControlFlow<()> + 'a {
+    move |layer| {
+        for Exported { chunk, gate, blocks } in exported {
+            let chunk = &plan.chunks[*chunk];
+            if !scheduler.is_over(chunk) {
+                gate.complete(layer, blocks.end);
+                sink(EngineEvent::KvReady { id: chunk.id, layer, blocks: blocks.clone() });
+            }
+        }
+        match inbox.cancels(plan.chunks.iter().map(|chunk| chunk.id)) {
+            true => ControlFlow::Break(()),
+            false => ControlFlow::Continue(()),
         }
     }
-    if chunk.samples && position + 1 == chunk.end() {
-        let (params, output) = (&sequence.sampling, sequence.output());
-        outcome.sampled[index] = Some(sampler.sample(values, params, sequence.prompt(), output));
+}
+
+fn step_chunk<'a>(scheduler: &'a Scheduler, planned: &PlannedChunk) -> StepChunk<'a> {
+    let sequence = scheduler.sequence(planned);
+    let input = match planned.pending {
+        Some(chunk) => Input::Pending(chunk),
+        None => Input::Tokens(&sequence.tokens[planned.start..planned.end()]),
+    };
+    let sample = Sample {
+        params: &sequence.sampling,
+        prompt: sequence.prompt(),
+        output: sequence.output(),
+        pending: usize::from(planned.pending.is_some()),
+    };
+    StepChunk {
+        input,
+        start: planned.start,
+        blocks: &sequence.blocks,
+        prompt_logprobs: prompt_logprobs(sequence, planned),
+        sample: planned.samples.then_some(sample),
     }
+}
+
+/// The row of a position has the log-probabilities of the next one.
+fn prompt_logprobs<'a>(
+    sequence: &'a Sequence,
+    planned: &PlannedChunk,
+) -> Option<PromptLogprobs<'a>> {
+    let told = sequence.prompt_logprobs.as_ref()?.len();
+    // After a preemption the leading ones are here already; those before this chunk may be on
+    // their way.
+    let first_row = told.saturating_sub(planned.start);
+    let next = planned.start + first_row + 1;
+    let tokens = sequence.tokens.get(next..sequence.prompt_tokens.min(planned.end() + 1))?;
+    let top = sequence.sampling.prompt_logprobs.unwrap_or(0) as usize;
+    (!tokens.is_empty()).then_some(PromptLogprobs { first_row, tokens, top })
 }

@@ -3,12 +3,16 @@
 //! output.
 #![expect(unsafe_code, reason = "reads and writes the KV cache as a model does")]
 
+mod ahead;
+
 use std::ops::ControlFlow;
 
 use baton_kernels::cpu::KvStore;
 use baton_proto::geometry::{KvDtype, KvGeometry};
 
 use crate::forward::{Chunk, Forward, Wanted};
+
+pub use ahead::Ahead;
 
 const LAYERS: u32 = 3;
 const HEAD_DIM: u32 = 2;

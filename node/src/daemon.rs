@@ -4,8 +4,8 @@ use std::io::Write;
 use std::process::ExitCode;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use baton_engine::EngineConfig;
 use baton_engine::model::{LoadError, Model};
+use baton_engine::{EngineConfig, HostExecutor};
 use baton_identity::{Identity, Part};
 use baton_kvtransfer::{BindError, Endpoint, Timing};
 use baton_proto::ids::{NodeId, Role};
@@ -143,7 +143,7 @@ async fn start(config: Config, role: Role) -> Result<Node, StartError> {
         price: config.price,
         coordinators: config.coordinators,
     };
-    let node = Node::start(setup, Box::new(model));
+    let node = Node::start(setup, Box::new(HostExecutor::new(model)));
     if let Some(listener) = metrics {
         tokio::spawn(telemetry::serve_metrics(listener, node.reporter()));
     }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
-use baton_engine::{Engine, EngineConfig, EngineInfo, Forward};
+use baton_engine::{Engine, EngineConfig, EngineInfo, Executor};
 use baton_identity::Identity;
 use baton_kvtransfer::{Endpoint, TRANSPORTS};
 use baton_proto::ids::{Epoch, Role};
@@ -56,12 +56,12 @@ pub struct Node {
 }
 
 impl Node {
-    /// Starts a node that serves `model`. Must be called in a tokio runtime.
-    pub fn start(setup: Setup, model: Box<dyn Forward>) -> Self {
+    /// Starts a node that serves the model of `executor`. Must be called in a tokio runtime.
+    pub fn start(setup: Setup, executor: Box<dyn Executor>) -> Self {
         let (events, received) = mpsc::channel(MAX_EVENTS);
         let sink = EngineSink(events.clone());
         let sink = Box::new(move |event| sink.tell(Event::Engine(event)));
-        let engine = Engine::start(setup.engine.clone(), model, sink);
+        let engine = Engine::start(setup.engine.clone(), executor, sink);
         let hello = hello(&setup, &engine.info());
         let (news, reported) = watch::channel(News { role: hello.role, ..News::default() });
         let parts = (engine.clone(), setup.endpoint.clone(), hello.clone());

@@ -21,11 +21,13 @@ pub struct Outcome {
 }
 
 impl Scheduler {
-    /// The step of the last plan was computed with this outcome, one entry per chunk.
+    /// The step of the oldest plan in flight was computed with this outcome, one entry per chunk.
+    /// Those of sequences that are over are dropped.
     ///
     /// # Panics
-    /// If `outcome` is not one of `plan`, or `plan` is not the last one.
+    /// If `outcome` is not one of `plan`, or `plan` is not the oldest one in flight.
     pub fn complete(&mut self, plan: &Plan, outcome: Outcome) {
+        self.land();
         let mut tokens = Vec::with_capacity(plan.chunks.len());
         let mut over = Vec::new();
         let results = outcome.sampled.into_iter().zip(outcome.prompt_logprobs);
@@ -34,6 +36,9 @@ impl Scheduler {
         for (chunk, (sampled, prompt_logprobs)) in plan.chunks.iter().zip(results) {
             // Sequences share a step; what the others computed is not this one's time.
             let share = per_token.mul_f64(chunk.tokens as f64);
+            if self.is_over(chunk) {
+                continue;
+            }
             self.computed(chunk, prompt_logprobs, share);
             if chunk.samples {
                 let sampled = sampled.expect("a chunk that samples has a token");
@@ -50,6 +55,21 @@ impl Scheduler {
         }
         for number in over {
             self.end(number);
+        }
+    }
+
+    /// The step of the oldest plan in flight was not computed, since all of its jobs were
+    /// cancelled, of which the scheduler has to be told before it is asked for the next plan.
+    ///
+    /// # Panics
+    /// If there is no plan in flight.
+    pub fn abandon(&mut self, plan: &Plan) {
+        self.land();
+        for chunk in &plan.chunks {
+            if let Some(sequence) = self.sequences.get_mut(&chunk.number) {
+                sequence.planned -= chunk.tokens;
+                sequence.pending -= usize::from(chunk.samples);
+            }
         }
     }
 
@@ -73,6 +93,7 @@ impl Scheduler {
     fn sampled(&mut self, chunk: &PlannedChunk, sampled: Sampled) -> TokenEvent {
         let sequence = self.sequences.get_mut(&chunk.number).expect("planned sequences are here");
         let position = sequence.output().len();
+        sequence.pending -= 1;
         sequence.push(sampled.token, self.limits.block_tokens);
         let first = !std::mem::replace(&mut sequence.sampled, true);
         TokenEvent {

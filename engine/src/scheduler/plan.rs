@@ -5,7 +5,7 @@ use std::time::Instant;
 use baton_proto::ids::TransferId;
 use baton_proto::message::Retry;
 
-use super::{Event, Lease, Scheduler, release_blocks};
+use super::{Event, Flight, Lease, Scheduler, release_blocks};
 use crate::blocks::User;
 use crate::events::Kind;
 use crate::forward::Wanted;
@@ -14,7 +14,8 @@ use crate::sequence::{Phase, Sequence};
 /// What one step computes, and what was done to make room for it.
 #[derive(Clone, Debug, PartialEq, Eq, Default)]
 pub struct Plan {
-    /// Chunks of different sequences; if empty, nothing can be done before something happens.
+    /// Chunks of different sequences; if empty, nothing can be done before something happens or a
+    /// step in flight ends.
     pub chunks: Vec<PlannedChunk>,
     /// Sequences that gave their blocks back and wait again.
     pub preempted: Vec<TransferId>,
@@ -29,6 +30,8 @@ pub struct PlannedChunk {
     pub number: u64,
     /// Position of the first token.
     pub start: usize,
+    /// If its only token is not known yet: the chunk of the plan before this one that samples it.
+    pub pending: Option<usize>,
     /// How many tokens.
     pub tokens: usize,
     /// Rows whose logits are needed.
@@ -66,7 +69,9 @@ impl Scheduler {
     pub fn plan(&mut self, now: Instant) -> Plan {
         self.expire(now);
         let mut plan = Plan::default();
-        self.plan_decodes(&mut plan);
+        if self.plan_decodes(&mut plan).is_err() {
+            return Plan::default();
+        }
         let left = self.limits.max_batch_tokens - plan.tokens();
         let mut budget = left.min(self.prefill_limit);
         self.plan_prefills(&mut plan, &mut budget);
@@ -74,7 +79,21 @@ impl Scheduler {
         if plan.preempted.is_empty() || plan.chunks.is_empty() {
             self.admit(&mut plan, &mut budget, now);
         }
+        self.depart(&plan);
         plan
+    }
+
+    /// A plan is in flight from here on.
+    fn depart(&mut self, plan: &Plan) {
+        for (index, chunk) in plan.chunks.iter().enumerate() {
+            let sequence = self.sequences.get_mut(&chunk.number).expect("planned ones are here");
+            sequence.planned = chunk.end();
+            sequence.pending += usize::from(chunk.samples);
+            sequence.chunk = index;
+        }
+        if !plan.chunks.is_empty() {
+            self.flights.push_back(Flight::default());
+        }
     }
 
     fn expire(&mut self, now: Instant) {
@@ -85,34 +104,42 @@ impl Scheduler {
         }
     }
 
-    fn plan_decodes(&mut self, plan: &mut Plan) {
+    fn plan_decodes(&mut self, plan: &mut Plan) -> Result<(), InFlight> {
         let mut from = 0;
         while let Some(&number) = self.running.range(from..).next() {
             from = number + 1;
-            if self.sequences[&number].decoding() && self.grow(number, plan) {
+            let sequence = &self.sequences[&number];
+            let goes_on =
+                sequence.decoding() && !sequence.ends_in_flight(self.limits.max_model_len);
+            if goes_on && self.grow(number, plan)? {
                 plan.chunks.push(planned(number, &self.sequences[&number], 1));
             }
         }
+        Ok(())
     }
 
     /// Makes sure that a decoding sequence has a block for its next token. Preempts the latest
     /// arrivals until there is one; false if that was the sequence itself.
-    fn grow(&mut self, number: u64, plan: &mut Plan) -> bool {
+    fn grow(&mut self, number: u64, plan: &mut Plan) -> Result<bool, InFlight> {
         let block_tokens = self.limits.block_tokens;
         loop {
             let sequence = self.sequences.get_mut(&number).expect("running sequences are here");
-            if sequence.computed < sequence.blocks.len() * block_tokens {
-                return true;
+            if sequence.planned < sequence.blocks.len() * block_tokens {
+                return Ok(true);
             }
             if self.cache.allocate(1, User::Sequence, &mut sequence.blocks).is_ok() {
-                return true;
+                return Ok(true);
+            }
+            // Blocks of a step in flight cannot be taken, and it may end sequences by itself.
+            if !self.flights.is_empty() {
+                return Err(InFlight);
             }
             let local = |number: &&u64| self.sequences[number].kind != Kind::Export;
             let latest = self.running.iter().rev().find(local);
             let victim = *latest.expect("the growing sequence itself could be preempted");
             plan.preempted.push(self.preempt(victim));
             if victim == number {
-                return false;
+                return Ok(false);
             }
         }
     }
@@ -120,7 +147,7 @@ impl Scheduler {
     fn preempt(&mut self, number: u64) -> TransferId {
         let sequence = self.sequences.get_mut(&number).expect("running sequences are here");
         release_blocks(&mut self.cache, sequence);
-        (sequence.computed, sequence.cached_blocks) = (0, 0);
+        (sequence.computed, sequence.planned, sequence.cached_blocks) = (0, 0, 0);
         sequence.phase = Phase::Waiting;
         // Until it is admitted again all its tokens count as a prompt to compute.
         sequence.admitted_tokens = sequence.tokens.len();
@@ -185,6 +212,7 @@ impl Scheduler {
         sequence.blocks = blocks;
         sequence.cached_blocks = found.blocks;
         sequence.computed = found.blocks * block_tokens;
+        sequence.planned = sequence.computed;
         sequence.admitted_tokens = sequence.tokens.len();
         true
     }
@@ -217,9 +245,13 @@ impl Scheduler {
     }
 }
 
+/// Somebody has to be preempted, which has to wait for a step in flight.
+struct InFlight;
+
 fn planned(number: u64, sequence: &Sequence, tokens: usize) -> PlannedChunk {
-    let (start, end) = (sequence.computed, sequence.computed + tokens);
-    let samples = end == sequence.tokens.len();
+    let (start, end) = (sequence.planned, sequence.planned + tokens);
+    let samples = end == sequence.length();
+    let pending = (sequence.pending > 0).then_some(sequence.chunk);
     // The row of a position has the log-probabilities of the next one.
     let prompt_rows = sequence.prompt_logprobs.is_some() && start + 1 < sequence.prompt_tokens;
     let logits = match (prompt_rows, samples) {
@@ -228,5 +260,5 @@ fn planned(number: u64, sequence: &Sequence, tokens: usize) -> PlannedChunk {
         (false, false) => Wanted::None,
     };
     let decode = sequence.decoding();
-    PlannedChunk { id: sequence.id, number, start, tokens, logits, samples, decode }
+    PlannedChunk { id: sequence.id, number, start, pending, tokens, logits, samples, decode }
 }

@@ -38,9 +38,12 @@ fn next_token(tokens: &[u32]) -> u32 {
     tokens.iter().fold(7, |state: u32, token| state.wrapping_mul(31).wrapping_add(*token)) / 3 % 8
 }
 
-/// A scheduler with a device that computes at once.
+/// A scheduler with a device whose memory holds tokens.
 struct Rig {
     scheduler: Scheduler,
+    device: Device,
+    /// Steps that may be in flight at once.
+    depth: usize,
     now: Instant,
     steps: Vec<Plan>,
     events: Vec<Event>,
@@ -48,35 +51,62 @@ struct Rig {
 
 impl Rig {
     fn new(limits: Limits) -> Self {
+        Self::deep(limits, 1, false)
+    }
+
+    fn deep(limits: Limits, depth: usize, lazy: bool) -> Self {
+        let device = Device::new(limits.kv_blocks, lazy);
         let scheduler = Scheduler::new(limits, ModelRoot([1; 16]));
-        Self { scheduler, now: Instant::now(), steps: Vec::new(), events: Vec::new() }
+        let (steps, events) = (Vec::new(), Vec::new());
+        Self { scheduler, device, depth, now: Instant::now(), steps, events }
     }
 
     fn add(&mut self, job: Job, kind: Kind) {
         self.scheduler.add(job, kind, self.now);
     }
 
-    /// False if there was nothing to compute.
+    /// Launches the next step and ends the oldest one. False if there was nothing to do.
     fn step(&mut self) -> bool {
         let plan = self.scheduler.plan(self.now);
         self.scheduler.check();
-        let sample = |chunk: &PlannedChunk| {
-            let token = next_token(&self.scheduler.sequence(chunk).tokens);
-            chunk.samples.then_some(Sampled { token, logprobs: None })
-        };
+        self.see();
+        let launches = !plan.chunks.is_empty();
+        if launches {
+            self.device.launch(&self.scheduler, &plan);
+        }
+        self.steps.push(plan);
+        let flying = self.device.flying.len();
+        if flying == self.depth || flying > 0 && !launches {
+            self.finish();
+        }
+        self.see();
+        flying > 0
+    }
+
+    fn see(&mut self) {
+        let events = self.scheduler.take_events();
+        for event in &events {
+            let Event::Admitted { kind, lease, cached_blocks, .. } = event else { continue };
+            if matches!(kind, Kind::Import | Kind::Fetch) {
+                // A transfer may write at once, and anything.
+                for position in cached_blocks * BLOCK_TOKENS..lease.len() * BLOCK_TOKENS {
+                    *self.device.slot(lease, position) = GARBAGE;
+                }
+            }
+        }
+        self.events.extend(events);
+    }
+
+    fn finish(&mut self) {
+        let (plan, tokens) = self.device.finish();
+        let sampled = |token: Option<u32>| token.map(|token| Sampled { token, logprobs: None });
         let outcome = Outcome {
-            sampled: plan.chunks.iter().map(sample).collect(),
+            sampled: tokens.into_iter().map(sampled).collect(),
             prompt_logprobs: vec![Vec::new(); plan.chunks.len()],
             took: Duration::from_millis(1),
         };
-        let works = !plan.chunks.is_empty();
-        if works {
-            self.scheduler.complete(&plan, outcome);
-        }
+        self.scheduler.complete(&plan, outcome);
         self.scheduler.check();
-        self.steps.push(plan);
-        self.events.extend(self.scheduler.take_events());
-        works
     }
 
     fn run(&mut self) {
@@ -102,6 +132,11 @@ impl Rig {
         self.events.iter().filter(ends).count()
     }
 }
+
+mod device;
+mod random;
+
+use device::{Device, GARBAGE};
 
 fn continuation(tokens: &[u32], count: usize) -> Vec<u32> {
     let mut all = tokens.to_vec();
@@ -251,6 +286,10 @@ fn an_import_goes_on_after_its_first_token() {
     let all = continuation(&prompt(1, 9), 3);
     rig.add(job(1, prompt(1, 9), 3), Kind::Import);
     rig.step();
+    let Some(Event::Admitted { lease, .. }) = rig.events.first() else { panic!("no lease") };
+    for (position, token) in prompt(1, 9).into_iter().enumerate() {
+        *rig.device.slot(lease, position) = token;
+    }
     rig.scheduler.imported(id(1), &FirstToken { token: all[0], logprobs: None, finish: None });
     rig.scheduler.lease_returned(id(1));
     rig.run();
@@ -328,8 +367,6 @@ fn a_second_attempt_continues_positions_and_counts() {
     });
     assert_eq!(told, [(4, answer[4]), (5, answer[5])]);
 }
-
-mod random;
 
 /// A prompt of whole blocks, computed and cached.
 fn cached_prompt(rig: &mut Rig, request: u128, blocks: usize) -> Vec<u32> {
@@ -469,4 +506,21 @@ fn a_prompt_is_charged_its_share_of_the_steps() {
     };
     assert_eq!(took(1), Duration::from_micros(800));
     assert_eq!(took(2), Duration::from_micros(1200));
+}
+
+#[test]
+fn a_block_replaced_by_an_equal_one_is_kept_for_the_step_that_reads_it() {
+    let mut rig = Rig::deep(limits(), 2, true);
+    // Both fit into one step, so neither finds the other's block in the cache.
+    for n in [1, 2] {
+        rig.add(job(n, prompt(1, 5), 5), Kind::Local);
+    }
+    rig.step();
+    rig.step();
+    assert_eq!(rig.scheduler.cached_hashes().len(), 1);
+    rig.add(job(3, prompt(2, 24), 1), Kind::Import);
+    rig.run();
+    for n in [1, 2] {
+        assert_eq!(rig.tokens(id(n)), continuation(&prompt(1, 5), 5));
+    }
 }

@@ -12,6 +12,31 @@ use baton_proto::message::{BlockCounts, Job, NodeFinish, Retry};
 use baton_proto::sampling::SamplingParams;
 use support::{Node, config, expected, hand_over, id, job, prompt};
 
+/// The same with devices that run ahead of the engine.
+mod ahead {
+    macro_rules! run_ahead {
+        ($($test:ident),* $(,)?) => {
+            $(#[test] fn $test() { super::support::ahead(super::$test); })*
+        };
+    }
+
+    run_ahead!(
+        tokens_are_the_models_whatever_runs_along_and_however_prompts_are_cut,
+        cached_prefixes_change_no_token,
+        preempted_sequences_give_the_same_tokens,
+        a_sequence_goes_on_with_copied_blocks_as_if_computed_there,
+        a_lease_writes_only_its_own_blocks_and_only_before_they_run,
+        a_step_whose_jobs_are_all_cancelled_is_abandoned_between_layers,
+        deadlines_pass_while_nothing_else_happens,
+        prompt_logprobs_do_not_depend_on_chunks_and_read_no_cache,
+        cache_events_add_up_to_the_snapshot,
+        a_sampled_sequence_is_the_same_after_a_hand_over,
+        a_first_token_that_ends_the_sequence_ends_the_import,
+        jobs_of_a_broken_engine_fail_and_new_ones_are_refused,
+        jobs_of_a_dropped_engine_fail,
+    );
+}
+
 #[test]
 fn tokens_are_the_models_whatever_runs_along_and_however_prompts_are_cut() {
     for (max_batch_tokens, max_sequences) in [(1, 1), (3, 8), (17, 8), (512, 8)] {
@@ -348,7 +373,7 @@ fn jobs_of_a_broken_engine_fail_and_new_ones_are_refused() {
     let (sink, events) = mpsc::channel();
     let model = FakeModel::new(128, 200).on_step(Box::new(|_| panic!("the device is on fire")));
     let sink = Box::new(move |event| drop(sink.send(event)));
-    let engine = Engine::start(config(), Box::new(model), sink);
+    let engine = Engine::start(config(), support::device(model), sink);
     let submission =
         |n| Submission { job: job(n, prompt(1, 9), 5), kind: Kind::Local, held: false };
     let submit = |n| engine.submit(submission(n));

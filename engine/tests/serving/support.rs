@@ -1,14 +1,17 @@
 //! An engine with a fake model, and the transfer between two of them.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use baton_engine::testing::FakeModel;
-use baton_engine::{BlockLease, Engine, EngineConfig, EngineEvent, FirstToken, Kind, Submission};
+use baton_engine::testing::{Ahead, FakeModel};
+use baton_engine::{
+    BlockLease, Engine, EngineConfig, EngineEvent, Executor, FirstToken, HostExecutor, Kind,
+    Submission,
+};
 use baton_proto::hash::CacheSalt;
 use baton_proto::ids::{RequestId, TransferId};
 use baton_proto::message::{Job, Logprobs, Report, TokenEvent};
@@ -16,6 +19,21 @@ use baton_proto::sampling::SamplingParams;
 
 /// How long anything may take before a test fails.
 const PATIENCE: Duration = Duration::from_secs(30);
+
+thread_local! {
+    /// Whether the devices of this test run ahead.
+    static AHEAD: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Runs a test with devices that run ahead.
+pub(crate) fn ahead(test: fn()) {
+    AHEAD.set(true);
+    test();
+}
+
+pub(crate) fn device(model: FakeModel) -> Box<dyn Executor> {
+    if AHEAD.get() { Box::new(Ahead::new(model)) } else { Box::new(HostExecutor::new(model)) }
+}
 
 pub(crate) fn config() -> EngineConfig {
     EngineConfig {
@@ -75,7 +93,7 @@ impl Node {
     fn with(config: EngineConfig, model: FakeModel) -> Self {
         let (sink, events) = channel();
         let sink = Box::new(move |event| drop(sink.send(event)));
-        Self { engine: Engine::start(config, Box::new(model), sink), events }
+        Self { engine: Engine::start(config, device(model), sink), events }
     }
 
     pub(crate) fn submit(&self, job: &Job, kind: Kind) {

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use baton_engine::model::{LoadFormat, LoadOptions, Model};
 use baton_engine::testing::FakeModel;
-use baton_engine::{Engine, EngineConfig, Forward};
+use baton_engine::{Engine, EngineConfig, Executor, HostExecutor};
 use baton_identity::{ClusterCa, Identity, Part};
 use baton_kvtransfer::{Endpoint, Timing};
 use baton_node::Event;
@@ -147,7 +147,7 @@ pub(crate) struct TestNode {
 }
 
 impl TestNode {
-    fn start(setup: Setup, model: Box<dyn Forward>) -> Self {
+    fn start(setup: Setup, model: Box<dyn Executor>) -> Self {
         let mut node = Node::start(setup, model);
         Self {
             engine: node.engine.clone(),
@@ -196,11 +196,11 @@ pub(crate) struct Pair {
 
 impl Pair {
     pub(crate) async fn start() -> Self {
-        Self::with(|| Box::new(model())).await
+        Self::with(|| Box::new(HostExecutor::new(model()))).await
     }
 
     /// The same with a model of one's own.
-    pub(crate) async fn with(model: impl Fn() -> Box<dyn Forward>) -> Self {
+    pub(crate) async fn with(model: impl Fn() -> Box<dyn Executor>) -> Self {
         let folder = tempfile::tempdir().expect("a folder");
         let ca = ClusterCa::create(&folder.path().join("ca")).expect("a new authority");
         let (sender, joined) = mpsc::channel(8);
@@ -333,7 +333,7 @@ fn model() -> FakeModel {
 }
 
 /// The bundled demo model.
-pub(crate) fn demo_model() -> Box<dyn Forward> {
+pub(crate) fn demo_model() -> Box<dyn Executor> {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/demo");
     let model = Model::load(LoadOptions {
         dir: &dir,
@@ -343,7 +343,7 @@ pub(crate) fn demo_model() -> Box<dyn Forward> {
         kv_dtype: None,
         on_progress: &mut |_| {},
     });
-    Box::new(model.expect("the demo model is complete"))
+    Box::new(HostExecutor::new(model.expect("the demo model is complete")))
 }
 
 /// What `job` must generate.

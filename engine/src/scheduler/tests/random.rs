@@ -4,7 +4,7 @@ use super::*;
 
 #[derive(Clone, Debug)]
 enum Op {
-    Add { kind: Kind, prompt: Vec<u32>, max_tokens: u32, deadline: Option<u64> },
+    Add { kind: Kind, prompt: Vec<u32>, max_tokens: u32, end: Option<u32>, deadline: Option<u64> },
     Cancel(usize),
     Imported(usize),
     ReturnLease(usize),
@@ -24,10 +24,11 @@ fn op() -> impl Strategy<Value = Op> {
     ];
     // Few different tokens, so that prompts share prefixes.
     let tokens = prop::collection::vec(0..2_u32, 1..30);
-    let add = (kind, tokens, 1..12_u32, prop::option::weighted(0.2, 1..40_u64));
+    let end = prop::option::weighted(0.7, 0..8_u32);
+    let add = (kind, tokens, 1..12_u32, end, prop::option::weighted(0.2, 1..40_u64));
     prop_oneof![
-        3 => add.prop_map(|(kind, prompt, max_tokens, deadline)| {
-            Op::Add { kind, prompt, max_tokens, deadline }
+        3 => add.prop_map(|(kind, prompt, max_tokens, end, deadline)| {
+            Op::Add { kind, prompt, max_tokens, end, deadline }
         }),
         1 => any::<usize>().prop_map(Op::Cancel),
         2 => any::<usize>().prop_map(Op::Imported),
@@ -42,31 +43,47 @@ fn op() -> impl Strategy<Value = Op> {
 struct World {
     rig: Rig,
     prompts: BTreeMap<TransferId, (Vec<u32>, Kind)>,
-    cancelled: BTreeSet<TransferId>,
-    leased: Vec<TransferId>,
+    /// Of jobs that are to be served whole: how many tokens they have.
+    lengths: BTreeMap<TransferId, usize>,
+    leased: BTreeMap<TransferId, Lent>,
     seen: usize,
+}
+
+/// A lease that is out.
+struct Lent {
+    kind: Kind,
+    blocks: Vec<u32>,
+    /// Leading blocks that were cached.
+    held: usize,
 }
 
 impl World {
     fn apply(&mut self, op: Op) {
         match op {
-            Op::Add { kind, prompt, max_tokens, deadline } => {
+            Op::Add { kind, prompt, max_tokens, end, deadline } => {
                 let n = self.prompts.len() as u128;
+                let all = continuation(&prompt, max_tokens as usize);
+                let end_at = all.iter().position(|token| Some(*token) == end);
+                if kind == Kind::Local && deadline.is_none() {
+                    self.lengths.insert(id(n), end_at.map_or(all.len(), |at| at + 1));
+                }
                 self.prompts.insert(id(n), (prompt.clone(), kind));
                 let deadline = deadline.map(Duration::from_millis);
-                self.rig.add(Job { deadline, ..job(n, prompt, max_tokens) }, kind);
+                let mut job = Job { deadline, ..job(n, prompt, max_tokens) };
+                job.sampling.eos_token_ids.extend(end);
+                self.rig.add(job, kind);
             }
             Op::Cancel(i) if !self.prompts.is_empty() => {
                 let id = id((i % self.prompts.len()) as u128);
-                self.cancelled.insert(id);
+                self.lengths.remove(&id);
                 self.rig.scheduler.cancel(id);
             }
             Op::Imported(i) if !self.prompts.is_empty() => {
                 self.imported(id((i % self.prompts.len()) as u128));
             }
             Op::ReturnLease(i) if !self.leased.is_empty() => {
-                let id = self.leased.swap_remove(i % self.leased.len());
-                self.rig.scheduler.lease_returned(id);
+                let id = *self.leased.keys().nth(i % self.leased.len()).unwrap();
+                self.return_lease(id);
             }
             Op::Hold(i) if !self.prompts.is_empty() => {
                 self.rig.scheduler.hold(id((i % self.prompts.len()) as u128));
@@ -78,6 +95,7 @@ impl World {
             _ => {
                 self.rig.now += Duration::from_millis(1);
                 self.rig.step();
+                self.see();
                 let plan = self.rig.steps.last().unwrap();
                 assert!(plan.tokens() <= limits().max_batch_tokens);
                 let ids: BTreeSet<_> = plan.chunks.iter().map(|chunk| chunk.id).collect();
@@ -89,6 +107,7 @@ impl World {
     }
 
     fn imported(&mut self, id: TransferId) {
+        self.transfer(id);
         if self.prompts[&id].1 == Kind::Fetch {
             return self.rig.scheduler.fetched(id);
         }
@@ -97,8 +116,42 @@ impl World {
         self.rig.scheduler.imported(id, &first);
     }
 
+    /// What a transfer writes is there, and nothing is written any more.
+    fn transfer(&mut self, id: TransferId) {
+        let prompt = &self.prompts[&id].0;
+        if let Some(Lent { kind: Kind::Import | Kind::Fetch, blocks, held }) =
+            self.leased.get_mut(&id)
+        {
+            let written = *held * BLOCK_TOKENS..prompt.len().min(blocks.len() * BLOCK_TOKENS);
+            for position in written {
+                *self.rig.device.slot(blocks, position) = prompt[position];
+            }
+            *held = blocks.len();
+        }
+    }
+
+    fn return_lease(&mut self, id: TransferId) {
+        self.transfer(id);
+        let lent = self.leased.remove(&id).unwrap();
+        let told = |event: &Event| match event {
+            Event::Tokens(tokens) => tokens.iter().any(|token| token.id == id),
+            _ => false,
+        };
+        let prompt = &self.prompts[&id].0;
+        let readable = match lent.kind {
+            Kind::Export if self.rig.events.iter().any(told) => prompt.len(),
+            Kind::Serve => lent.blocks.len() * BLOCK_TOKENS,
+            _ => 0,
+        };
+        for (position, token) in prompt[..readable].iter().enumerate() {
+            let found = self.rig.device.slot(&lent.blocks, position);
+            assert_eq!(found, token, "what is leased to be read is not overwritten");
+        }
+        self.rig.scheduler.lease_returned(id);
+    }
+
     fn see(&mut self) {
-        self.rig.events.extend(self.rig.scheduler.take_events());
+        self.rig.see();
         for event in &self.rig.events[self.seen..] {
             let Event::Admitted { id, kind, lease, cached_blocks, .. } = event else { continue };
             let tokens = self.prompts[id].0.len();
@@ -108,7 +161,8 @@ impl World {
                 Kind::Serve => (tokens / BLOCK_TOKENS, lease.len()..=lease.len()),
                 Kind::Fetch => (tokens / BLOCK_TOKENS, 0..=lease.len() - 1),
             };
-            self.leased.push(*id);
+            let lent = Lent { kind: *kind, blocks: lease.clone(), held: *cached_blocks };
+            self.leased.insert(*id, lent);
             assert_eq!(lease.len(), covered, "a lease covers the prompt, a pull its full blocks");
             assert!(cached.contains(cached_blocks));
         }
@@ -122,11 +176,12 @@ impl World {
                 self.imported(id);
                 self.rig.scheduler.release(id);
             }
-            while let Some(id) = self.leased.pop() {
-                self.rig.scheduler.lease_returned(id);
+            while let Some(id) = self.leased.keys().next().copied() {
+                self.return_lease(id);
             }
             self.apply(Op::Step);
-            if self.rig.scheduler.sequences.is_empty() && self.leased.is_empty() {
+            let idle = self.rig.scheduler.sequences.is_empty() && self.leased.is_empty();
+            if idle && self.rig.device.flying.is_empty() {
                 return;
             }
         }
@@ -151,6 +206,8 @@ impl World {
             for (i, (position, token)) in (first..).zip(&told) {
                 assert_eq!((*position, *token), (i, right[i as usize]), "{id} goes its own way");
             }
+            let whole = self.lengths.get(id);
+            assert!(whole.is_none_or(|length| told.len() == *length), "{id} is cut off or goes on");
             if matches!(kind, Kind::Serve | Kind::Fetch) {
                 assert!(told.is_empty(), "a pull computes nothing");
             }
@@ -164,15 +221,19 @@ impl World {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(300))]
+    #![proptest_config(ProptestConfig::with_cases(500))]
 
     #[test]
-    fn budget_queues_blocks_and_tokens_hold(ops in prop::collection::vec(op(), 1..120)) {
+    fn budget_queues_blocks_and_tokens_hold(
+        ops in prop::collection::vec(op(), 1..120),
+        depth in 1..4_usize,
+        lazy in any::<bool>(),
+    ) {
         let mut world = World {
-            rig: Rig::new(limits()),
+            rig: Rig::deep(limits(), depth, lazy),
             prompts: BTreeMap::new(),
-            cancelled: BTreeSet::new(),
-            leased: Vec::new(),
+            lengths: BTreeMap::new(),
+            leased: BTreeMap::new(),
             seen: 0,
         };
         for op in ops {

@@ -48,6 +48,7 @@ impl Engine {
         let mut jobs = step.plan.chunks.iter().map(|chunk| chunk.id);
         let cancelled = &self.inputs.cancelled;
         if !cancelled.is_empty() && jobs.all(|id| cancelled.contains(&id)) {
+            self.scheduler.abandon(&step.plan);
             self.step = None;
             return true;
         }
