@@ -2,34 +2,8 @@
 
 use std::time::{Duration, Instant};
 
-use baton_cli::launcher::ClusterOptions;
 use baton_proto::wire::v1::{GenerateRequest, GetStatusRequest};
-use baton_tests::{Chance, TestCluster, is_idle, options, request};
-
-/// A model without weights whose prefill of a long prompt takes long enough to be cut short.
-const CONFIG: &str = r#"{
-    "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "hidden_size": 256,
-    "intermediate_size": 768, "num_hidden_layers": 8, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 2048, "rms_norm_eps": 1e-6,
-    "max_position_embeddings": 8192, "rope_theta": 10000.0, "tie_word_embeddings": true,
-    "hidden_act": "silu", "torch_dtype": "bfloat16"
-}"#;
-
-async fn start() -> (TestCluster, tempfile::TempDir) {
-    let folder = tempfile::tempdir().unwrap();
-    std::fs::write(folder.path().join("config.json"), CONFIG).unwrap();
-    for file in ["tokenizer.json", "tokenizer_config.json"] {
-        std::fs::copy(baton_tests::model().join(file), folder.path().join(file)).unwrap();
-    }
-    let wanted = ClusterOptions {
-        model: Some(folder.path().to_owned()),
-        load_format: Some("dummy".into()),
-        local_prefill: Some("never".into()),
-        kv_blocks: Some(800),
-        ..options(1, 1)
-    };
-    (TestCluster::start(wanted).await, folder)
-}
+use baton_tests::{Chance, TestCluster, is_idle, request};
 
 fn long(seed: u64) -> GenerateRequest {
     request(Chance(seed).tokens(4000), 2000)
@@ -38,7 +12,7 @@ fn long(seed: u64) -> GenerateRequest {
 /// Drops requests after a delay that sweeps over their life, and waits for all blocks each time.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_client_that_goes_away_frees_everything() {
-    let (cluster, _folder) = start().await;
+    let (cluster, _folder) = TestCluster::start_slow(1, 1, 800).await;
     let mut slowest = Duration::ZERO;
     for round in 0..12_u64 {
         // One request is computed, the others queue behind it.
@@ -70,7 +44,7 @@ async fn a_client_that_goes_away_frees_everything() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_deadline_ends_a_request_and_frees_everything() {
-    let (cluster, _folder) = start().await;
+    let (cluster, _folder) = TestCluster::start_slow(1, 1, 800).await;
     // Nothing is refused on a guess: the nodes' speed is measured first.
     for chance in 2..8 {
         cluster.complete(request(Chance(chance).tokens(500), 2)).await.unwrap();

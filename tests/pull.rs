@@ -1,37 +1,11 @@
 //! A prefix that one node has computed and another needs is fetched, when that is cheaper than
 //! computing it or than waiting for the node that has it.
 
-use baton_cli::launcher::ClusterOptions;
 use baton_proto::wire::v1::GenerateRequest;
-use baton_tests::{Answer, Chance, TestCluster, options, request};
-
-/// A model without weights that computes slowly enough for a queue to matter.
-const CONFIG: &str = r#"{
-    "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "hidden_size": 256,
-    "intermediate_size": 768, "num_hidden_layers": 8, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 2048, "rms_norm_eps": 1e-6,
-    "max_position_embeddings": 8192, "rope_theta": 10000.0, "tie_word_embeddings": true,
-    "hidden_act": "silu", "torch_dtype": "bfloat16"
-}"#;
+use baton_tests::{Answer, Chance, TestCluster, request};
 
 const PREFIX: usize = 1600;
 const BURST: usize = 6;
-
-async fn start() -> (TestCluster, tempfile::TempDir) {
-    let folder = tempfile::tempdir().unwrap();
-    std::fs::write(folder.path().join("config.json"), CONFIG).unwrap();
-    for file in ["tokenizer.json", "tokenizer_config.json"] {
-        std::fs::copy(baton_tests::model().join(file), folder.path().join(file)).unwrap();
-    }
-    let wanted = ClusterOptions {
-        model: Some(folder.path().to_owned()),
-        load_format: Some("dummy".into()),
-        local_prefill: Some("never".into()),
-        kv_blocks: Some(1200),
-        ..options(2, 1)
-    };
-    (TestCluster::start(wanted).await, folder)
-}
 
 /// All at once; their answers in order.
 async fn together(cluster: &TestCluster, requests: Vec<GenerateRequest>) -> Vec<Answer> {
@@ -55,7 +29,7 @@ fn computed_by(answer: &Answer) -> (String, u32) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_busy_nodes_prefix_is_pulled_by_an_idle_one() {
-    let (cluster, _folder) = start().await;
+    let (cluster, _folder) = TestCluster::start_slow(2, 1, 1200).await;
     // How fast the nodes are.
     let unrelated = (1..5).map(|seed| request(Chance(seed).tokens(300), 4)).collect();
     together(&cluster, unrelated).await;

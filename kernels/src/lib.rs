@@ -1,4 +1,4 @@
-//! Tensor operations on the CPU. This crate knows nothing about models.
+//! Tensor operations on the CPU and on GPUs. This crate knows nothing about models.
 //!
 //! # Equal bits
 //! Every output is a function of its own inputs alone, computed in one fixed order: the number of
@@ -7,6 +7,7 @@
 //! between machines and batches, and tests may compare for equality.
 
 pub mod cpu;
+pub mod cuda;
 mod dtype;
 
 pub use dtype::Dtype;

@@ -42,7 +42,41 @@ pub fn options(prefill: u32, decode: u32) -> ClusterOptions {
     }
 }
 
+/// A model without weights that computes slowly enough for a queue to form, and for a long prompt to
+/// be cut short.
+const SLOW_MODEL: &str = r#"{
+    "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "hidden_size": 256,
+    "intermediate_size": 768, "num_hidden_layers": 8, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 2048, "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 8192, "rope_theta": 10000.0, "tie_word_embeddings": true,
+    "hidden_act": "silu", "torch_dtype": "bfloat16"
+}"#;
+
 impl TestCluster {
+    /// Starts `prefill` + `decode` nodes, with `kv_blocks` blocks each, of a model that computes
+    /// slowly. Decode nodes compute no prompts. The folder is the model's; it must outlive the cluster.
+    pub async fn start_slow(
+        prefill: u32,
+        decode: u32,
+        kv_blocks: u64,
+    ) -> (Self, tempfile::TempDir) {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let write = std::fs::write(folder.path().join("config.json"), SLOW_MODEL);
+        write.expect("a file in it");
+        for file in ["tokenizer.json", "tokenizer_config.json"] {
+            let copy = std::fs::copy(model().join(file), folder.path().join(file));
+            copy.expect("the bundled model has it");
+        }
+        let wanted = ClusterOptions {
+            model: Some(folder.path().to_owned()),
+            load_format: Some("dummy".into()),
+            local_prefill: Some("never".into()),
+            kv_blocks: Some(kv_blocks),
+            ..options(prefill, decode)
+        };
+        (Self::start(wanted).await, folder)
+    }
+
     /// Starts a cluster and waits until it serves.
     pub async fn start(options: ClusterOptions) -> Self {
         let cluster = Cluster::start(options).await.expect("the cluster starts");

@@ -3,10 +3,11 @@
 //! With `L` tokens in all, `m_x` of them cached on node `x`, `S` the time to compute what is not
 //! ([`fit`](super::fit)), and `T` the duration of a decode step:
 //!
-//! - `remote(p, d) = max(queue_p, pull) + S_p + w S_p + exposed transfer + decode(d)`
-//! - `local(d) = max(queue_d, pull) + S_d in chunks between decode steps + their harm + decode(d)`
+//! - `remote(p, d) = max(queue_p, pull) + S_p + w S_p + n_p S_p + exposed transfer + decode(d)`
+//! - `local(d) = max(queue_d, pull) + S_d in chunks between decode steps + their harm + n_d S_d +
+//!   decode(d)`
 //!
-//! `w = rho / (1 - rho)` is the delay that a second of prefill inflicts on later arrivals when the
+//! `n` requests in the node's queue here would stand behind this one, and wait longer for it. `w = rho / (1 - rho)` is the delay that a second of prefill inflicts on later arrivals when the
 //! prefill nodes are busy for the share `rho` of the time: at leisure the nearest node in time is
 //! the best one, under load the one that has the prefix cached. Skipping the remote prefill of a
 //! short or cached prompt falls out of the comparison, and needs no threshold.
@@ -19,10 +20,13 @@ const TRANSFER_START_MS: f64 = 1.0;
 const PULL_MARGIN: f64 = 0.1;
 /// Tokens of one chunk of a prompt that is computed between decode steps.
 const CHUNK_TOKENS: f64 = 512.0;
-/// Decode steps longer than this are felt by those who read along.
+/// Decode steps longer than this are felt by those who read along; on a slow node, those so many
+/// times as long as a step of one sequence.
 const LONGEST_STEP_MS: f64 = 150.0;
+const LONGEST_STEP: f64 = 6.0;
 /// The same on average over [`TAKEN_WINDOW_MS`].
 const SLOWEST_STEP_MS: f64 = 43.0;
+const SLOWEST_STEP: f64 = 2.0;
 /// Harm of exceeding either: nobody computes a prompt so who has a choice.
 const UNBEARABLE_MS: f64 = 1e6;
 /// Weight of a millisecond by which a local prefill delays a sequence's next token.
@@ -216,7 +220,10 @@ pub fn local(demand: &Demand, node: &Candidate, prefill: &mut Prefill) -> Cost {
     let left = (TAKEN_WINDOW_MS - node.taken_ms - extra).max(1.0);
     let felt = usual * TAKEN_WINDOW_MS / left;
     let step = computing / steps.max(1.0);
-    if node.sequences > 0.0 && (step > LONGEST_STEP_MS || felt > SLOWEST_STEP_MS) {
+    let alone = node.step[0] + node.step[1];
+    let jerks = step > LONGEST_STEP_MS.max(LONGEST_STEP * alone);
+    let drags = felt > SLOWEST_STEP_MS.max(SLOWEST_STEP * alone);
+    if node.sequences > 0.0 && (jerks || drags) {
         harm += UNBEARABLE_MS;
     }
     Cost {
@@ -243,4 +250,43 @@ fn decode(demand: &Demand, node: &Candidate) -> f64 {
     let used = node.total_blocks.saturating_sub(node.room) + demand.blocks;
     let k = (used as f64 / node.total_blocks.max(1) as f64).min(MOST_PRESSURE);
     step + OUTPUT_WEIGHT * output + PRESSURE_MS * k / (1.0 - k)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Whether four sequences on a node of this speed bear that it computes 64 tokens, after
+    /// prompts took `taken_ms` of their time.
+    fn bears(step: [f64; 3], taken_ms: f64) -> bool {
+        let demand = Demand { tokens: 64, token_bytes: 1.0, blocks: 4, output: 10.0 };
+        let prefill = [0.0, step[0] / 50.0, 0.0];
+        let node = Candidate {
+            cached: 0,
+            queue_ms: 0.0,
+            behind: 0,
+            late: false,
+            typical: prefill,
+            prefill,
+            step,
+            taken_ms,
+            sequences: 4.0,
+            kv_tokens: 0.0,
+            room: 100,
+            total_blocks: 100,
+            price: 1.0,
+            caution: 1.0,
+        };
+        let mut work = super::prefill(&demand, &node, None);
+        local(&demand, &node, &mut work).harm < UNBEARABLE_MS
+    }
+
+    #[test]
+    fn a_slow_node_computes_prompts_between_its_steps_too() {
+        for floor in [18.0, 60.0, 600.0] {
+            let step = [floor, 0.1, 0.0];
+            assert!(bears(step, 0.0), "steps of {floor} ms");
+            assert!(!bears(step, 0.9 * TAKEN_WINDOW_MS), "steps of {floor} ms");
+        }
+    }
 }

@@ -1,6 +1,6 @@
 //! Policies that look at nothing.
 
-use super::{Choose, Cluster};
+use super::{Arrival, Choose};
 
 pub(super) struct Random;
 
@@ -10,25 +10,13 @@ pub(super) struct RoundRobin {
 }
 
 impl Choose for Random {
-    fn choose(
-        &mut self,
-        _now_ms: f64,
-        _request: usize,
-        cluster: &Cluster<'_>,
-        random: &mut fastrand::Rng,
-    ) -> usize {
+    fn choose(&mut self, Arrival { cluster, random, .. }: Arrival<'_>) -> usize {
         random.usize(..cluster.settings().prefill_nodes)
     }
 }
 
 impl Choose for RoundRobin {
-    fn choose(
-        &mut self,
-        _now_ms: f64,
-        _request: usize,
-        cluster: &Cluster<'_>,
-        _random: &mut fastrand::Rng,
-    ) -> usize {
+    fn choose(&mut self, Arrival { cluster, .. }: Arrival<'_>) -> usize {
         let node = self.next % cluster.settings().prefill_nodes;
         self.next = node + 1;
         node

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use super::{Choose, Cluster, least};
+use super::{Arrival, Choose, Cluster, least};
 use crate::replay::Node;
 
 /// Tokens that requests of a session have in common.
@@ -20,25 +20,13 @@ pub(super) struct Session {
 pub(super) struct MinTtft;
 
 impl Choose for LeastLoaded {
-    fn choose(
-        &mut self,
-        _now_ms: f64,
-        _request: usize,
-        cluster: &Cluster<'_>,
-        random: &mut fastrand::Rng,
-    ) -> usize {
+    fn choose(&mut self, Arrival { cluster, random, .. }: Arrival<'_>) -> usize {
         least_loaded(cluster, random)
     }
 }
 
 impl Choose for Session {
-    fn choose(
-        &mut self,
-        _now_ms: f64,
-        request: usize,
-        cluster: &Cluster<'_>,
-        random: &mut fastrand::Rng,
-    ) -> usize {
+    fn choose(&mut self, Arrival { request, cluster, random, .. }: Arrival<'_>) -> usize {
         let blocks = &cluster.request(request).blocks;
         let count = SESSION_TOKENS.div_ceil(cluster.block_tokens()) as usize;
         match blocks.get(..count.min(blocks.len())).and_then(<[u32]>::last) {
@@ -49,13 +37,7 @@ impl Choose for Session {
 }
 
 impl Choose for MinTtft {
-    fn choose(
-        &mut self,
-        now_ms: f64,
-        request: usize,
-        cluster: &Cluster<'_>,
-        random: &mut fastrand::Rng,
-    ) -> usize {
+    fn choose(&mut self, Arrival { now_ms, request, cluster, random }: Arrival<'_>) -> usize {
         least(random, 0..cluster.settings().prefill_nodes, |at| {
             ttft_ms(cluster, now_ms, request, at)
         })

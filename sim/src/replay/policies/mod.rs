@@ -48,15 +48,17 @@ impl PolicyKind {
     }
 }
 
+/// A request that arrived, and what its place is chosen by.
+struct Arrival<'a> {
+    now_ms: f64,
+    request: usize,
+    cluster: &'a Cluster<'a>,
+    random: &'a mut fastrand::Rng,
+}
+
 /// What differs between the policies: the choice of the prefill node.
 trait Choose {
-    fn choose(
-        &mut self,
-        now_ms: f64,
-        request: usize,
-        cluster: &Cluster<'_>,
-        random: &mut fastrand::Rng,
-    ) -> usize;
+    fn choose(&mut self, arrival: Arrival<'_>) -> usize;
 }
 
 /// Places at once, always computes prompts on prefill nodes, and decodes where the least KV is.
@@ -85,7 +87,7 @@ impl<C: Choose> Policy for Baseline<C> {
         let decode = (decode_nodes > 0)
             .then(|| least(random, 0..decode_nodes, |at| cluster.promised_tokens(at) as f64));
         let prefill = (cluster.settings().prefill_nodes > 0)
-            .then(|| self.choose.choose(now_ms, request, cluster, random));
+            .then(|| self.choose.choose(Arrival { now_ms, request, cluster, random }));
         Some(Decision::Dispatch(Dispatch { request, prefill, decode, pull: None }))
     }
 }

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use super::{Choose, Cluster, least};
+use super::{Arrival, Choose, least};
 use crate::replay::Node;
 
 /// Blocks in more than this share of the requests are on every node, or will soon be.
@@ -25,13 +25,7 @@ pub(super) struct Prefix {
 pub(super) struct Sticky;
 
 impl Choose for Prefix {
-    fn choose(
-        &mut self,
-        _now_ms: f64,
-        request: usize,
-        cluster: &Cluster<'_>,
-        random: &mut fastrand::Rng,
-    ) -> usize {
+    fn choose(&mut self, Arrival { request, cluster, random, .. }: Arrival<'_>) -> usize {
         let everywhere = self.ubiquitous(cluster.full_blocks(request));
         let nodes = 0..cluster.settings().prefill_nodes;
         let own = |at| cluster.matched_blocks(Node::Prefill(at), request).max(everywhere);
@@ -54,13 +48,7 @@ impl Prefix {
 }
 
 impl Choose for Sticky {
-    fn choose(
-        &mut self,
-        _now_ms: f64,
-        request: usize,
-        cluster: &Cluster<'_>,
-        random: &mut fastrand::Rng,
-    ) -> usize {
+    fn choose(&mut self, Arrival { request, cluster, random, .. }: Arrival<'_>) -> usize {
         let nodes = 0..cluster.settings().prefill_nodes;
         let tokens = cluster.request(request).input_tokens;
         let cached = |at| {

@@ -1,0 +1,55 @@
+//! The operations for NVIDIA's GPUs, and everything that talks to the driver.
+//!
+//! Always compiled; libraries are found at run time ([`Libraries::find`]), and where there are none,
+//! that is an error of one line. Everything is queued in a [`Stream`] and returns at once.
+//!
+//! # Device memory
+//! A [`Buffer`] owns it, a [`Slice`] is a part of it. What kernels do with it is outside Rust's
+//! rules of borrowing: streams and [`Event`]s order reads and writes. Operations check lengths and
+//! alignment; contents that are indices (block tables, token ids) they trust. The host's side of a
+//! copy is [`Pinned`], which waits for the copy before it lets the host at the memory.
+//!
+//! # Adding a kernel
+//! 1. `kernels/cuda/name.cu`: `#include "ptx.cuh"` (or `hopper.cuh`, for Hopper only), then
+//!    `extern "C" __global__ void __launch_bounds__(threads) name(outputs, inputs, sizes)`, and
+//!    after it the line `REGISTER_KERNEL(name)`. Templates are called from kernels with names of
+//!    their own. A comment says what it computes and what it wants of its parameters. No asm: an
+//!    instruction that is missing is added to `ptx.cuh` or `hopper.cuh` and, for the CPU, to
+//!    `kernels/emulator/ptx.h` or `hopper.h`. Dynamic shared memory is `DYNAMIC_SHARED(p)`.
+//! 2. `kernels/src/cuda/name.rs`: a safe function that checks lengths and calls
+//!    [`Stream::launch`] with `&[&y, &x, &(n as i32)]` in the order of the parameters, whose sizes
+//!    are compared with the kernel's. [`norm`](rms_norm) is the example. Structs that a kernel
+//!    takes by value are `repr(C)` and named in `parameters!`.
+//! 3. `kernels/tests/cuda/name.rs`: compares with an f64 reference on random shapes, under
+//!    `testing::schedules`; see `tests/cuda/norm.rs`. `cargo test -p baton-kernels --test cuda`
+//!    compiles the `.cu` files with g++ and runs them on the CPU; on a machine with a GPU the same
+//!    binary runs the built-in ones. `BATON_TEST_DEVICE=emulator|real` chooses.
+//! 4. `scripts/build-kernels` compiles them with nvcc (which it installs from PyPI), prints
+//!    registers and spills and updates `kernels/cuda/cubin/`. A test fails until that is done.
+//!
+//! `BATON_EMULATOR_SANITIZE=1` compiles the emulator with AddressSanitizer (run the tests with
+//! `LD_PRELOAD=$(g++ -print-file-name=libasan.so)` then).
+#![expect(unsafe_code, reason = "calls the driver")]
+
+mod device;
+mod error;
+mod graph;
+mod images;
+mod kernel;
+mod library;
+mod memory;
+mod norm;
+mod stream;
+mod symbols;
+mod tensor_map;
+#[doc(hidden)]
+pub mod testing;
+
+pub use device::{Device, DeviceMemory};
+pub use error::DeviceError;
+pub use graph::Graph;
+pub use images::{IMAGES, Image, Target};
+pub use library::{Libraries, LibraryPaths, Missing};
+pub use memory::{Buffer, Element, Pinned, Slice};
+pub use norm::rms_norm;
+pub use stream::{Event, Stream};

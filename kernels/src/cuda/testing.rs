@@ -1,0 +1,97 @@
+//! A device for tests: a real one, or the emulator, which is built from `kernels/emulator` and
+//! `kernels/cuda` with g++.
+#![expect(clippy::print_stderr, reason = "tests say why they are skipped")]
+
+use std::path::PathBuf;
+use std::sync::{Arc, OnceLock};
+
+use libloading::os::unix::{Library, Symbol};
+
+use super::device::Device;
+use super::error::DeviceError;
+use super::library::{Libraries, LibraryPaths};
+use super::stream::Stream;
+
+mod build;
+
+pub use build::{Emulator, build_emulator};
+
+/// What tests run on.
+pub struct TestDevice {
+    /// The device.
+    pub device: Arc<Device>,
+    /// The library of the emulator, if it is one.
+    pub emulator: Option<Library>,
+}
+
+/// The device of this process' tests: `BATON_TEST_DEVICE=real|emulator`, else a real one if there
+/// is one, else the emulator. None, with the reason printed, if there is neither.
+///
+/// # Panics
+/// If the one that was asked for does not work.
+pub fn test_device() -> Option<&'static TestDevice> {
+    static DEVICE: OnceLock<Option<TestDevice>> = OnceLock::new();
+    DEVICE.get_or_init(open).as_ref()
+}
+
+/// A stream of the device of this process' tests. None, with the reason printed, if there is none.
+///
+/// # Panics
+/// As [`test_device`].
+pub fn test_stream() -> Option<Stream> {
+    let device = test_device()?;
+    Some(Stream::new(&device.device).expect("a stream of a device that works"))
+}
+
+/// Runs a test in every order in which the emulator can run threads and copies, once on a real
+/// device. Nothing if there is no device.
+///
+/// # Panics
+/// As [`test_device`], and if the test panics.
+pub fn schedules(test: impl Fn(&Stream)) {
+    let Some(device) = test_device() else { return };
+    let stream = test_stream().expect("there is a device");
+    let Some(emulator) = &device.emulator else { return test(&stream) };
+    // SAFETY: a function of the emulator with this signature.
+    let set: Symbol<unsafe extern "C" fn(u32, i32)> =
+        unsafe { emulator.get("emulator_set_schedule") }.expect("the emulator has it");
+    for (order, early) in [(0, 0), (1, 1), (42, 0)] {
+        // SAFETY: sets numbers of this thread.
+        unsafe { set(order, early) };
+        test(&stream);
+    }
+}
+
+fn open() -> Option<TestDevice> {
+    let wanted = std::env::var("BATON_TEST_DEVICE").unwrap_or_default();
+    if wanted != "emulator" {
+        match open_real() {
+            Ok(device) => return Some(TestDevice { device, emulator: None }),
+            Err(reason) => assert!(wanted != "real", "no device: {reason}"),
+        }
+    }
+    match build_emulator(&Emulator::default()) {
+        Ok(folder) => Some(open_emulator(folder)),
+        Err(reason) => {
+            assert!(wanted != "emulator", "no emulator: {reason}");
+            eprintln!("skipped: there is no GPU, and no emulator: {reason}");
+            None
+        }
+    }
+}
+
+fn open_real() -> Result<Arc<Device>, String> {
+    let paths = LibraryPaths::from_environment();
+    let libraries = Libraries::find(&paths).map_err(|missing| missing.to_string())?;
+    Device::open(&libraries, 0).map_err(|error: DeviceError| error.to_string())
+}
+
+fn open_emulator(folder: PathBuf) -> TestDevice {
+    let driver = folder.join("libcuda.so.1");
+    // SAFETY: the emulator may be loaded at any time.
+    let library = unsafe { Library::open(Some(&driver), libloading::os::unix::RTLD_NOW) };
+    let paths = LibraryPaths { folders: vec![folder], environments: Vec::new() };
+    let libraries = Libraries::find(&paths).unwrap_or_else(|missing| panic!("{missing}"));
+    let device = Device::open(&libraries, 0).unwrap_or_else(|error| panic!("{error}"));
+    TestDevice { device, emulator: Some(library.expect("it was just built")) }
+}
