@@ -54,7 +54,6 @@ impl Grid {
     }
 
     /// With dynamic shared memory.
-    #[allow(dead_code, reason = "for kernels of attention")]
     pub(crate) fn shared(self, shared_bytes: usize) -> Self {
         let shared_bytes = u32::try_from(shared_bytes).unwrap_or(u32::MAX);
         Self { shared_bytes, ..self }

@@ -1,5 +1,4 @@
 //! How Hopper's copy engine (TMA) sees a tensor.
-#![allow(dead_code, reason = "for kernels of attention")]
 
 use cudarc::driver::sys::{
     self, CUtensorMap, CUtensorMapDataType, CUtensorMapFloatOOBfill, CUtensorMapInterleave,
@@ -37,6 +36,7 @@ pub(crate) struct Dimension {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Swizzle {
     /// One after another.
+    #[allow(dead_code, reason = "for kernels to come")]
     None,
     /// Rows of 128 bytes, their units of 16 bytes exchanged as `matrix_descriptor` expects it.
     Bytes128,

@@ -13,8 +13,10 @@ use super::library::{Libraries, LibraryPaths};
 use super::stream::Stream;
 
 mod build;
+mod tile;
 
 pub use build::{Emulator, build_emulator};
+pub use tile::{MMA_TILE, WGMMA_TILE, mma_tile, wgmma_tile};
 
 /// What tests run on.
 pub struct TestDevice {

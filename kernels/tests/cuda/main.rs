@@ -1,5 +1,8 @@
 //! Kernels and the device layer, on a GPU or on the emulator.
+#![expect(clippy::unwrap_used, reason = "tests")]
 
 mod device;
+mod images;
 mod norm;
 mod support;
+mod tile;

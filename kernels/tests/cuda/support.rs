@@ -53,3 +53,14 @@ pub(crate) fn assert_close(found: &[f64], expected: &[f64], tolerance: f64) {
 
 /// Relative error of a value rounded to bf16.
 pub(crate) const BF16: f64 = 1.0 / 256.0;
+
+/// e4m3: a sign, 4 bits of exponent with bias 7, 3 of mantissa; all ones is NaN.
+pub(crate) fn e4m3_to_f64(byte: u8) -> f64 {
+    let (exponent, mantissa) = (i32::from(byte >> 3 & 15), f64::from(byte & 7));
+    let magnitude = match exponent {
+        15 if mantissa == 7.0 => f64::NAN,
+        0 => mantissa / 8.0 * 2_f64.powi(-6),
+        _ => (1.0 + mantissa / 8.0) * 2_f64.powi(exponent - 7),
+    };
+    if byte & 0x80 == 0 { magnitude } else { -magnitude }
+}

@@ -1,0 +1,73 @@
+//! The binaries that are built in are those of the sources.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use baton_kernels::cuda::{IMAGES, Target};
+use serde_json::Value;
+
+/// The folder of the sources. None where only the test binary is.
+fn sources() -> Option<PathBuf> {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("cuda");
+    if !folder.is_dir() {
+        eprintln!("skipped: no sources here");
+    }
+    folder.is_dir().then_some(folder)
+}
+
+/// FNV-1a (Fowler, Noll, Vo), 64 bits.
+fn fnv(hash: u64, bytes: &[u8]) -> u64 {
+    bytes.iter().fold(hash, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3))
+}
+
+/// Headers of the folder that a file includes, directly or not.
+fn includes(folder: &Path, file: &Path, found: &mut BTreeMap<String, PathBuf>) {
+    let text = fs::read_to_string(file).unwrap();
+    for name in text.lines().filter_map(|line| line.strip_prefix("#include \"")?.strip_suffix('"'))
+    {
+        if name.ends_with(".cuh") && !name.contains('/') {
+            found.insert(name.to_owned(), folder.join(name));
+            includes(folder, &folder.join(name), found);
+        }
+    }
+}
+
+fn digest(folder: &Path, source: &Path) -> String {
+    let mut headers = BTreeMap::new();
+    includes(folder, source, &mut headers);
+    let files = std::iter::once(source).chain(headers.values().map(PathBuf::as_path));
+    let hash = files.fold(0xcbf2_9ce4_8422_2325, |hash, file| fnv(hash, &fs::read(file).unwrap()));
+    format!("{hash:016x}")
+}
+
+#[test]
+fn images_are_of_these_sources() {
+    let Some(folder) = sources() else { return };
+    let files = fs::read_dir(&folder).unwrap().map(|entry| entry.unwrap().path());
+    for source in files.filter(|file| file.extension().is_some_and(|e| e == "cu")) {
+        let name = source.file_stem().unwrap().to_str().unwrap();
+        let manifest = fs::read_to_string(folder.join(format!("cubin/{name}.json")));
+        let manifest: Value =
+            serde_json::from_str(&manifest.unwrap_or_default()).unwrap_or_default();
+        let same = manifest["digest"] == digest(&folder, &source);
+        assert!(same, "{name}.cu is not what its binaries are of: run scripts/build-kernels");
+        for binary in manifest["binaries"].as_array().unwrap() {
+            let built_in = IMAGES.iter().find(|image| *binary == image.file);
+            assert!(built_in.is_some(), "{binary} is not built in: run scripts/build-kernels");
+        }
+    }
+}
+
+#[test]
+fn images_are_what_drivers_load() {
+    for image in IMAGES {
+        match image.target {
+            Target::Hopper => assert!(image.bytes.starts_with(b"\x7fELF"), "{}", image.file),
+            Target::Portable => {
+                let text = std::str::from_utf8(image.bytes).unwrap();
+                assert!(text.contains(".target sm_80"), "{}", image.file);
+            }
+        }
+    }
+}
