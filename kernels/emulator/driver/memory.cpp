@@ -238,3 +238,8 @@ DRIVER_API cuIpcCloseMemHandle(uint64_t address) {
   memory().allocations.erase(found);
   return SUCCESS;
 }
+
+extern "C" __attribute__((visibility("default"))) int emulator_is_device_memory(uint64_t address, size_t bytes) {
+  auto locked = lock();
+  return is_device_memory(address, bytes);
+}

@@ -236,3 +236,12 @@ DRIVER_API cuGraphDestroy(void* graph) {
   delete (Graph*)graph;
   return SUCCESS;
 }
+
+// For the stand-ins of other libraries: work that may be asked for again (NOT_READY), and how to free what it needs.
+extern "C" __attribute__((visibility("default"))) Result emulator_enqueue(void* handle, Result (*work)(void*), void (*release)(void*), void* data) {
+  DRIVER_ENTER;
+  std::shared_ptr<void> owned(data, release);
+  auto stream = find_stream(handle);
+  if (!stream) return INVALID_HANDLE;
+  return enqueue(*stream, [work, owned] { return work(owned.get()); });
+}

@@ -33,6 +33,7 @@
 
 mod device;
 mod error;
+mod gemm;
 mod graph;
 mod images;
 mod kernel;
@@ -47,6 +48,7 @@ pub mod testing;
 
 pub use device::{Device, DeviceMemory};
 pub use error::DeviceError;
+pub use gemm::{Factors, Gemm, Matmul, Output, Tuned};
 pub use graph::Graph;
 pub use images::{IMAGES, Image, Target};
 pub use library::{Libraries, LibraryPaths, Missing};

@@ -53,4 +53,52 @@ pub(super) const DRIVER_SYMBOLS: &[&CStr] = &[
 ];
 
 /// Of `libcublasLt.so.13`.
-pub(super) const BLAS_SYMBOLS: &[&CStr] = &[c"cublasLtCreate"];
+pub(super) const BLAS_SYMBOLS: &[&CStr] = &[
+    c"cublasLtCreate",
+    c"cublasLtDestroy",
+    c"cublasLtMatmul",
+    c"cublasLtMatmulAlgoGetHeuristic",
+    c"cublasLtMatmulDescCreate",
+    c"cublasLtMatmulDescDestroy",
+    c"cublasLtMatmulDescSetAttribute",
+    c"cublasLtMatmulPreferenceCreate",
+    c"cublasLtMatmulPreferenceDestroy",
+    c"cublasLtMatmulPreferenceSetAttribute",
+    c"cublasLtMatrixLayoutCreate",
+    c"cublasLtMatrixLayoutDestroy",
+];
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+    use std::path::Path;
+
+    /// Functions of the libraries that a folder's sources call.
+    fn called(folder: &Path, found: &mut BTreeSet<String>) {
+        for entry in std::fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                called(&path, found);
+                continue;
+            }
+            let text = std::fs::read_to_string(&path).unwrap();
+            for rest in text.split("sys::cu").skip(1) {
+                let name = rest.split(|c: char| !c.is_alphanumeric() && c != '_').next().unwrap();
+                // Types and constants are named otherwise.
+                if !name.ends_with("_t") && name != "lib" && rest[name.len()..].starts_with('(') {
+                    found.insert(format!("cu{name}"));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn every_function_that_is_called_is_looked_for() {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/cuda");
+        let mut found = BTreeSet::new();
+        called(&folder, &mut found);
+        let listed = super::DRIVER_SYMBOLS.iter().chain(super::BLAS_SYMBOLS);
+        let listed: BTreeSet<_> = listed.map(|name| name.to_str().unwrap().to_owned()).collect();
+        assert_eq!(found, listed);
+    }
+}

@@ -2,6 +2,7 @@
 #![expect(clippy::unwrap_used, reason = "tests")]
 
 mod device;
+mod gemm;
 mod images;
 mod norm;
 mod support;
