@@ -5,5 +5,6 @@ mod device;
 mod gemm;
 mod images;
 mod norm;
+mod resolve;
 mod support;
 mod tile;
