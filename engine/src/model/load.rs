@@ -96,19 +96,51 @@ pub enum LoadError {
 const CONFIG: &str = "config.json";
 const GENERATION_CONFIG: &str = "generation_config.json";
 
-impl Model {
-    /// Loads the model of a folder. Nothing may write to the folder's files meanwhile.
-    pub fn load(options: LoadOptions<'_>) -> Result<Self, LoadError> {
-        let text = read(options.dir, CONFIG)?
+/// A checkpoint whose weights were checked and not read yet.
+pub(crate) struct Opened {
+    pub(crate) config: ModelConfig,
+    pub(crate) max_model_len: usize,
+    pub(crate) eos_token_ids: Vec<u32>,
+    pub(crate) weights: Weights,
+    /// The text of `config.json`.
+    text: Vec<u8>,
+}
+
+impl Opened {
+    pub(crate) fn open(
+        dir: &Path,
+        format: LoadFormat,
+        asked_model_len: Option<usize>,
+    ) -> Result<Self, LoadError> {
+        let text = read(dir, CONFIG)?
             .ok_or(LoadError::Io { file: CONFIG, source: ErrorKind::NotFound.into() })?;
         let mut config = ModelConfig::parse(&json(CONFIG, &text)?)
             .map_err(|source| LoadError::Config { file: CONFIG, source })?;
-        let max_model_len = max_model_len(options.max_model_len, &config)?;
-        let eos_token_ids = eos_token_ids(options.dir, &config)?;
-        let weights = match options.format {
-            LoadFormat::Safetensors => Weights::open(options.dir, &mut config)?,
+        let max_model_len = max_model_len(asked_model_len, &config)?;
+        let eos_token_ids = eos_token_ids(dir, &config)?;
+        let weights = match format {
+            LoadFormat::Safetensors => Weights::open(dir, &mut config)?,
             LoadFormat::Dummy { seed } => Weights::dummy(&config, seed),
         };
+        Ok(Self { config, max_model_len, eos_token_ids, weights, text })
+    }
+
+    /// Names configuration, weights and the arithmetic of `kernels`, whatever that is.
+    pub(crate) fn revision(&self, kernels: &[u8]) -> [u8; 32] {
+        let mut hasher = blake3::Hasher::new_derive_key("baton 1 model revision");
+        hasher.update(kernels);
+        hasher.update(&(self.text.len() as u64).to_le_bytes()).update(&self.text);
+        self.weights.identify(&mut hasher);
+        *hasher.finalize().as_bytes()
+    }
+}
+
+impl Model {
+    /// Loads the model of a folder. Nothing may write to the folder's files meanwhile.
+    pub fn load(options: LoadOptions<'_>) -> Result<Self, LoadError> {
+        let opened = Opened::open(options.dir, options.format, options.max_model_len)?;
+        let revision = opened.revision(&baton_kernels::RESULT_REVISION.to_le_bytes());
+        let Opened { config, max_model_len, eos_token_ids, weights, .. } = opened;
         let pool = ThreadPool::new(options.threads);
         let mut loader = Loader {
             total_bytes: weights.total_bytes(&config),
@@ -126,7 +158,6 @@ impl Model {
         } else {
             (Some(table), loader.matrix(&["lm_head.weight".to_owned()], config.hidden))
         };
-        let revision = revision(&text, &weights);
         let scratch = Scratch::default();
         Ok(Self {
             config,
@@ -204,14 +235,6 @@ fn kv_dtype(weights: Dtype) -> KvDtype {
         Dtype::Bf16 => KvDtype::Bf16,
         Dtype::F16 => KvDtype::F16,
     }
-}
-
-fn revision(config: &[u8], weights: &Weights) -> [u8; 32] {
-    let mut hasher = blake3::Hasher::new_derive_key("baton 1 model revision");
-    hasher.update(&baton_kernels::RESULT_REVISION.to_le_bytes());
-    hasher.update(&(config.len() as u64).to_le_bytes()).update(config);
-    weights.identify(&mut hasher);
-    *hasher.finalize().as_bytes()
 }
 
 fn eos_token_ids(dir: &Path, config: &ModelConfig) -> Result<Vec<u32>, LoadError> {
