@@ -192,6 +192,15 @@ DRIVER_API cuMemcpyDtoDAsync_v2(uint64_t to, uint64_t from, size_t bytes, void* 
   });
 }
 
+DRIVER_API cuMemGetAddressRange_v2(uint64_t* start, size_t* bytes, uint64_t address) {
+  DRIVER_ENTER;
+  auto found = containing(memory().allocations, address);
+  if (found == memory().allocations.end()) return INVALID_VALUE;
+  *start = found->first;
+  *bytes = found->second.bytes;
+  return SUCCESS;
+}
+
 // An allocation's file, as another process of this user can open it.
 struct IpcHandle {
   uint64_t magic, bytes;

@@ -14,9 +14,7 @@ use super::library::Libraries;
 /// A GPU, with the kernels of this crate. Everything made from it keeps it open.
 pub struct Device {
     ordinal: usize,
-    name: String,
-    capability: (u32, u32),
-    multiprocessors: usize,
+    facts: Facts,
     handle: sys::CUdevice,
     context: sys::CUcontext,
     modules: Vec<sys::CUmodule>,
@@ -62,31 +60,17 @@ impl Device {
             let text = format!("there is no device {ordinal}: the driver sees {count}");
             return Err(DeviceError::Unsupported(text));
         }
-        let (mut handle, mut context) = (0, std::ptr::null_mut());
-        // SAFETY: the ordinal exists; each call writes one value.
-        unsafe {
-            check("cuDeviceGet", sys::cuDeviceGet(&raw mut handle, ordinal as i32))?;
-            let retained = sys::cuDevicePrimaryCtxRetain(&raw mut context, handle);
-            check("cuDevicePrimaryCtxRetain", retained)?;
-        }
+        let facts = Facts::of(ordinal)?;
+        let images = images_for(facts.capability)?;
+        let (handle, mut context) = (handle(ordinal)?, std::ptr::null_mut());
+        // SAFETY: writes one handle.
+        let status = unsafe { sys::cuDevicePrimaryCtxRetain(&raw mut context, handle) };
+        check("cuDevicePrimaryCtxRetain", status)?;
         // From here on dropping it gives back what it has.
-        let mut device = Self {
-            ordinal,
-            name: name(handle)?,
-            capability: (0, 0),
-            multiprocessors: 0,
-            handle,
-            context,
-            modules: Vec::new(),
-            kernels: RwLock::default(),
-        };
-        let major = device.attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
-        let minor = device.attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
-        device.capability = (major, minor);
-        device.multiprocessors =
-            device.attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as usize;
+        let (modules, kernels) = (Vec::new(), RwLock::default());
+        let mut device = Self { ordinal, facts, handle, context, modules, kernels };
         device.bind()?;
-        for image in images_for(device.capability)? {
+        for image in images {
             let module = load(image)?;
             device.modules.push(module);
         }
@@ -102,25 +86,38 @@ impl Device {
     /// The driver's name of it.
     #[must_use]
     pub fn name(&self) -> &str {
-        &self.name
+        &self.facts.name
     }
 
     /// Compute capability, major and minor: (9, 0) is Hopper.
     #[must_use]
     pub fn capability(&self) -> (u32, u32) {
-        self.capability
+        self.facts.capability
     }
 
     /// Which binaries run on it; some kernels exist for one kind only.
     #[must_use]
     pub fn target(&self) -> Target {
-        Target::of(self.capability)
+        Target::of(self.facts.capability)
+    }
+
+    /// What no other device has, on this machine or another. Processes that give the same one
+    /// memory of their own name it by that, as ordinals may differ.
+    ///
+    /// # Errors
+    /// If the driver fails.
+    pub fn uuid(&self) -> Result<[u8; 16], DeviceError> {
+        let mut uuid = sys::CUuuid { bytes: [0; 16] };
+        // SAFETY: writes 16 bytes.
+        let status = unsafe { sys::cuDeviceGetUuid_v2(&raw mut uuid, self.handle) };
+        check("cuDeviceGetUuid", status)?;
+        Ok(uuid.bytes.map(|byte| byte as u8))
     }
 
     /// Streaming multiprocessors.
     #[must_use]
     pub fn multiprocessors(&self) -> usize {
-        self.multiprocessors
+        self.facts.multiprocessors
     }
 
     /// Free and total memory now.
@@ -154,21 +151,13 @@ impl Device {
                 return Ok(kernels.entry(name).or_insert(kernel).clone());
             }
         }
-        Err(DeviceError::Unsupported(format!("there is no kernel {name} for {}", self.name)))
+        Err(DeviceError::Unsupported(format!("there is no kernel {name} for {}", self.facts.name)))
     }
 
     /// Makes the device the calling thread's.
     pub(crate) fn bind(&self) -> Result<(), DeviceError> {
         // SAFETY: the context is retained as long as `self` lives.
         check("cuCtxSetCurrent", unsafe { sys::cuCtxSetCurrent(self.context) })
-    }
-
-    fn attribute(&self, attribute: Attribute) -> Result<u32, DeviceError> {
-        let mut value = 0;
-        // SAFETY: writes one integer.
-        let status = unsafe { sys::cuDeviceGetAttribute(&raw mut value, attribute, self.handle) };
-        check("cuDeviceGetAttribute", status)?;
-        Ok(u32::try_from(value).unwrap_or_default())
     }
 }
 
@@ -187,8 +176,50 @@ impl Drop for Device {
 
 impl std::fmt::Debug for Device {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "device {} ({})", self.ordinal, self.name)
+        write!(f, "device {} ({})", self.ordinal, self.facts.name)
     }
+}
+
+/// What a device is, found without opening it. The driver must be initialised.
+pub(super) struct Facts {
+    pub name: String,
+    pub capability: (u32, u32),
+    pub multiprocessors: usize,
+    pub memory_bytes: usize,
+}
+
+impl Facts {
+    pub(super) fn of(ordinal: usize) -> Result<Self, DeviceError> {
+        let handle = handle(ordinal)?;
+        let major = Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR;
+        let minor = Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR;
+        let multiprocessors = Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
+        let mut memory_bytes = 0;
+        // SAFETY: writes one integer.
+        let status = unsafe { sys::cuDeviceTotalMem_v2(&raw mut memory_bytes, handle) };
+        check("cuDeviceTotalMem", status)?;
+        Ok(Self {
+            name: name(handle)?,
+            capability: (attribute(handle, major)?, attribute(handle, minor)?),
+            multiprocessors: attribute(handle, multiprocessors)? as usize,
+            memory_bytes,
+        })
+    }
+}
+
+fn handle(ordinal: usize) -> Result<sys::CUdevice, DeviceError> {
+    let mut handle = 0;
+    let ordinal = i32::try_from(ordinal).unwrap_or(i32::MAX);
+    // SAFETY: writes one handle.
+    check("cuDeviceGet", unsafe { sys::cuDeviceGet(&raw mut handle, ordinal) }).map(|()| handle)
+}
+
+fn attribute(handle: sys::CUdevice, attribute: Attribute) -> Result<u32, DeviceError> {
+    let mut value = 0;
+    // SAFETY: writes one integer.
+    let status = unsafe { sys::cuDeviceGetAttribute(&raw mut value, attribute, handle) };
+    check("cuDeviceGetAttribute", status)?;
+    Ok(u32::try_from(value).unwrap_or_default())
 }
 
 fn name(handle: sys::CUdevice) -> Result<String, DeviceError> {

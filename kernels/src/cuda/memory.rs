@@ -11,8 +11,8 @@ use half::bf16;
 
 use super::device::Device;
 use super::error::{DeviceError, check};
+use super::event::Event;
 use super::kernel::Parameter;
-use super::stream::Event;
 
 /// What device memory can hold.
 ///
@@ -102,9 +102,9 @@ impl<T: Element> Drop for Buffer<T> {
 #[repr(C)]
 pub struct Slice<'a, T: Element> {
     /// First, as kernels are passed its address.
-    address: u64,
-    len: usize,
-    buffer: PhantomData<&'a Buffer<T>>,
+    pub(super) address: u64,
+    pub(super) len: usize,
+    pub(super) buffer: PhantomData<&'a Buffer<T>>,
 }
 
 impl<T: Element> Clone for Slice<'_, T> {

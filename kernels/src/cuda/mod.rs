@@ -33,13 +33,16 @@
 
 mod device;
 mod error;
+mod event;
 mod gemm;
 mod graph;
 mod images;
+mod ipc;
 mod kernel;
 mod library;
 mod memory;
 mod norm;
+mod probe;
 mod resolve;
 mod stream;
 mod symbols;
@@ -49,11 +52,14 @@ pub mod testing;
 
 pub use device::{Device, DeviceMemory};
 pub use error::DeviceError;
+pub use event::Event;
 pub use gemm::{Factors, Gemm, Matmul, Output, Tuned};
 pub use graph::Graph;
 pub use images::{IMAGES, Image, Target};
+pub use ipc::{IpcHandle, SharedBuffer};
 pub use library::{Libraries, LibraryPaths, Missing};
 pub use memory::{Buffer, Element, Pinned, Slice};
 pub use norm::rms_norm;
+pub use probe::{DeviceReport, Probe, probe};
 pub use resolve::{SAMPLED, resolve_tokens};
-pub use stream::{Event, Stream};
+pub use stream::Stream;

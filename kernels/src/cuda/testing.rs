@@ -64,6 +64,20 @@ pub fn schedules(test: impl Fn(&Stream)) {
     }
 }
 
+/// Lets the emulator fail from now on, as when a device falls off the bus. Nothing on a real one.
+///
+/// # Panics
+/// As [`test_device`].
+pub fn lose_device() {
+    if let Some(emulator) = test_device().and_then(|device| device.emulator.as_ref()) {
+        // SAFETY: a function of the emulator with this signature.
+        let lose: Symbol<unsafe extern "C" fn()> =
+            unsafe { emulator.get("emulator_lose_device") }.expect("the emulator has it");
+        // SAFETY: sets a number.
+        unsafe { lose() };
+    }
+}
+
 fn open() -> Option<TestDevice> {
     let wanted = std::env::var("BATON_TEST_DEVICE").unwrap_or_default();
     if wanted != "emulator" {

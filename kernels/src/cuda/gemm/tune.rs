@@ -2,7 +2,8 @@
 
 use super::{Gemm, Matmul, Output, Plan, WORKSPACE_BYTES};
 use crate::cuda::error::DeviceError;
-use crate::cuda::stream::{Event, Stream};
+use crate::cuda::event::Event;
+use crate::cuda::stream::Stream;
 
 /// Algorithms that are tried.
 const CANDIDATES: usize = 16;
