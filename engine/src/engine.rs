@@ -72,7 +72,7 @@ impl Engine {
     #[must_use]
     pub fn start(config: EngineConfig, mut executor: Box<dyn Executor>, sink: Sink) -> Self {
         let info = info(&config, &*executor);
-        let store = executor.allocate(info.geometry.block_tokens, info.kv_blocks);
+        let memory = executor.allocate(info.geometry.block_tokens, info.kv_blocks);
         let limits = Limits {
             block_tokens: info.geometry.block_tokens as usize,
             kv_blocks: info.kv_blocks,
@@ -85,7 +85,9 @@ impl Engine {
         let free = BlockCounts { free: info.kv_blocks as u64, ..BlockCounts::default() };
         let report = Arc::new(Mutex::new(Report { blocks: free, ..Report::default() }));
         let scheduler = Scheduler::new(limits, info.root);
-        let device = Device::new(scheduler, executor, store, inbox.clone(), report.clone(), sink);
+        let parts = (scheduler, executor, memory);
+        let block_tokens = info.geometry.block_tokens as usize;
+        let device = Device::new(parts, block_tokens, inbox.clone(), report.clone(), sink);
         std::thread::Builder::new()
             .name("engine".to_owned())
             .spawn(move || device.run())

@@ -7,12 +7,11 @@
 )]
 
 use std::ops::ControlFlow;
-use std::sync::Arc;
 
-use baton_kernels::cpu::KvStore;
 use baton_proto::geometry::KvGeometry;
 use baton_proto::sampling::SamplingParams;
 
+use crate::memory::KvMemory;
 use crate::scheduler::Outcome;
 
 /// A device cannot go on: what was computed on it is lost.
@@ -47,7 +46,7 @@ pub trait Executor: Send {
     ///
     /// # Panics
     /// If there is no memory for it.
-    fn allocate(&mut self, block_tokens: u32, blocks: usize) -> Arc<KvStore>;
+    fn allocate(&mut self, block_tokens: u32, blocks: usize) -> KvMemory;
 
     /// Begins to compute a step, after all those launched before. `after_layer` hears of this step,
     /// of each layer at most once and in order; of layers that are complete before the return.

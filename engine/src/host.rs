@@ -12,6 +12,7 @@ use baton_proto::geometry::{KvDtype, KvGeometry};
 
 use crate::executor::{AfterLayer, DeviceFailure, Executor, Input, Step, StepChunk};
 use crate::forward::{Chunk, Forward, Wanted};
+use crate::memory::KvMemory;
 use crate::sampler::{Sampler, logprobs};
 use crate::scheduler::Outcome;
 
@@ -81,9 +82,10 @@ impl<F: Forward> Executor for HostExecutor<F> {
         1
     }
 
-    fn allocate(&mut self, block_tokens: u32, blocks: usize) -> Arc<KvStore> {
+    fn allocate(&mut self, block_tokens: u32, blocks: usize) -> KvMemory {
         let layout = kv_layout(&self.model.geometry(block_tokens));
-        self.store.insert(Arc::new(KvStore::new(layout, blocks))).clone()
+        let store = self.store.insert(Arc::new(KvStore::new(layout, blocks)));
+        KvMemory::Host(store.clone())
     }
 
     unsafe fn launch(

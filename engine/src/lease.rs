@@ -5,6 +5,7 @@
 #![expect(unsafe_code, reason = "reads and writes the KV cache while the engine runs")]
 
 use std::fmt;
+use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -12,12 +13,15 @@ use baton_kernels::cpu::KvStore;
 use baton_proto::ids::TransferId;
 
 use crate::inbox::Inbox;
+use crate::memory::{KvMemory, Soon, at_hand};
+use crate::place::Place;
+use crate::staging::Staged;
 
 /// The blocks of one exported or imported sequence, or of a prefix that is served or fetched. Blocks are named by their ordinal in the
 /// sequence. Dropping it gives the blocks back to the engine.
 pub struct BlockLease {
     id: TransferId,
-    store: Arc<KvStore>,
+    memory: KvMemory,
     blocks: Vec<u32>,
     /// Leading blocks that lay in the prefix cache at admission.
     shared: usize,
@@ -63,12 +67,12 @@ impl Gate {
 impl BlockLease {
     pub(crate) fn new(
         id: TransferId,
-        store: Arc<KvStore>,
+        memory: KvMemory,
         (blocks, shared): (Vec<u32>, usize),
         gate: Arc<Gate>,
         inbox: Arc<Inbox>,
     ) -> Arc<Self> {
-        Arc::new(Self { id, store, blocks, shared, gate, inbox })
+        Arc::new(Self { id, memory, blocks, shared, gate, inbox })
     }
 
     /// The job whose blocks these are.
@@ -95,35 +99,79 @@ impl BlockLease {
         self.shared
     }
 
-    /// One layer of a block, without a copy; keeps the lease.
+    /// One layer of the blocks `ordinals`, in one part or more. Host memory is not copied and keeps
+    /// the lease; what is copied out of a device keeps a slot of its ring.
     ///
     /// # Panics
-    /// If the piece has not been told ready.
+    /// If a piece has not been told ready.
     #[must_use]
-    pub fn piece(self: &Arc<Self>, layer: usize, ordinal: usize) -> Piece {
+    pub fn read(self: &Arc<Self>, layer: usize, ordinals: Range<usize>) -> Soon<Vec<Piece>> {
         let complete = self.gate.readable[layer].load(Ordering::Acquire);
-        assert!(ordinal < complete, "layer {layer} of block {ordinal} is not complete");
-        Piece { lease: self.clone(), layer, block: self.blocks[ordinal] }
+        assert!(ordinals.end <= complete, "layer {layer} of blocks {ordinals:?} is not complete");
+        let lease = self.clone();
+        match &self.memory {
+            KvMemory::Host(store) => {
+                let block = |&block: &u32| {
+                    let (lease, store) = (lease.clone(), store.clone());
+                    Piece(Held::InPlace { _lease: lease, store, layer, block })
+                };
+                at_hand(self.blocks[ordinals].iter().map(block).collect())
+            }
+            KvMemory::Device(staging) => {
+                let read = staging.read(lease, layer, ordinals);
+                Box::pin(async { Ok(vec![Piece(Held::Staged(read.await?))]) })
+            }
+        }
     }
 
-    /// Copies `bytes` to `offset` of one layer of a block. Does nothing to blocks that were here
-    /// at admission, and nothing at all once the sequence runs: what the prefix cache may share
-    /// is never written.
+    /// Where one layer of the blocks `ordinals` can be written.
     ///
     /// # Panics
-    /// If the place does not exist.
-    pub fn write(&self, layer: usize, ordinal: usize, offset: usize, bytes: &[u8]) {
-        let block = self.blocks[ordinal];
+    /// If there are no such blocks.
+    #[must_use]
+    pub fn place(self: &Arc<Self>, layer: usize, ordinals: Range<usize>) -> Soon<Place> {
+        assert!(ordinals.end <= self.blocks.len(), "there are no blocks {ordinals:?}");
+        let lease = self.clone();
+        match &self.memory {
+            KvMemory::Host(_) => at_hand(Place::at_hand(lease, layer, ordinals)),
+            KvMemory::Device(staging) => {
+                let room = staging.room(ordinals.len() * staging.piece_bytes());
+                Box::pin(async move { Ok(Place::staged(lease, layer, ordinals, room.await?)) })
+            }
+        }
+    }
+
+    pub(crate) fn memory(&self) -> &KvMemory {
+        &self.memory
+    }
+
+    /// Where in the cache the blocks `ordinals` are.
+    pub(crate) fn block_ids(&self, ordinals: Range<usize>) -> &[u32] {
+        &self.blocks[ordinals]
+    }
+
+    /// Runs `write`, unless the blocks may not be written any more.
+    pub(crate) fn while_writable<T>(&self, write: impl FnOnce() -> T) -> Option<T> {
         let writable = self.gate.writable.lock().unwrap_or_else(PoisonError::into_inner);
-        if !*writable || ordinal < self.shared {
+        writable.then(write)
+    }
+
+    /// Copies `bytes` to `offset` of one layer of a block of host memory. Does nothing to blocks
+    /// that were here at admission, and nothing at all once the sequence runs: what the prefix
+    /// cache may share is never written.
+    pub(crate) fn write(&self, layer: usize, ordinal: usize, offset: usize, bytes: &[u8]) {
+        let KvMemory::Host(store) = &self.memory else { return };
+        if ordinal < self.shared {
             return;
         }
-        // SAFETY: the block was granted to this lease alone, and stays its own until it is
-        // dropped. Other writers wait for the lock; the engine reads and writes the block only
-        // after it has taken the lock to end all writing.
-        let piece = unsafe { self.store.piece_mut(layer, block) };
-        piece[offset..][..bytes.len()].copy_from_slice(bytes);
-        drop(writable);
+        let block = self.blocks[ordinal];
+        self.while_writable(|| {
+            // SAFETY: the block was granted to this lease alone, and stays its own until it is
+            // dropped. Other writers wait for the lock; the engine reads and writes the block only
+            // after it has taken the lock to end all writing.
+            let piece = unsafe { store.piece_mut(layer, block) };
+            piece[offset..][..bytes.len()].copy_from_slice(bytes);
+        });
     }
 }
 
@@ -140,17 +188,21 @@ impl fmt::Debug for BlockLease {
     }
 }
 
-/// One layer of one block.
-pub struct Piece {
-    lease: Arc<BlockLease>,
-    layer: usize,
-    block: u32,
+/// One layer of one block, or of several that follow each other.
+pub struct Piece(Held);
+
+enum Held {
+    InPlace { _lease: Arc<BlockLease>, store: Arc<KvStore>, layer: usize, block: u32 },
+    Staged(Staged),
 }
 
 impl AsRef<[u8]> for Piece {
     fn as_ref(&self) -> &[u8] {
-        // SAFETY: the piece is complete, and complete pieces are written again only after the
-        // block was freed, which the lease prevents.
-        unsafe { self.lease.store.piece(self.layer, self.block) }
+        match &self.0 {
+            // SAFETY: the piece is complete, and complete pieces are written again only after the
+            // block was freed, which the lease prevents.
+            Held::InPlace { store, layer, block, .. } => unsafe { store.piece(*layer, *block) },
+            Held::Staged(staged) => staged.as_ref(),
+        }
     }
 }

@@ -11,13 +11,16 @@ pub mod generation;
 mod host;
 mod inbox;
 mod lease;
+mod memory;
 pub mod model;
 pub mod pace;
+mod place;
 pub mod prefix;
 mod rope;
 pub mod sampler;
 pub mod scheduler;
 pub mod sequence;
+pub mod staging;
 mod step;
 #[doc(hidden)]
 pub mod testing;
@@ -32,4 +35,6 @@ pub use executor::{
 pub use forward::{Chunk, Forward, Wanted};
 pub use host::HostExecutor;
 pub use lease::{BlockLease, Piece};
+pub use memory::{KvMemory, MemoryLost, Soon};
+pub use place::Place;
 pub use rope::Rope;

@@ -7,7 +7,6 @@ use std::panic::AssertUnwindSafe;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
-use baton_kernels::cpu::KvStore;
 use baton_proto::ids::TransferId;
 use baton_proto::message::{Report, Retry};
 
@@ -16,6 +15,7 @@ use crate::events::{EngineEvent, Kind};
 use crate::executor::{DeviceFailure, Executor, Input, PromptLogprobs, Sample, Step, StepChunk};
 use crate::inbox::{Inbox, Inputs, Wait};
 use crate::lease::{BlockLease, Gate};
+use crate::memory::KvMemory;
 use crate::pace::Pace;
 use crate::scheduler::{Event, Plan, PlannedChunk, Scheduler};
 use crate::sequence::Sequence;
@@ -26,7 +26,8 @@ pub(crate) struct Device {
     executor: Box<dyn Executor>,
     /// Launched steps that are not finished, oldest first.
     in_flight: VecDeque<InFlight>,
-    store: Arc<KvStore>,
+    memory: KvMemory,
+    block_tokens: usize,
     pace: Pace,
     /// Of every lease that is out.
     gates: HashMap<TransferId, Arc<Gate>>,
@@ -51,9 +52,8 @@ struct Exported {
 
 impl Device {
     pub(crate) fn new(
-        scheduler: Scheduler,
-        executor: Box<dyn Executor>,
-        store: Arc<KvStore>,
+        (scheduler, executor, memory): (Scheduler, Box<dyn Executor>, KvMemory),
+        block_tokens: usize,
         inbox: Arc<Inbox>,
         report: Arc<Mutex<Report>>,
         sink: Sink,
@@ -63,7 +63,8 @@ impl Device {
             scheduler,
             executor,
             in_flight: VecDeque::new(),
-            store,
+            memory,
+            block_tokens,
             pace: Pace::default(),
             gates: HashMap::new(),
             layers,
@@ -190,7 +191,7 @@ impl Device {
         match event {
             Event::Admitted { id, kind, lease, cached_blocks, queued } => {
                 let lease = self.lease(id, kind, lease, cached_blocks);
-                let cached_tokens = (cached_blocks * self.store.layout().block_tokens) as u32;
+                let cached_tokens = (cached_blocks * self.block_tokens) as u32;
                 EngineEvent::Admitted { id, lease, cached_tokens, queued }
             }
             Event::Tokens(tokens) => EngineEvent::Tokens(tokens),
@@ -213,8 +214,8 @@ impl Device {
             Kind::Import | Kind::Fetch => Gate::writing(self.layers),
         };
         self.gates.insert(id, gate.clone());
-        let (store, inbox) = (self.store.clone(), self.inbox.clone());
-        Some(BlockLease::new(id, store, (blocks, cached), gate, inbox))
+        let (memory, inbox) = (self.memory.clone(), self.inbox.clone());
+        Some(BlockLease::new(id, memory, (blocks, cached), gate, inbox))
     }
 
     /// Begins to compute a plan.
@@ -256,7 +257,7 @@ impl Device {
     /// The blocks that become complete with this plan, the last and partial one with the last
     /// chunk.
     fn exported(&self, plan: &Plan) -> Vec<Exported> {
-        let block_tokens = self.store.layout().block_tokens;
+        let block_tokens = self.block_tokens;
         let exports = plan.chunks.iter().enumerate().filter_map(|(index, chunk)| {
             let export = self.scheduler.sequence(chunk).kind == Kind::Export;
             let gate = self.gates.get(&chunk.id).filter(|_| export)?.clone();

@@ -4,6 +4,7 @@
 #![expect(unsafe_code, reason = "reads and writes the KV cache as a model does")]
 
 mod ahead;
+pub mod delayed;
 
 use std::ops::ControlFlow;
 

@@ -12,9 +12,10 @@ use std::sync::{Arc, Mutex, mpsc};
 use std::time::{Duration, Instant};
 
 use baton_identity::{ClusterCa, Identity, Part};
+use baton_kvtransfer::frame::LayerRun;
 use baton_kvtransfer::{
-    BlockSink, BlockSource, Endpoint, FirstToken, Incoming, Outgoing, ReceiveHandle, Room,
-    SendHandle, Timing,
+    BlockSink, BlockSource, Endpoint, FirstToken, Incoming, Outgoing, Place, ReceiveHandle, Room,
+    SendHandle, Soon, Timing, at_hand,
 };
 use baton_proto::geometry::{KvDtype, KvGeometry};
 use baton_proto::hash::ModelRoot;
@@ -119,15 +120,33 @@ impl Memory {
 }
 
 impl BlockSource for Memory {
-    fn piece(&self, layer: u32, ordinal: u32) -> Bytes {
-        let start = self.index(layer, ordinal) * self.piece;
-        self.source.slice(start..start + self.piece)
+    fn read(&self, LayerRun { layer, run }: LayerRun) -> Soon<Vec<Bytes>> {
+        let piece = |ordinal| {
+            let start = self.index(layer, ordinal) * self.piece;
+            self.source.slice(start..start + self.piece)
+        };
+        at_hand(run.range().map(piece).collect())
     }
 }
 
 impl BlockSink for Memory {
-    fn write(&self, layer: u32, ordinal: u32, offset: usize, bytes: &[u8]) {
-        self.write(self.index(layer, ordinal), offset, bytes);
+    fn place(self: Arc<Self>, LayerRun { layer, .. }: LayerRun) -> Soon<Box<dyn Place>> {
+        at_hand(Box::new(InPlace { memory: self, layer }))
+    }
+}
+
+struct InPlace {
+    memory: Arc<Memory>,
+    layer: u32,
+}
+
+impl Place for InPlace {
+    fn write(&mut self, ordinal: u32, offset: usize, bytes: &[u8]) {
+        self.memory.write(self.memory.index(self.layer, ordinal), offset, bytes);
+    }
+
+    fn apply(self: Box<Self>) -> Soon<()> {
+        at_hand(())
     }
 }
 

@@ -3,6 +3,7 @@
 use baton_proto::message::Retry;
 
 use crate::frame::Reason;
+use crate::memory::MemoryLost;
 
 /// A transfer did not reach its receiver. Nothing of it is held any more.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -39,6 +40,9 @@ pub enum SendError {
     /// The receiver broke the protocol.
     #[error("the receiver broke the protocol: {0}")]
     Protocol(&'static str),
+    /// The blocks here cannot be read.
+    #[error(transparent)]
+    Memory(#[from] MemoryLost),
 }
 
 impl SendError {
@@ -81,6 +85,9 @@ pub enum ReceiveError {
     /// The sender broke the protocol.
     #[error("the sender broke the protocol: {0}")]
     Protocol(&'static str),
+    /// The blocks here cannot be written.
+    #[error(transparent)]
+    Memory(#[from] MemoryLost),
 }
 
 impl ReceiveError {

@@ -178,10 +178,12 @@ pub enum Reason {
     Corrupt = 9,
     /// The other end broke the protocol.
     Protocol = 10,
+    /// The other end cannot reach its blocks.
+    Memory = 11,
 }
 
 /// Every reason with its text.
-const REASONS: [(Reason, &str); 11] = [
+const REASONS: [(Reason, &str); 12] = [
     (Reason::Cancelled, "its owner cancelled"),
     (Reason::Expired, "the other end was silent for too long"),
     (Reason::Busy, "too many transfers"),
@@ -193,6 +195,7 @@ const REASONS: [(Reason, &str); 11] = [
     (Reason::Sender, "expected from another node"),
     (Reason::Corrupt, "the payload kept arriving damaged"),
     (Reason::Protocol, "the other end broke the protocol"),
+    (Reason::Memory, "the memory of its blocks has failed"),
 ];
 
 impl Reason {

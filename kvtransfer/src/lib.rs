@@ -42,7 +42,7 @@ pub use endpoint::{BindError, Endpoint, TRANSPORTS};
 pub use error::{ReceiveError, SendError};
 pub use frame::{FirstToken, Reason};
 pub use limits::Timing;
-pub use memory::{BlockSink, BlockSource};
+pub use memory::{BlockSink, BlockSource, MemoryLost, Place, Soon, at_hand};
 pub use receive::{Incoming, ReceiveHandle, Room};
 pub use receiver::Receiver;
 pub use send::{Outgoing, SendHandle, Sent};

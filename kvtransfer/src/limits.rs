@@ -22,6 +22,10 @@ pub const MAX_RETRIES: u32 = 8;
 /// Connections that one transfer may use up.
 pub const MAX_CONNECTIONS: u32 = 16;
 
+/// Units of one transfer that are taken from its source ahead of the one that is being written: a
+/// copy out of a device overlaps with the network.
+pub const STAGED_UNITS: usize = 3;
+
 /// Transfers that one endpoint sends at a time.
 pub const MAX_OUTGOING: usize = 4096;
 /// Transfers that one endpoint receives at a time.

@@ -1,20 +1,54 @@
 //! How a transfer reads and writes the pools of its two ends.
+//!
+//! Memory of a device is not at hand: what is sent has to be copied out of it and what arrives
+//! into it, through a bounded amount of staging memory. So both ends answer with futures. Those of
+//! memory that is at hand are ready at once, and nothing is copied for them.
+
+use std::pin::Pin;
+use std::sync::Arc;
 
 use bytes::Bytes;
 
+use crate::frame::LayerRun;
+
+/// Something that takes a copy, or none. What it needs has been asked for already when it is
+/// returned; dropping it only says that nobody waits.
+pub type Soon<T> = Pin<Box<dyn Future<Output = Result<T, MemoryLost>> + Send>>;
+
+/// The memory of the blocks cannot be read or written any more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the memory of the blocks has failed")]
+pub struct MemoryLost;
+
+/// A [`Soon`] for memory that is at hand.
+pub fn at_hand<T: Send + 'static>(value: T) -> Soon<T> {
+    Box::pin(std::future::ready(Ok(value)))
+}
+
 /// The blocks of one sequence at the sending end.
 pub trait BlockSource: Send + Sync + 'static {
-    /// One layer of the sequence's block `ordinal`, exactly
+    /// The bytes of `pieces` in order, in whatever parts; each piece is exactly
     /// [`piece_bytes`](baton_proto::geometry::KvGeometry::piece_bytes) long. Asked only for pieces
-    /// reported ready. The bytes are sent as they lie, so they must not change while the returned
-    /// value lives.
-    fn piece(&self, layer: u32, ordinal: u32) -> Bytes;
+    /// reported ready. The bytes are sent as they lie, so they must not change while the parts
+    /// live. Until they are dropped they may occupy staging memory; the future waits for some.
+    fn read(&self, pieces: LayerRun) -> Soon<Vec<Bytes>>;
 }
 
 /// The blocks reserved for one sequence at the receiving end.
 pub trait BlockSink: Send + Sync + 'static {
-    /// Copies `bytes` to `offset` of one layer of the sequence's block `ordinal`. Within the piece
-    /// and the granted blocks; never called for a piece that has landed, nor after the transfer
-    /// has ended. What is written counts only once the transfer is complete.
-    fn write(&self, layer: u32, ordinal: u32, offset: usize, bytes: &[u8]);
+    /// A place for the bytes of `pieces`, which are among the granted ones. The future waits for
+    /// staging memory; the payload is not read on meanwhile.
+    fn place(self: Arc<Self>, pieces: LayerRun) -> Soon<Box<dyn Place>>;
+}
+
+/// Where one payload unit goes. What is written counts only once it is applied; a place that is
+/// dropped before is given up.
+pub trait Place: Send {
+    /// Copies `bytes` to `offset` of the piece of the sequence's block `ordinal`. Within the unit;
+    /// never called for a piece that has landed, nor after the transfer has ended.
+    fn write(&mut self, ordinal: u32, offset: usize, bytes: &[u8]);
+
+    /// What was written was verified. Done when whoever uses the blocks next sees it: the transfer
+    /// is not complete before. Once begun it comes to its end, also when the transfer does not.
+    fn apply(self: Box<Self>) -> Soon<()>;
 }

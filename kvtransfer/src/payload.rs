@@ -12,7 +12,6 @@ use tokio::time::timeout;
 use crate::endpoint::{Shared, lock};
 use crate::frame::{FrameError, LayerRun, UnitHeader};
 use crate::link::{Link, LinkError, STREAM_ABANDONED};
-use crate::memory::BlockSource;
 use crate::receive::Inbound;
 use crate::sender::LinkId;
 
@@ -27,7 +26,7 @@ impl PayloadStream {
         link: &Link,
         transfer: TransferId,
         pieces: LayerRun,
-        source: &dyn BlockSource,
+        data: Vec<Bytes>,
     ) {
         let stream = match &mut self.0 {
             Some((id, stream)) if *id == link.id => stream,
@@ -39,7 +38,7 @@ impl PayloadStream {
                 }
             }
         };
-        let mut chunks = unit(transfer, pieces, source);
+        let mut chunks = unit(transfer, pieces, data);
         if stream.write_all_chunks(&mut chunks).await.is_err() {
             self.abandon();
         }
@@ -54,9 +53,7 @@ impl PayloadStream {
 }
 
 /// A unit's header and its pieces.
-fn unit(transfer: TransferId, pieces: LayerRun, source: &dyn BlockSource) -> Vec<Bytes> {
-    let ordinals = pieces.run.range();
-    let data: Vec<Bytes> = ordinals.map(|at| source.piece(pieces.layer, at)).collect();
+fn unit(transfer: TransferId, pieces: LayerRun, data: Vec<Bytes>) -> Vec<Bytes> {
     let length = u32::try_from(data.iter().map(Bytes::len).sum::<usize>())
         .expect("a unit is far below 4 GiB");
     let mut header = UnitHeader { transfer, pieces, length, checksum: 0 };
@@ -114,11 +111,11 @@ async fn read_first(
 }
 
 async fn read_rest(
-    shared: &Shared,
+    shared: &Arc<Shared>,
     link: &Link,
     stream: &mut RecvStream,
     first: UnitHeader,
-    inbound: &Inbound,
+    inbound: &Arc<Inbound>,
 ) -> Stop {
     let mut outcome = inbound.outcome();
     let read = async {
@@ -141,13 +138,13 @@ async fn read_rest(
 }
 
 async fn read_unit(
-    shared: &Shared,
+    shared: &Arc<Shared>,
     link: &Link,
     stream: &mut RecvStream,
     header: &UnitHeader,
-    inbound: &Inbound,
+    inbound: &Arc<Inbound>,
 ) -> Result<(), Stop> {
-    if !inbound.begin_unit(shared, link.id, header) {
+    if !inbound.begin_unit(shared, link.id, header).await {
         return Err(Stop::Over);
     }
     let (mut at, length) = (0, header.length as usize);
@@ -163,7 +160,7 @@ async fn read_unit(
         }
         at += chunk.len();
     }
-    inbound.input(shared, |r, now| r.end_unit(now, link.id, checksum));
+    inbound.end_unit(shared, link.id, checksum);
     Ok(())
 }
 

@@ -1,6 +1,7 @@
 //! The receiving end of one transfer, driven over QUIC.
 
 use std::sync::{Arc, Mutex};
+use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
 use baton_proto::geometry::KvGeometry;
@@ -14,7 +15,7 @@ use crate::error::ReceiveError;
 use crate::frame::{FirstToken, LayerRun, Manifest, Offer, UnitHeader};
 use crate::inbox::Routed;
 use crate::link::Link;
-use crate::memory::BlockSink;
+use crate::memory::{BlockSink, MemoryLost, Place};
 use crate::receiver::Receiver;
 use crate::sender::LinkId;
 
@@ -126,6 +127,7 @@ fn begin(shared: &Arc<Shared>, incoming: Incoming) -> Result<Arc<Inbound>, Recei
         state: Mutex::new(State {
             machine,
             sink: incoming.room.map(|room| room.sink),
+            place: None,
             link: None,
             told: false,
         }),
@@ -182,6 +184,8 @@ struct State {
     machine: Receiver,
     /// From the reservation of the blocks to the end.
     sink: Option<Arc<dyn BlockSink>>,
+    /// Of the unit that is arriving.
+    place: Option<Box<dyn Place>>,
     link: Option<Arc<Link>>,
     /// The end has been told.
     told: bool,
@@ -190,14 +194,21 @@ struct State {
 impl Inbound {
     /// Gives the machine an input, passes on what it has to say, and lets go at its end.
     pub(crate) fn input(&self, shared: &Shared, input: impl FnOnce(&mut Receiver, Instant)) {
+        self.change(shared, |state, now| input(&mut state.machine, now));
+    }
+
+    fn change<T>(&self, shared: &Shared, change: impl FnOnce(&mut State, Instant) -> T) -> T {
         let mut state = lock(&self.state);
         let before = state.machine.poll_timeout();
-        input(&mut state.machine, Instant::now());
+        let result = change(&mut state, Instant::now());
         state.send_frames();
         let after = state.machine.poll_timeout();
         let ended = after.is_none() && !std::mem::replace(&mut state.told, true);
         if after.is_none() {
             state.sink = None;
+        }
+        if !state.machine.is_arriving() {
+            state.place = None;
         }
         let offered = after.is_none() || state.machine.offered();
         let outcome = state.machine.outcome().filter(|_| ended).cloned();
@@ -213,6 +224,7 @@ impl Inbound {
             tracing::debug!(transfer = %id, ?outcome, "received");
             self.outcome.send_replace(Some(outcome));
         }
+        result
     }
 
     fn reserve(&self, shared: &Shared, room: Room) {
@@ -225,21 +237,68 @@ impl Inbound {
         self.input(shared, |receiver, now| receiver.reserve(now, room.held));
     }
 
-    /// Announces a unit; false if its stream is not to be read on.
-    pub(crate) fn begin_unit(&self, shared: &Shared, link: LinkId, unit: &UnitHeader) -> bool {
-        let mut begun = false;
-        self.input(shared, |receiver, now| {
-            begun = receiver.begin_unit(now, link, unit) == Ok(true);
+    /// Announces a unit and finds a place for it; false if its stream is not to be read on.
+    pub(crate) async fn begin_unit(
+        &self,
+        shared: &Shared,
+        link: LinkId,
+        unit: &UnitHeader,
+    ) -> bool {
+        let place = self.change(shared, |State { machine, sink, .. }, now| {
+            let begun = machine.begin_unit(now, link, unit) == Ok(true);
+            sink.as_ref().filter(|_| begun).map(|sink| sink.clone().place(unit.pieces))
         });
-        begun
+        let Some(place) = place else { return false };
+        let place = place.await;
+        self.change(shared, |state, _| match place {
+            // It may have waited for long.
+            Ok(place) if state.machine.is_current(link) => {
+                state.place = Some(place);
+                true
+            }
+            Ok(_) => false,
+            Err(MemoryLost) => {
+                state.machine.handle_memory_lost();
+                false
+            }
+        })
+    }
+
+    /// The unit's bytes have all come, with this checksum: if they are sound, they are applied
+    /// while the next unit arrives.
+    pub(crate) fn end_unit(self: &Arc<Self>, shared: &Arc<Shared>, link: LinkId, checksum: u32) {
+        let applying = self.change(shared, |state, now| {
+            if !state.machine.is_current(link) {
+                return None;
+            }
+            let place = state.place.take()?;
+            if !state.machine.end_unit(now, link, checksum) {
+                return None;
+            }
+            let mut applying = place.apply();
+            let Poll::Ready(applied) =
+                applying.as_mut().poll(&mut Context::from_waker(Waker::noop()))
+            else {
+                return Some(applying);
+            };
+            drop(applying);
+            state.applied(now, applied);
+            None
+        });
+        let Some(applying) = applying else { return };
+        let (transfer, shared) = (self.clone(), shared.clone());
+        tokio::spawn(async move {
+            let applied = applying.await;
+            transfer.change(&shared, |state, now| state.applied(now, applied));
+        });
     }
 
     /// Writes bytes that stand at `offset` of a unit to their pieces; false if they are late.
     /// Holds the lock, so that nothing is written once the transfer has ended.
     pub(crate) fn write(&self, link: LinkId, unit: LayerRun, offset: usize, bytes: &[u8]) -> bool {
         let mut state = lock(&self.state);
-        let State { machine, sink, .. } = &mut *state;
-        let (Some(sink), true) = (sink, machine.is_current(link)) else {
+        let State { machine, place, .. } = &mut *state;
+        let (Some(place), true) = (place, machine.is_current(link)) else {
             return false;
         };
         let now = Instant::now();
@@ -249,7 +308,7 @@ impl Inbound {
         while !rest.is_empty() {
             let (part, next) = rest.split_at(rest.len().min(self.piece_bytes - within));
             if machine.accepts(now, link, unit.layer, ordinal) {
-                sink.write(unit.layer, ordinal, within, part);
+                place.write(ordinal, within, part);
             }
             (rest, ordinal, within) = (next, ordinal + 1, 0);
         }
@@ -274,6 +333,13 @@ impl Inbound {
 }
 
 impl State {
+    fn applied(&mut self, now: Instant, applied: Result<(), MemoryLost>) {
+        match applied {
+            Ok(()) => self.machine.applied(now),
+            Err(MemoryLost) => self.machine.handle_memory_lost(),
+        }
+    }
+
     fn send_frames(&mut self) {
         while let Some(frame) = self.machine.poll_frame() {
             if let Some(link) = &self.link

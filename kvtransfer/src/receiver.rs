@@ -7,14 +7,15 @@ use crate::error::ReceiveError;
 use crate::frame::{FirstToken, Frame, Grant, LayerRun, Manifest, Offer, Reason, Run, UnitHeader};
 use crate::grid::Grid;
 use crate::limits::{MAX_LANDED_RUNS, MAX_RETRIES, Timing};
+use crate::memory::MemoryLost;
 use crate::sender::{LinkId, check};
 
 /// Receives one transfer.
 ///
 /// Inputs are the owner's [`cancel`](Self::cancel) and the driver's `handle_*`. Payload units are
 /// announced by [`begin_unit`](Self::begin_unit), written where [`accepts`](Self::accepts) allows
-/// it, and closed by [`end_unit`](Self::end_unit). After each input, the driver drains
-/// [`poll_frame`](Self::poll_frame), and calls [`handle_timeout`](Self::handle_timeout) when
+/// it, closed by [`end_unit`](Self::end_unit), and, if that found them sound, put into the pool and
+/// [`applied`](Self::applied). After each input, the driver drains [`poll_frame`](Self::poll_frame), and calls [`handle_timeout`](Self::handle_timeout) when
 /// [`poll_timeout`](Self::poll_timeout) says so, until there is an [`outcome`](Self::outcome).
 ///
 /// It may be there before its blocks are: an offer is then held with heartbeats until the owner
@@ -22,8 +23,8 @@ use crate::sender::{LinkId, check};
 ///
 /// Always true: only granted pieces are accepted, one unit at a time; a piece lands once, after
 /// its checksum held, and is not written to again; complete exactly if every wanted piece has
-/// landed and the first token is here; nothing is accepted after the end, or over an earlier
-/// connection than the current one.
+/// landed and is applied and the first token is here; nothing is accepted after the end, or over
+/// an earlier connection than the current one.
 pub struct Receiver {
     manifest: Manifest,
     /// Leading blocks that are not wanted; `None` until the blocks are reserved.
@@ -34,7 +35,10 @@ pub struct Receiver {
     link: Option<LinkId>,
     offered: bool,
     outcome: Option<Result<FirstToken, ReceiveError>>,
+    /// Pieces whose checksum held.
     landed: Grid,
+    /// Units of them that are not applied yet.
+    applying: u32,
     /// The unit that is arriving.
     arriving: Option<UnitHeader>,
     first: Option<FirstToken>,
@@ -70,6 +74,7 @@ impl Receiver {
             offered: false,
             outcome: None,
             landed: Grid::new(manifest.geometry.layers, manifest.blocks),
+            applying: 0,
             arriving: None,
             first: None,
             retries: 0,
@@ -142,7 +147,7 @@ impl Receiver {
                     self.first = Some(first);
                     self.progress(now);
                 }
-                self.complete_if_all_landed();
+                self.complete_if_all_applied();
             }
             Frame::Cancel(_, reason) => self.end(Err(ReceiveError::Ended(reason))),
             Frame::Heartbeat(_) => {}
@@ -185,24 +190,49 @@ impl Receiver {
         self.outcome.is_none() && self.link == Some(link)
     }
 
-    /// The arriving unit is complete, and its bytes have this checksum.
-    pub fn end_unit(&mut self, now: Instant, link: LinkId, checksum: u32) {
+    /// The arriving unit is complete, and its bytes have this checksum. True: it is sound, and
+    /// [`applied`](Self::applied) is to follow, whatever happens to the connection.
+    #[must_use]
+    pub fn end_unit(&mut self, now: Instant, link: LinkId, checksum: u32) -> bool {
         if !self.is_current(link) {
-            return;
+            return false;
         }
         let Some(unit) = self.arriving.take() else {
-            return;
+            return false;
         };
         self.alive(now);
         if checksum != unit.checksum {
-            return self.damaged(unit.pieces);
+            self.damaged(unit.pieces);
+            return false;
         }
         for ordinal in unit.pieces.run.range() {
             if self.landed.insert(unit.pieces.layer, ordinal) {
                 self.progress(now);
             }
         }
-        self.complete_if_all_landed();
+        self.applying += 1;
+        true
+    }
+
+    /// Whether a unit has begun and not ended.
+    #[must_use]
+    pub fn is_arriving(&self) -> bool {
+        self.arriving.is_some()
+    }
+
+    /// A sound unit is in the pool.
+    pub fn applied(&mut self, now: Instant) {
+        if self.outcome.is_some() {
+            return;
+        }
+        self.applying = self.applying.checked_sub(1).expect("each sound unit is applied once");
+        self.progress(now);
+        self.complete_if_all_applied();
+    }
+
+    /// The blocks cannot be written any more.
+    pub fn handle_memory_lost(&mut self) {
+        self.fail(MemoryLost.into());
     }
 
     /// `link` is lost; the sender may come back over another.
@@ -284,6 +314,7 @@ impl Receiver {
             Err(ReceiveError::Timeout(_)) => Reason::Expired,
             Err(ReceiveError::Corrupt) => Reason::Corrupt,
             Err(ReceiveError::Protocol(_)) => Reason::Protocol,
+            Err(ReceiveError::Memory(_)) => Reason::Memory,
             Err(_) => Reason::Cancelled,
         };
         Some(Frame::Cancel(id, reason))
@@ -337,11 +368,11 @@ impl Receiver {
         self.frames.push_back(Frame::Retry(self.manifest.transfer, pieces));
     }
 
-    fn complete_if_all_landed(&mut self) {
+    fn complete_if_all_applied(&mut self) {
         let Some(held) = self.held else { return };
         let wanted = u64::from(self.manifest.blocks - held);
         let missing = self.landed.len() < wanted * u64::from(self.manifest.geometry.layers);
-        if missing {
+        if missing || self.applying > 0 {
             return;
         }
         if let Some(first) = self.first.take() {

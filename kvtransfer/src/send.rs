@@ -1,5 +1,6 @@
 //! The sending end of one transfer, driven over QUIC.
 
+use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -16,9 +17,9 @@ use crate::dial::{self, LinkState};
 use crate::endpoint::{Shared, lock};
 use crate::error::SendError;
 use crate::frame::{FirstToken, LayerRun, Manifest};
-use crate::limits::MAX_OUTGOING;
+use crate::limits::{MAX_OUTGOING, STAGED_UNITS};
 use crate::link::Link;
-use crate::memory::BlockSource;
+use crate::memory::{BlockSource, MemoryLost};
 use crate::payload::PayloadStream;
 use crate::sender::Sender;
 
@@ -199,6 +200,11 @@ impl Outbound {
         Some((link, pieces))
     }
 
+    /// Whether units for this connection are still wanted.
+    fn is_current(&self, link: &Link) -> bool {
+        lock(&self.state).machine.link() == Some(link.id)
+    }
+
     fn poll_timeout(&self) -> Option<Instant> {
         lock(&self.state).machine.poll_timeout()
     }
@@ -259,7 +265,7 @@ async fn control(shared: &Arc<Shared>, transfer: &Outbound, peer: &Peer) {
     }
 }
 
-/// Sends units as fast as the transport takes them. A lost stream is left to `control`, which
+/// Sends units as fast as the transport takes them, and reads those that follow meanwhile. A lost stream is left to `control`, which
 /// learns of the lost connection, and to the receiver's next grant.
 async fn pump(
     transfer: &Outbound,
@@ -267,10 +273,23 @@ async fn pump(
     source: Arc<dyn BlockSource>,
     stream: &mut PayloadStream,
 ) {
+    let mut staged = VecDeque::new();
     loop {
-        match transfer.next_unit() {
-            Some((link, pieces)) => stream.write_unit(&link, id, pieces, &*source).await,
-            None => transfer.payload.notified().await,
+        while staged.len() < STAGED_UNITS
+            && let Some((link, pieces)) = transfer.next_unit()
+        {
+            staged.push_back((link, pieces, source.read(pieces)));
+        }
+        let Some((link, pieces, read)) = staged.pop_front() else {
+            transfer.payload.notified().await;
+            continue;
+        };
+        match read.await {
+            Ok(data) if transfer.is_current(&link) => {
+                stream.write_unit(&link, id, pieces, data).await;
+            }
+            Ok(_) => {}
+            Err(MemoryLost) => transfer.input(|sender, _| sender.handle_memory_lost()),
         }
     }
 }

@@ -10,6 +10,7 @@ use crate::grid::{Grid, runs};
 use crate::limits::{
     MAX_BLOCKS, MAX_CONNECTIONS, MAX_LAYERS, MAX_PIECE_BYTES, MAX_RETRIES, Timing, UNIT_BYTES,
 };
+use crate::memory::MemoryLost;
 use crate::send::Sent;
 
 /// Names one connection among all of an endpoint's; grows.
@@ -166,6 +167,11 @@ impl Sender {
     /// There will be no connection.
     pub fn handle_failed(&mut self, error: SendError) {
         self.fail(error);
+    }
+
+    /// The blocks cannot be read any more.
+    pub fn handle_memory_lost(&mut self) {
+        self.fail(MemoryLost.into());
     }
 
     /// A control frame about this transfer came over `link`.
@@ -375,6 +381,7 @@ impl Sender {
         let reason = match &error {
             SendError::Timeout(_) => Reason::Expired,
             SendError::Protocol(_) => Reason::Protocol,
+            SendError::Memory(_) => Reason::Memory,
             _ => Reason::Cancelled,
         };
         self.end(Err(error));

@@ -107,6 +107,7 @@ fn reason(code: u8) -> Reason {
         Reason::Sender,
         Reason::Corrupt,
         Reason::Protocol,
+        Reason::Memory,
     ];
     all[usize::from(code)]
 }
@@ -189,8 +190,8 @@ fn limits_are_errors_with_a_name() {
     assert_eq!(Frame::decode(&[99]), Err(FrameError::UnknownKind(99)));
     let mut cancel =
         encoded(&Frame::Cancel(TransferId { request: RequestId(1), attempt: 1 }, Reason::Protocol));
-    *cancel.last_mut().unwrap() = 11;
-    let unknown = FrameError::UnknownCode { what: "reason", code: 11 };
+    *cancel.last_mut().unwrap() = 12;
+    let unknown = FrameError::UnknownCode { what: "reason", code: 12 };
     assert_eq!(Frame::decode(&cancel), Err(unknown));
 }
 

@@ -1,9 +1,7 @@
 //! A device that lets the engine run ahead, and computes as late as it may.
 
 use std::collections::VecDeque;
-use std::sync::Arc;
 
-use baton_kernels::cpu::KvStore;
 use baton_proto::geometry::KvGeometry;
 use baton_proto::sampling::SamplingParams;
 
@@ -12,6 +10,7 @@ use crate::executor::{
 };
 use crate::forward::Forward;
 use crate::host::HostExecutor;
+use crate::memory::KvMemory;
 use crate::scheduler::Outcome;
 
 /// Computes a step when its results are asked for, so that whatever was given away too early has
@@ -69,7 +68,7 @@ impl<F: Forward> Executor for Ahead<F> {
         2
     }
 
-    fn allocate(&mut self, block_tokens: u32, blocks: usize) -> Arc<KvStore> {
+    fn allocate(&mut self, block_tokens: u32, blocks: usize) -> KvMemory {
         self.inner.allocate(block_tokens, blocks)
     }
 

@@ -1,8 +1,10 @@
 //! The engine as its users see it, with a model whose tokens depend on every KV byte it reads.
 
+mod staged;
 mod support;
 
 use std::collections::BTreeSet;
+use std::panic::AssertUnwindSafe;
 use std::sync::mpsc;
 use std::time::Duration;
 
@@ -124,7 +126,7 @@ fn a_lease_writes_only_its_own_blocks_and_only_before_they_run() {
     let (held, tokens) =
         support::hand_over_with(&source, &node, &import, &mut |_| {}, &mut |lease| {
             for ordinal in 0..lease.held() {
-                lease.write(0, ordinal, 0, &[0xff; 16]);
+                support::write(lease, 0, ordinal, &[0xff; 16]);
             }
             late = Some(lease.clone());
         });
@@ -132,7 +134,7 @@ fn a_lease_writes_only_its_own_blocks_and_only_before_they_run() {
     let late = late.unwrap();
     for layer in 0..3 {
         for ordinal in 0..late.blocks() {
-            late.write(layer, ordinal, 0, &[0xff; 16]);
+            support::write(&late, layer, ordinal, &[0xff; 16]);
         }
     }
     // The request is over and the lease is not.
@@ -151,7 +153,7 @@ fn a_piece_cannot_be_read_before_it_is_complete() {
     let (permits, node) = Node::gated(config());
     node.submit(&job(1, prompt(1, 9), 1), Kind::Export);
     let lease = node.admitted(id(1)).0.unwrap();
-    let read = std::panic::catch_unwind(|| lease.piece(0, 0));
+    let read = std::panic::catch_unwind(AssertUnwindSafe(|| drop(lease.read(0, 0..1))));
     drop(permits);
     std::panic::resume_unwind(read.err().unwrap());
 }
@@ -168,7 +170,7 @@ fn a_cancel_in_any_phase_frees_everything_and_is_told_once() {
     node.ended(id(2));
     // Reserved, and the lease is out.
     node.engine.cancel(id(1));
-    lease.write(0, 0, 0, &[1]);
+    support::write(&lease, 0, 0, &[1]);
     drop(lease);
     node.ended(id(1));
     node.idle();

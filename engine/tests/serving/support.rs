@@ -7,10 +7,11 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use baton_engine::testing::delayed::Clocks;
 use baton_engine::testing::{Ahead, FakeModel};
 use baton_engine::{
     BlockLease, Engine, EngineConfig, EngineEvent, Executor, FirstToken, HostExecutor, Kind,
-    Submission,
+    MemoryLost, Soon, Submission,
 };
 use baton_proto::hash::CacheSalt;
 use baton_proto::ids::{RequestId, TransferId};
@@ -91,9 +92,20 @@ impl Node {
     }
 
     fn with(config: EngineConfig, model: FakeModel) -> Self {
+        Self::on(config, device(model))
+    }
+
+    /// Leases reach the blocks through `slots` slots of `slot_bytes` each way.
+    pub(crate) fn staged(slots: (usize, usize)) -> (Clocks, Self) {
+        let clocks = Clocks::default();
+        let device = clocks.before(device(model()), slots);
+        (clocks, Self::on(config(), device))
+    }
+
+    fn on(config: EngineConfig, device: Box<dyn Executor>) -> Self {
         let (sink, events) = channel();
         let sink = Box::new(move |event| drop(sink.send(event)));
-        Self { engine: Engine::start(config, device(model), sink), events }
+        Self { engine: Engine::start(config, device, sink), events }
     }
 
     pub(crate) fn submit(&self, job: &Job, kind: Kind) {
@@ -254,11 +266,14 @@ fn copy(
         assert_eq!(done[layer], blocks.start, "blocks come in order");
         done[layer] = blocks.end;
         for ordinal in blocks.filter(|ordinal| *ordinal >= to.held()) {
-            let mut bytes = lease.piece(layer, ordinal).as_ref().to_vec();
+            let pieces = wait(lease.read(layer, ordinal..ordinal + 1)).expect("it is readable");
+            let mut bytes = pieces[0].as_ref().to_vec();
             spoil(&mut bytes);
             let (a, b) = bytes.split_at(7);
-            to.write(layer, ordinal, 0, a);
-            to.write(layer, ordinal, 7, b);
+            let mut place = wait(to.place(layer, ordinal..ordinal + 1)).expect("there is room");
+            place.write(ordinal, 0, a);
+            place.write(ordinal, 7, b);
+            wait(place.apply()).expect("it is writable");
         }
     };
     for layer in 0..layers {
@@ -276,4 +291,16 @@ fn copy(
     drop(lease);
     from.ended(job.id);
     first
+}
+
+/// Writes `bytes` to the beginning of one layer of a block.
+pub(crate) fn write(lease: &Arc<BlockLease>, layer: usize, ordinal: usize, bytes: &[u8]) {
+    let mut place = wait(lease.place(layer, ordinal..ordinal + 1)).expect("there is room");
+    place.write(ordinal, 0, bytes);
+    wait(place.apply()).expect("it is writable");
+}
+
+pub(crate) fn wait<T>(soon: Soon<T>) -> Result<T, MemoryLost> {
+    let runtime = tokio::runtime::Builder::new_current_thread().build();
+    runtime.expect("a runtime").block_on(soon)
 }

@@ -7,8 +7,10 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use baton_identity::{ClusterCa, Identity, Part};
+use baton_kvtransfer::frame::LayerRun;
 use baton_kvtransfer::{
-    BlockSink, BlockSource, Endpoint, FirstToken, Incoming, Outgoing, Room, Timing,
+    BlockSink, BlockSource, Endpoint, FirstToken, Incoming, Outgoing, Place, Room, Soon, Timing,
+    at_hand,
 };
 use baton_proto::geometry::{KvDtype, KvGeometry};
 use baton_proto::hash::{CacheSalt, ModelRoot};
@@ -170,21 +172,45 @@ impl Pool {
         }
     }
 
+    pub fn write(&self, layer: u32, ordinal: u32, offset: usize, bytes: &[u8]) {
+        let mut piece = self.at(layer, ordinal).lock().unwrap();
+        piece[offset..offset + bytes.len()].copy_from_slice(bytes);
+    }
+
     fn at(&self, layer: u32, ordinal: u32) -> &Mutex<Vec<u8>> {
         &self.0[(layer * BLOCKS + ordinal) as usize]
     }
 }
 
 impl BlockSource for Pool {
-    fn piece(&self, layer: u32, ordinal: u32) -> Bytes {
-        self.bytes(layer, ordinal).into()
+    fn read(&self, LayerRun { layer, run }: LayerRun) -> Soon<Vec<Bytes>> {
+        at_hand(run.range().map(|ordinal| self.bytes(layer, ordinal).into()).collect())
     }
 }
 
 impl BlockSink for Pool {
-    fn write(&self, layer: u32, ordinal: u32, offset: usize, bytes: &[u8]) {
-        let mut piece = self.at(layer, ordinal).lock().unwrap();
-        piece[offset..offset + bytes.len()].copy_from_slice(bytes);
+    fn place(self: Arc<Self>, LayerRun { layer, .. }: LayerRun) -> Soon<Box<dyn Place>> {
+        at_hand(Box::new(InPlace { pool: self, layer, written: None }))
+    }
+}
+
+/// One layer of a pool.
+struct InPlace {
+    pool: Arc<Pool>,
+    layer: u32,
+    written: Option<Arc<Watched>>,
+}
+
+impl Place for InPlace {
+    fn write(&mut self, ordinal: u32, offset: usize, bytes: &[u8]) {
+        self.pool.write(self.layer, ordinal, offset, bytes);
+        if let Some(watched) = &self.written {
+            watched.written.send_modify(|written| *written += bytes.len());
+        }
+    }
+
+    fn apply(self: Box<Self>) -> Soon<()> {
+        at_hand(())
     }
 }
 
@@ -229,9 +255,8 @@ impl Watched {
 }
 
 impl BlockSink for Watched {
-    fn write(&self, layer: u32, ordinal: u32, offset: usize, bytes: &[u8]) {
-        self.pool.write(layer, ordinal, offset, bytes);
-        self.written.send_modify(|written| *written += bytes.len());
+    fn place(self: Arc<Self>, LayerRun { layer, .. }: LayerRun) -> Soon<Box<dyn Place>> {
+        at_hand(Box::new(InPlace { pool: self.pool.clone(), layer, written: Some(self) }))
     }
 }
 
@@ -250,9 +275,11 @@ impl AsRef<[u8]> for Held {
 }
 
 impl BlockSource for Leased {
-    fn piece(&self, layer: u32, ordinal: u32) -> Bytes {
-        self.0.taken.send_modify(|taken| *taken += 1);
-        Bytes::from_owner(Held { bytes: self.0.pool.bytes(layer, ordinal), _lease: self.0.clone() })
+    fn read(&self, LayerRun { layer, run }: LayerRun) -> Soon<Vec<Bytes>> {
+        self.0.taken.send_modify(|taken| *taken += run.count as usize);
+        let held =
+            |ordinal| Held { bytes: self.0.pool.bytes(layer, ordinal), _lease: self.0.clone() };
+        at_hand(run.range().map(|ordinal| Bytes::from_owner(held(ordinal))).collect())
     }
 }
 

@@ -28,6 +28,7 @@ fn steps(blocks: u32) -> impl Strategy<Value = Step> {
         2 => Just(Step::ReceiverNotices),
         3 => Just(Step::Connect),
         1 => Just(Step::Reserve),
+        6 => Just(Step::Applied),
     ]
 }
 
@@ -48,10 +49,12 @@ fn steps_with_faults(blocks: u32) -> impl Strategy<Value = Step> {
     prop_oneof![15 => steps(blocks), 1 => faults]
 }
 
+/// Blocks, how many of them are held, whether the sink is a device's; and what happens.
 fn worlds<S: Strategy<Value = Step>>(
     steps: impl Fn(u32) -> S + Copy,
-) -> impl Strategy<Value = (u32, u32, Vec<Step>)> {
-    (1u32..9).prop_flat_map(move |blocks| (Just(blocks), 0..=blocks, vec(steps(blocks), 0..150)))
+) -> impl Strategy<Value = ((u32, u32, bool), Vec<Step>)> {
+    let worlds = (1u32..9).prop_flat_map(|blocks| (Just(blocks), 0..=blocks, any::<bool>()));
+    worlds.prop_flat_map(move |world| (Just(world), vec(steps(world.0), 0..150)))
 }
 
 proptest! {
@@ -62,8 +65,8 @@ proptest! {
     })]
 
     #[test]
-    fn whatever_happens_both_end((blocks, held, steps) in worlds(steps_with_faults)) {
-        let mut world = World::new(blocks, held);
+    fn whatever_happens_both_end(((blocks, held, staged), steps) in worlds(steps_with_faults)) {
+        let mut world = World::with_sink(blocks, held, staged);
         for step in steps {
             world.apply(step);
         }
@@ -73,8 +76,8 @@ proptest! {
 
     /// Cuts, damage within the limit, and any interleaving of what QUIC keeps in order.
     #[test]
-    fn what_quic_can_do_is_survived((blocks, held, steps) in worlds(steps)) {
-        let mut world = World::new(blocks, held);
+    fn what_quic_can_do_is_survived(((blocks, held, staged), steps) in worlds(steps)) {
+        let mut world = World::with_sink(blocks, held, staged);
         for step in steps {
             // A connection that is lost is noticed before anything else is sent over the next.
             if matches!(step, Step::Connect) && !world.up {
@@ -184,6 +187,29 @@ fn a_lost_acknowledgement_is_repeated() {
     world.apply(Step::ToSender(0));
     let sent = world.sender.outcome().unwrap().as_ref().unwrap();
     assert_eq!((sent.blocks, sent.bytes), (2, 6 * 8));
+}
+
+#[test]
+fn complete_means_applied() {
+    let mut world = World::with_sink(2, 0, true);
+    for step in [Step::Reserve, Step::Connect, Step::ToReceiver(0), Step::ToSender(0)] {
+        world.apply(step);
+    }
+    ready_all(&mut world);
+    world.apply(Step::Finish);
+    while world.applying.len() < LAYERS as usize {
+        for step in [Step::Send, Step::Payload, Step::ToReceiver(0)] {
+            world.apply(step);
+        }
+    }
+    // A lost connection does not take back what is on its way into the blocks.
+    for step in [Step::Cut, Step::SenderNotices, Step::ReceiverNotices, Step::Connect] {
+        world.apply(step);
+    }
+    assert_eq!(world.receiver.outcome(), None, "everything is verified and nothing applied");
+    assert!(world.settle());
+    assert_eq!(world.sent, 0, "nor is it sent again");
+    assert!(world.sender.outcome().unwrap().is_ok());
 }
 
 #[test]

@@ -70,6 +70,8 @@ pub(crate) enum Step {
     CancelReceiver,
     /// The receiver's owner finds room.
     Reserve,
+    /// The oldest copy into a device's memory ends.
+    Applied,
 }
 
 /// A unit on its way; it arrives in two parts and then ends.
@@ -98,6 +100,12 @@ pub(crate) struct World {
     /// Pieces sent over the current connection.
     pub(crate) sent: u64,
     pub(crate) sink: Vec<[u8; 8]>,
+    /// Whether the sink is a device's: what arrives is copied to it afterwards.
+    pub(crate) staged: bool,
+    /// Bytes of the arriving unit that were accepted, as (index of the piece, offset, byte).
+    pub(crate) staging: Vec<(usize, usize, u8)>,
+    /// Sound units on their way into the sink.
+    pub(crate) applying: VecDeque<Vec<(usize, usize, u8)>>,
     /// Pieces whose checksum held.
     pub(crate) landed: HashSet<(u32, u32)>,
     pub(crate) visible: bool,
@@ -105,6 +113,10 @@ pub(crate) struct World {
 
 impl World {
     pub(crate) fn new(blocks: u32, held: u32) -> Self {
+        Self::with_sink(blocks, held, false)
+    }
+
+    pub(crate) fn with_sink(blocks: u32, held: u32, staged: bool) -> Self {
         let now = Instant::now();
         let timing = Timing { lease: LEASE, ..Timing::default() };
         Self {
@@ -122,6 +134,9 @@ impl World {
             ready: HashSet::new(),
             sent: 0,
             sink: vec![[0xEE; 8]; (LAYERS * blocks) as usize],
+            staged,
+            staging: Vec::new(),
+            applying: VecDeque::new(),
             landed: HashSet::new(),
             visible: false,
         }
@@ -166,6 +181,7 @@ impl World {
             Step::CancelSender => self.sender.cancel(),
             Step::CancelReceiver => self.receiver.cancel(),
             Step::Reserve => self.receiver.reserve(now, self.held),
+            Step::Applied => self.applied(),
         }
         self.collect_frames();
         self.check();
@@ -217,8 +233,11 @@ impl World {
             return;
         };
         let now = self.now;
-        if unit.arrived == 0 && self.receiver.begin_unit(now, unit.link, &unit.header) != Ok(true) {
-            return;
+        if unit.arrived == 0 {
+            if self.receiver.begin_unit(now, unit.link, &unit.header) != Ok(true) {
+                return;
+            }
+            self.staging.clear();
         }
         if unit.arrived == unit.bytes.len() {
             self.end_unit(&unit);
@@ -240,7 +259,11 @@ impl World {
             assert!(!self.visible, "nothing is written once the blocks are visible");
             assert!(ordinal >= self.held, "nor to blocks that are not wanted");
             assert!(!self.landed.contains(&(layer, ordinal)), "nor to a piece that has landed");
-            self.sink[(layer * self.blocks + ordinal) as usize][at % 8] = unit.bytes[at];
+            let piece = (layer * self.blocks + ordinal) as usize;
+            match self.staged {
+                true => self.staging.push((piece, at % 8, unit.bytes[at])),
+                false => self.sink[piece][at % 8] = unit.bytes[at],
+            }
         }
     }
 
@@ -248,10 +271,26 @@ impl World {
         let LayerRun { layer, run } = unit.header.pieces;
         let current = self.receiver.is_current(unit.link);
         let checksum = crc32c(&unit.bytes);
-        self.receiver.end_unit(self.now, unit.link, checksum);
-        if current && checksum == unit.header.checksum {
+        let sound = self.receiver.end_unit(self.now, unit.link, checksum);
+        assert!(!sound || (current && checksum == unit.header.checksum), "sound means verified");
+        if sound {
             self.landed.extend(run.range().map(|o| (layer, o)));
+            self.applying.push_back(std::mem::take(&mut self.staging));
+            if !self.staged {
+                self.applied();
+            }
         }
+    }
+
+    fn applied(&mut self) {
+        let Some(unit) = self.applying.pop_front() else {
+            return;
+        };
+        assert!(!self.visible, "nothing is copied to blocks that are visible");
+        for (piece, at, byte) in unit {
+            self.sink[piece][at] = byte;
+        }
+        self.receiver.applied(self.now);
     }
 
     pub(crate) fn corrupt(&mut self) {
@@ -289,6 +328,7 @@ impl World {
             Some(Ok(token)) => {
                 assert_eq!(*token, first());
                 self.visible = true;
+                assert!(self.applying.is_empty(), "visible means applied");
                 for layer in 0..LAYERS {
                     for ordinal in self.held..self.blocks {
                         let piece = self.sink[(layer * self.blocks + ordinal) as usize];
@@ -333,6 +373,8 @@ impl World {
                 self.apply(Step::ToSender(0));
             } else if !self.payload.is_empty() {
                 self.apply(Step::Payload);
+            } else if !self.applying.is_empty() {
+                self.apply(Step::Applied);
             } else {
                 self.sleep();
             }

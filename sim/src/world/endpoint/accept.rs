@@ -131,7 +131,11 @@ impl Endpoint {
         let Some(id) = self.inbox.find(unit.transfer, link) else { return };
         self.write(id, link.wire, &unit, pieces, around);
         let checksum = checksum(&unit, pieces);
-        self.receiver(id, around, |machine, now| machine.end_unit(now, link.wire, checksum));
+        self.receiver(id, around, |machine, now| {
+            if machine.end_unit(now, link.wire, checksum) {
+                machine.applied(now);
+            }
+        });
     }
 
     fn write(
