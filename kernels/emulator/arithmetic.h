@@ -20,6 +20,13 @@ static inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c);
 static inline float rsqrtf(float a) { return 1.f / sqrtf(a); }
 static inline float __saturatef(float a) { return a < 0 ? 0 : a > 1 ? 1 : a; }
 
+// Whole turns are removed first, which is exact.
+static inline void sincospi(double half_turns, double* sine, double* cosine) {
+  double rest = (half_turns - 2 * nearbyint(half_turns / 2)) * M_PI;
+  *sine = sin(rest);
+  *cosine = cos(rest);
+}
+
 static inline int __popc(unsigned a) { return __builtin_popcount(a); }
 static inline int __clz(int a) { return a ? __builtin_clz(a) : 32; }
 static inline int __ffs(int a) { return __builtin_ffs(a); }

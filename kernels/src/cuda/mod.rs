@@ -31,7 +31,11 @@
 //! `LD_PRELOAD=$(g++ -print-file-name=libasan.so)` then).
 #![expect(unsafe_code, reason = "calls the driver")]
 
+mod activation;
+mod advance;
+mod blocks;
 mod device;
+mod embedding;
 mod error;
 mod event;
 mod gemm;
@@ -39,27 +43,39 @@ mod graph;
 mod images;
 mod ipc;
 mod kernel;
+mod kv;
 mod library;
 mod memory;
 mod norm;
 mod probe;
+mod quantize;
 mod resolve;
+mod rope;
+mod shape;
 mod stream;
 mod symbols;
 mod tensor_map;
 #[doc(hidden)]
 pub mod testing;
 
+pub use activation::silu_mul;
+pub use advance::{Histories, RowProgress, advance};
+pub use blocks::{PieceShare, gather_blocks, scatter_blocks};
 pub use device::{Device, DeviceMemory};
+pub use embedding::take_rows;
 pub use error::DeviceError;
 pub use event::Event;
 pub use gemm::{Factors, Gemm, Matmul, Output, Tuned};
 pub use graph::Graph;
 pub use images::{IMAGES, Image, Target};
 pub use ipc::{IpcHandle, SharedBuffer};
+pub use kv::{HeadShape, KvElements, PagedKv};
 pub use library::{Libraries, LibraryPaths, Missing};
 pub use memory::{Buffer, Element, Pinned, Slice};
-pub use norm::rms_norm;
+pub use norm::{add_rms_norm, rms_norm};
 pub use probe::{DeviceReport, Probe, probe};
+pub use quantize::{E4M3_MAX, dequantize_rows, quantize_rows};
 pub use resolve::{SAMPLED, resolve_tokens};
+pub use rope::{NO_POSITION, RowPlaces, Turning, rope_angles, turn_and_store};
+pub use shape::MAX_WIDTH;
 pub use stream::Stream;

@@ -1,13 +1,18 @@
 //! Kernels and the device layer, on a GPU or on the emulator.
 #![expect(clippy::unwrap_used, reason = "tests")]
 
+mod advance;
+mod blocks;
 mod child;
 mod device;
+mod element;
 mod failures;
 mod gemm;
 mod images;
 mod ipc;
 mod norm;
+mod quantize;
 mod resolve;
+mod rope;
 mod support;
 mod tile;

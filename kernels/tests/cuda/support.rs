@@ -1,5 +1,6 @@
 //! Random inputs, and comparison with references.
 
+use baton_kernels::cuda::{Buffer, Element, Stream};
 use half::bf16;
 
 /// Numbers that look random, the same in every run.
@@ -28,6 +29,20 @@ impl Random {
     pub(crate) fn number(&mut self) -> f32 {
         let sum: f64 = (0..4).map(|_| (self.bits() >> 11) as f64 / (1_u64 << 53) as f64).sum();
         ((sum - 2.0) * 3.0_f64.sqrt()) as f32
+    }
+
+    /// Of zero mean and standard deviation `size`.
+    pub(crate) fn sized(&mut self, len: usize, size: f32) -> Vec<bf16> {
+        (0..len).map(|_| bf16::from_f32(self.number() * size)).collect()
+    }
+
+    /// All numbers below `end`, in no order.
+    pub(crate) fn permutation(&mut self, end: usize) -> Vec<u32> {
+        let mut all: Vec<u32> = (0..end as u32).collect();
+        for i in (1..end).rev() {
+            all.swap(i, self.below(i + 1));
+        }
+        all
     }
 
     pub(crate) fn bf16s(&mut self, len: usize) -> Vec<bf16> {
@@ -63,4 +78,32 @@ pub(crate) fn e4m3_to_f64(byte: u8) -> f64 {
         _ => (1.0 + mantissa / 8.0) * 2_f64.powi(exponent - 7),
     };
     if byte & 0x80 == 0 { magnitude } else { -magnitude }
+}
+
+/// Panics unless `found` is `expected` rounded to bf16, but for an error of `slack` before that.
+#[track_caller]
+pub(crate) fn assert_rounded(found: bf16, expected: f64, slack: f64, what: impl Fn() -> String) {
+    let found = f64::from(found.to_f32());
+    // Half of the last of 8 bits of significand.
+    let limit = 2_f64.powf(expected.abs().log2().floor() - 8.0) + slack;
+    assert!((found - expected).abs() <= limit, "{}: {found} instead of {expected}", what());
+}
+
+/// Panics unless no other e4m3 number is nearer to `expected`, but for a relative error of `slack`.
+#[track_caller]
+pub(crate) fn assert_nearest_e4m3(found: u8, expected: f64, slack: f64, what: impl Fn() -> String) {
+    let distance = |byte: u8| (e4m3_to_f64(byte) - expected).abs();
+    let least = (0..=255).map(distance).fold(f64::INFINITY, f64::min);
+    let limit = least + slack * expected.abs();
+    assert!(distance(found) <= limit, "{}: {found:#x} is not nearest to {expected}", what());
+}
+
+/// Device memory with these contents.
+pub(crate) fn upload<T: Element>(stream: &Stream, contents: &[T]) -> Buffer<T> {
+    stream.buffer(contents).unwrap()
+}
+
+/// What is in device memory.
+pub(crate) fn read<T: Element>(stream: &Stream, buffer: &Buffer<T>) -> Vec<T> {
+    stream.read(buffer.all()).unwrap()
 }
