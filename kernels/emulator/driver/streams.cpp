@@ -65,7 +65,9 @@ Result advance(Stream& stream, uint64_t position) {
 Result wait(std::unique_lock<std::recursive_mutex>& locked, Stream& stream, uint64_t position) {
   Result result;
   while ((result = advance(stream, position)) == NOT_READY) {
-    locked.unlock();  // what it waits for is another thread's or another process'
+    // What it waits for is another stream's, another thread's or another process'. A device runs all of them meanwhile.
+    for (auto& [_, other] : std::map(streams())) advance(*other, other->queued);
+    locked.unlock();
     usleep(50);
     locked.lock();
     if (lost) return lost;

@@ -136,7 +136,7 @@ impl Libraries {
 }
 
 /// Loads a library for good, so that it is found by its name from now on. Gives its file.
-fn load(
+pub(super) fn load(
     name: &'static str,
     paths: &LibraryPaths,
     symbols: &[&'static CStr],

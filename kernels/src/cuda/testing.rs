@@ -24,6 +24,8 @@ pub struct TestDevice {
     pub device: Arc<Device>,
     /// The library of the emulator, if it is one.
     pub emulator: Option<Library>,
+    /// Where its libraries are.
+    pub paths: LibraryPaths,
 }
 
 /// The device of this process' tests: `BATON_TEST_DEVICE=real|emulator`, else a real one if there
@@ -82,7 +84,7 @@ fn open() -> Option<TestDevice> {
     let wanted = std::env::var("BATON_TEST_DEVICE").unwrap_or_default();
     if wanted != "emulator" {
         match open_real() {
-            Ok(device) => return Some(TestDevice { device, emulator: None }),
+            Ok(device) => return Some(device),
             Err(reason) => assert!(wanted != "real", "no device: {reason}"),
         }
     }
@@ -96,10 +98,11 @@ fn open() -> Option<TestDevice> {
     }
 }
 
-fn open_real() -> Result<Arc<Device>, String> {
+fn open_real() -> Result<TestDevice, String> {
     let paths = LibraryPaths::from_environment();
     let libraries = Libraries::find(&paths).map_err(|missing| missing.to_string())?;
-    Device::open(&libraries, 0).map_err(|error: DeviceError| error.to_string())
+    let device = Device::open(&libraries, 0).map_err(|error: DeviceError| error.to_string())?;
+    Ok(TestDevice { device, emulator: None, paths })
 }
 
 fn open_emulator(folder: PathBuf) -> TestDevice {
@@ -109,5 +112,5 @@ fn open_emulator(folder: PathBuf) -> TestDevice {
     let paths = LibraryPaths { folders: vec![folder], environments: Vec::new() };
     let libraries = Libraries::find(&paths).unwrap_or_else(|missing| panic!("{missing}"));
     let device = Device::open(&libraries, 0).unwrap_or_else(|error| panic!("{error}"));
-    TestDevice { device, emulator: Some(library.expect("it was just built")) }
+    TestDevice { device, emulator: Some(library.expect("it was just built")), paths }
 }

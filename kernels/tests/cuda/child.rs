@@ -3,7 +3,7 @@
 use std::process::{Command, Output};
 
 /// Names the part of a test that a child process runs.
-const PART: &str = "BATON_TEST_PART";
+pub(crate) const PART: &str = "BATON_TEST_PART";
 
 /// The part of the test that is to run here, if this process is a child.
 pub(crate) fn part() -> Option<String> {

@@ -10,6 +10,7 @@ mod failures;
 mod gemm;
 mod images;
 mod ipc;
+mod nccl;
 mod norm;
 mod quantize;
 mod resolve;

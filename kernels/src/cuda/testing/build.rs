@@ -29,6 +29,7 @@ struct Part {
 const PARTS: &[Part] = &[
     Part { library: "libcuda.so.1", folder: "driver", needs: &[] },
     Part { library: "libcublasLt.so.13", folder: "cublaslt", needs: &["-l:libcuda.so.1"] },
+    Part { library: "libnccl.so.2", folder: "nccl", needs: &["-l:libcuda.so.1"] },
 ];
 
 /// Builds the emulator's libraries, if they are not there yet, and gives their folder.
@@ -65,9 +66,9 @@ impl<'a> Build<'a> {
         }
         let mut hasher = DefaultHasher::new();
         flags.hash(&mut hasher);
-        let drivers = sources.join("driver");
-        for folder in [&kernels, &sources, &drivers] {
-            for file in files(folder, &["h", "cuh"])? {
+        let parts = PARTS.iter().map(|part| sources.join(part.folder));
+        for folder in [kernels.clone(), sources.clone()].into_iter().chain(parts) {
+            for file in files(&folder, &["h", "cuh"])? {
                 fs::read(file).map_err(|error| error.to_string())?.hash(&mut hasher);
             }
         }

@@ -1,0 +1,157 @@
+//! Ranks of a communicator. Each is a process, as NCCL wants a device for each in one process.
+
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use baton_kernels::cuda::testing::{self, TestDevice};
+use baton_kernels::cuda::{Buffer, Communicator, Libraries, Nccl, NcclError, Stream};
+use half::bf16;
+
+use crate::child;
+
+const ID: &str = "BATON_TEST_ID";
+const RANK: &str = "BATON_TEST_RANK";
+const RANKS: usize = 3;
+const LEN: usize = 5000;
+
+fn deadline() -> Instant {
+    Instant::now() + Duration::from_secs(60)
+}
+
+/// The device and the library. None, with the reason printed, if one is missing.
+fn nccl() -> Option<(&'static TestDevice, std::sync::Arc<Nccl>)> {
+    let device = testing::test_device()?;
+    Libraries::find(&device.paths).unwrap();
+    match Nccl::find(&device.paths) {
+        Ok(nccl) => Some((device, nccl)),
+        Err(missing) => {
+            eprintln!("skipped: {missing}");
+            None
+        }
+    }
+}
+
+/// Several ranks of one device are refused by NCCL itself.
+fn emulated_nccl() -> Option<std::sync::Arc<Nccl>> {
+    let (device, nccl) = nccl()?;
+    if device.emulator.is_none() {
+        eprintln!("skipped: needs a device for each rank");
+    }
+    device.emulator.is_some().then_some(nccl)
+}
+
+fn start(test: &str, id: &str, rank: usize) -> Child {
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command.args(["--exact", &format!("nccl::{test}"), "--nocapture"]);
+    command.env(child::PART, "rank").env(ID, id).env(RANK, rank.to_string());
+    command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+}
+
+/// Runs a test as several ranks, all of which must succeed.
+fn run_ranks(test: &str, ranks: usize) {
+    let Some(nccl) = emulated_nccl() else { return };
+    let id: String = nccl.unique_id().unwrap().iter().map(|b| format!("{b:02x}")).collect();
+    let children: Vec<_> = (0..ranks).map(|rank| start(test, &id, rank)).collect();
+    for child in children {
+        let output = child.wait_with_output().unwrap();
+        let text = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{text}");
+    }
+}
+
+/// The rank that this process is.
+fn join(ranks: usize) -> (Stream, Communicator) {
+    let id = std::env::var(ID).unwrap();
+    let id = std::array::from_fn(|i| u8::from_str_radix(&id[2 * i..2 * i + 2], 16).unwrap());
+    let rank = std::env::var(RANK).unwrap().parse().unwrap();
+    let (device, nccl) = nccl().unwrap();
+    let joined = Communicator::join(&nccl, &device.device, &id, (rank, ranks), deadline());
+    (Stream::new(&device.device).unwrap(), joined.unwrap())
+}
+
+#[test]
+fn ranks_send_gather_and_add_up() {
+    if child::part().is_none() {
+        return run_ranks("ranks_send_gather_and_add_up", RANKS);
+    }
+    let (stream, communicator) = join(RANKS);
+    let rank = communicator.rank();
+    // Around a ring: each sends to the next and receives from the one before.
+    let own = stream.buffer(&vec![rank as u32 + 10; LEN]).unwrap();
+    let received = Buffer::<u32>::new(stream.device(), LEN).unwrap();
+    let (next, before) = ((rank + 1) % RANKS, (rank + RANKS - 1) % RANKS);
+    let ring = |communicator: &Communicator| {
+        communicator.send(&stream, own.all(), next)?;
+        communicator.receive(&stream, received.all(), before)
+    };
+    communicator.group(ring).unwrap();
+    let gathered = Buffer::<u32>::new(stream.device(), RANKS * LEN).unwrap();
+    communicator.all_gather(&stream, own.all(), gathered.all()).unwrap();
+    let values: Vec<_> = (0..LEN).map(|i| bf16::from_f32((i % 50 * (rank + 1)) as f32)).collect();
+    let halves = stream.buffer(&values).unwrap();
+    communicator.all_reduce(&stream, halves.all()).unwrap();
+    let floats = stream.buffer(&[rank as f32 + 0.5; 7]).unwrap();
+    communicator.all_reduce(&stream, floats.all()).unwrap();
+
+    assert_eq!(stream.read(received.all()).unwrap(), vec![before as u32 + 10; LEN]);
+    let expected: Vec<_> = (0..RANKS * LEN).map(|i| (i / LEN) as u32 + 10).collect();
+    assert_eq!(stream.read(gathered.all()).unwrap(), expected);
+    let sum = |i: usize| bf16::from_f32((i % 50 * 6) as f32);
+    assert_eq!(stream.read(halves.all()).unwrap(), (0..LEN).map(sum).collect::<Vec<_>>());
+    assert_eq!(stream.read(floats.all()).unwrap(), [4.5; 7]);
+    communicator.check().unwrap();
+    communicator.leave().unwrap();
+}
+
+/// Who waits for a rank that died finds out, and gets free by dropping the communicator.
+#[test]
+fn a_rank_that_dies_is_noticed() {
+    if child::part().is_none() {
+        return run_ranks("a_rank_that_dies_is_noticed", 2);
+    }
+    let (stream, communicator) = join(2);
+    let data = stream.buffer(&[1.0_f32; LEN]).unwrap();
+    communicator.all_reduce(&stream, data.all()).unwrap();
+    stream.synchronize().unwrap();
+    if communicator.rank() == 1 {
+        std::process::exit(0);
+    }
+    communicator.receive(&stream, data.all(), 1).unwrap();
+    let lost = loop {
+        assert!(!stream.is_idle().unwrap(), "nobody sent anything");
+        if let Err(error) = communicator.check() {
+            break error;
+        }
+    };
+    assert!(matches!(lost, NcclError::PeerLost { .. }), "{lost}");
+    drop(communicator);
+    stream.synchronize().unwrap();
+}
+
+/// A single rank, as a real device allows it too.
+#[test]
+fn a_rank_sends_to_itself() {
+    let Some((device, nccl)) = nccl() else { return };
+    let stream = Stream::new(&device.device).unwrap();
+    let id = nccl.unique_id().unwrap();
+    let alone = Communicator::join(&nccl, &device.device, &id, (0, 1), deadline()).unwrap();
+    let from = stream.buffer(&(0..LEN as u64).collect::<Vec<_>>()).unwrap();
+    let to = Buffer::<u64>::new(stream.device(), LEN).unwrap();
+    let both = |alone: &Communicator| {
+        alone.send(&stream, from.all(), 0)?;
+        alone.receive(&stream, to.all(), 0)
+    };
+    alone.group(both).unwrap();
+    alone.all_reduce(&stream, stream.buffer(&[1.0_f32]).unwrap().all()).unwrap();
+    assert_eq!(stream.read(to.all()).unwrap(), stream.read(from.all()).unwrap());
+    alone.leave().unwrap();
+}
+
+#[test]
+fn ranks_that_do_not_come_are_not_waited_for() {
+    let Some((device, nccl)) = nccl() else { return };
+    let id = nccl.unique_id().unwrap();
+    let joined = Communicator::join(&nccl, &device.device, &id, (0, 2), Instant::now());
+    let error = joined.err().expect("nobody else came");
+    assert!(matches!(error, NcclError::TimedOut { .. }), "{error}");
+}
