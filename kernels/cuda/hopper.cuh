@@ -163,6 +163,11 @@ __device__ __forceinline__ void keep_registers(float (&d)[N]) {
 #pragma unroll
   for (int i = 0; i < N; i++) asm volatile("" : "+f"(d[i])::"memory");
 }
+// Makes the assembler compute `x`, which is not negative, before a wait that follows. It would move the wait up otherwise, and what
+// was to run beside products would run after them. (It moves waits over arithmetic, but not over a predicated instruction.)
+__device__ __forceinline__ void finish_before_wait(float x) {
+  asm volatile("{\n.reg .pred negative;\nsetp.lt.f32 negative, %0, 0f00000000;\n@negative nanosleep.u32 1;\n}" ::"f"(x) : "memory");
+}
 
 // Moves registers between warpgroups: consumers take what a producer gives. The whole warpgroup calls it, in one branch.
 template <int REGISTERS>

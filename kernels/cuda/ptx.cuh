@@ -66,6 +66,34 @@ __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const unsigned (&a)[
   asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
+// f16, K = 16, laid out as bf16.
+__device__ __forceinline__ void mma_m16n8k16_f16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+// Four e4m3 in a register to f16, which holds them exactly.
+struct F16x4 {
+  unsigned low, high;  // the first two, the last two
+};
+__device__ __forceinline__ F16x4 e4m3x4_to_f16x4(unsigned four) {
+  F16x4 wide;
+#if __CUDA_ARCH__ >= 890
+  asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %2;\ncvt.rn.f16x2.e4m3x2 %0, low;\ncvt.rn.f16x2.e4m3x2 %1, high;\n}"
+      : "=r"(wide.low), "=r"(wide.high) : "r"(four));
+#else
+  // As the upper bytes of f16, one place to the right under the sign, they are 2^-8 of their value: exponents' biases are 7 and 15.
+  const unsigned low = __byte_perm(four, 0, 0x1404), high = __byte_perm(four, 0, 0x3424);
+  asm("mul.rn.f16x2 %0, %1, 0x5c005c00;" : "=r"(wide.low) : "r"((low & 0x80008000) | (low >> 1 & 0x3f803f80)));
+  asm("mul.rn.f16x2 %0, %1, 0x5c005c00;" : "=r"(wide.high) : "r"((high & 0x80008000) | (high >> 1 & 0x3f803f80)));
+#endif
+  return wide;
+}
+// Two f16 in a register, the first in the lower half.
+__device__ __forceinline__ unsigned pack_f16(float low, float high) {
+  unsigned pair;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
 #if __CUDA_ARCH__ >= 890
 // e4m3, K = 32: as above with c = l % 4 * 4 and 16 for 8 in k.
 __device__ __forceinline__ void mma_m16n8k32_e4m3(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {

@@ -65,6 +65,7 @@ template <int N>
 static inline void wgmma_wait() { emulator::wait_for_products(N); }
 template <int N>
 static inline void keep_registers(float (&)[N]) {}
+static inline void finish_before_wait(float) {}
 template <int REGISTERS>
 static inline void take_registers() {}
 template <int REGISTERS>

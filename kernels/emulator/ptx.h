@@ -80,7 +80,8 @@ static inline void stmatrix_x4_trans(void* row, const unsigned (&r)[4]) { emulat
 static inline float emulator_element(unsigned word, int i, int bytes) {
   return bytes == 2 ? emulator_bits<float>((word >> 16 * i & 0xffff) << 16) : emulator_e4m3_to_float(word >> 8 * i & 0xff);
 }
-template <int BYTES>
+static inline float emulator_f16(unsigned word, int i, int) { return emulator_f16_to_float(word >> 16 * i & 0xffff); }
+template <int BYTES, float (*ELEMENT)(unsigned, int, int) = emulator_element>
 static inline void emulator_mma(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
   struct Fragment { unsigned a[4], b[2]; };
   constexpr int K = 32 / BYTES, HALF = K / 2, PER_WORD = 4 / BYTES;
@@ -93,13 +94,19 @@ static inline void emulator_mma(float (&d)[4], const unsigned (&a)[4], const uns
     for (int k = 0; k < K; k++) {
       int word = k % HALF / PER_WORD, element = k % PER_WORD;
       auto of_a = (const Fragment*)slots[row % 8 * 4 + word], of_b = (const Fragment*)slots[column * 4 + word];
-      sum += emulator_element(of_a->a[k / HALF * 2 + row / 8], element, BYTES) *
-             emulator_element(of_b->b[k / HALF], element, BYTES);
+      sum += ELEMENT(of_a->a[k / HALF * 2 + row / 8], element, BYTES) * ELEMENT(of_b->b[k / HALF], element, BYTES);
     }
     d[i] += sum;
   }
 }
 static inline void mma_m16n8k16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) { emulator_mma<2>(d, a, b); }
+static inline void mma_m16n8k16_f16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) { emulator_mma<2, emulator_f16>(d, a, b); }
+static inline unsigned pack_f16(float low, float high) { return emulator_float_to_f16(low) | (unsigned)emulator_float_to_f16(high) << 16; }
+struct F16x4 { unsigned low, high; };
+static inline F16x4 e4m3x4_to_f16x4(unsigned four) {
+  auto pair = [=](int i) { return pack_f16(emulator_e4m3_to_float(four >> 8 * i & 0xff), emulator_e4m3_to_float(four >> (8 * i + 8) & 0xff)); };
+  return {pair(0), pair(2)};
+}
 static inline void mma_m16n8k32_e4m3(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) { emulator_mma<1>(d, a, b); }
 
 // --- the rest

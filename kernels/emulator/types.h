@@ -74,6 +74,25 @@ static inline __nv_bfloat16 __ushort_as_bfloat16(unsigned short u) {
   return emulator_bits<__nv_bfloat16>((uint16_t)u);
 }
 
+// f16: sign, 5 bits of exponent (bias 15), 10 of mantissa.
+static inline float emulator_f16_to_float(uint16_t v) {
+  int exponent = v >> 10 & 31, mantissa = v & 1023;
+  float magnitude = exponent == 31 ? (mantissa ? NAN : INFINITY)
+                    : exponent     ? ldexpf(1024 + mantissa, exponent - 25)
+                                   : ldexpf(mantissa, -24);
+  return v & 0x8000 ? -magnitude : magnitude;
+}
+// Rounded to nearest, ties to even; beyond the range it is infinite.
+static inline uint16_t emulator_float_to_f16(float value) {
+  uint16_t sign = emulator_bits<uint32_t>(value) >> 31 << 15;
+  float magnitude = fabsf(value);
+  if (std::isnan(value)) return sign | 0x7e00;
+  if (magnitude >= 65520.f) return sign | 0x7c00;
+  int exponent = magnitude < 0x1p-14f ? -14 : ilogbf(magnitude);
+  int steps = (int)nearbyintf(ldexpf(magnitude, 10 - exponent));
+  return sign | (uint16_t)(steps + (exponent + 14) * 1024);
+}
+
 // e4m3: sign, 4 bits of exponent (bias 7), 3 of mantissa; no infinity, 0x7f is NaN, the greatest value is 448.
 static inline float emulator_e4m3_to_float(uint8_t v) {
   int exponent = v >> 3 & 15, mantissa = v & 7;

@@ -93,7 +93,7 @@ DRIVER_API cuDeviceGetAttribute(int* value, int attribute, int) {
   switch (attribute) {
     case MAX_THREADS: *value = 1024; break;
     case WARP_SIZE: *value = 32; break;
-    case SM_COUNT: *value = 132; break;
+    case SM_COUNT: *value = 3; break;  // few, so that grids with a block for each go around
     case CAPABILITY_MAJOR: *value = capability() / 10; break;
     case CAPABILITY_MINOR: *value = capability() % 10; break;
     case SHARED_OPTIN: *value = 227 << 10; break;

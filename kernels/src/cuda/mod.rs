@@ -33,6 +33,7 @@
 
 mod activation;
 mod advance;
+mod attention;
 mod blocks;
 mod device;
 mod embedding;
@@ -61,6 +62,10 @@ pub mod testing;
 
 pub use activation::silu_mul;
 pub use advance::{Histories, RowProgress, advance};
+pub use attention::{
+    AttentionInput, DecodePlan, DecodeScratch, QueryRows, decode_attention, decode_workers,
+    prefers_prefill, prefill_attention, prefill_tiles,
+};
 pub use blocks::{PieceShare, gather_blocks, scatter_blocks};
 pub use device::{Device, DeviceMemory};
 pub use embedding::take_rows;

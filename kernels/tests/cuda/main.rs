@@ -2,6 +2,8 @@
 #![expect(clippy::unwrap_used, reason = "tests")]
 
 mod advance;
+mod attention;
+mod attention_case;
 mod blocks;
 mod child;
 mod device;

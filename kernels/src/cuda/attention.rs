@@ -1,0 +1,96 @@
+//! Attention over the paged KV cache, over `prefill_attention.cu` and `decode_attention.cu`.
+//!
+//! A step's rows are given as [`QueryRows`], runs of rows of one sequence. Long runs go to
+//! [`prefill_attention`], which multiplies tiles of 128 rows; single rows and short runs go to
+//! [`decode_attention`], which reads keys and values once for as many tokens as fit 16 rows
+//! ([`prefers_prefill`]). Both compute, for each row and head,
+//! `softmax(q kᵀ scale) v` over the keys up to the row's own position, sums in f32, weights rounded
+//! to bf16 (f16 over e4m3 caches).
+
+mod decode;
+mod decode_plan;
+mod prefill;
+
+pub use decode::{DecodeScratch, decode_attention, decode_workers};
+pub use decode_plan::DecodePlan;
+pub use prefill::{prefill_attention, prefill_tiles};
+
+use half::bf16;
+
+use super::error::DeviceError;
+use super::kv::{HeadShape, PagedKv};
+use super::memory::Slice;
+
+/// Consecutive rows of a batch that are consecutive tokens of one sequence. Their keys and values,
+/// and those of all tokens before them, have been written to the cache.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct QueryRows {
+    /// The first one's row of the batch.
+    pub row: usize,
+    /// How many.
+    pub rows: usize,
+    /// The first one's position in its sequence.
+    pub position: usize,
+    /// The sequence: a row of the block tables.
+    pub sequence: usize,
+}
+
+/// What attention reads, the same for all rows.
+#[derive(Clone, Copy)]
+pub struct AttentionInput<'a> {
+    /// `[rows, shape.row()]`; only queries are read.
+    pub qkv: Slice<'a, bf16>,
+    /// How many heads, and of what size: 64 or 128.
+    pub shape: HeadShape,
+    /// The layer's cache.
+    pub kv: PagedKv<'a>,
+    /// Factor of scores, mostly `head_dim^-0.5`.
+    pub scale: f32,
+    /// Keys that a row sees, its own included; 0: all.
+    pub window: usize,
+}
+
+/// Most query rows for which reading the keys once for every 16 beats a tile that may be almost empty
+/// and computes its keys one after another. An estimate, to be replaced by a measurement.
+const SHORT_ROWS: usize = 64;
+
+/// Whether a run of so many rows is for [`prefill_attention`]. The device must have it.
+#[must_use]
+pub fn prefers_prefill(rows: usize, shape: &HeadShape) -> bool {
+    rows * shape.group() > SHORT_ROWS
+}
+
+impl AttentionInput<'_> {
+    /// Rows of the batch.
+    ///
+    /// # Panics
+    /// If a buffer does not have the shape that is described.
+    fn check(&self, out: &Slice<'_, bf16>) -> usize {
+        let (shape, kv) = (&self.shape, &self.kv);
+        assert!(self.qkv.len().is_multiple_of(shape.row()), "whole rows of queries");
+        let rows = self.qkv.len() / shape.row();
+        assert!(out.len() == rows * shape.heads * shape.head_dim, "a row of results for each row");
+        assert!(matches!(kv.block_tokens, 16 | 32 | 64), "blocks of {} tokens", kv.block_tokens);
+        let tables = kv.block_tables.len();
+        assert!(kv.max_blocks > 0 && tables.is_multiple_of(kv.max_blocks), "whole block tables");
+        let piece = 2 * shape.kv_heads * kv.block_tokens * shape.head_dim * kv.elements.bytes();
+        assert!(kv.pieces.len().is_multiple_of(piece), "whole pieces of {piece} bytes");
+        let aligned = [self.qkv.address(), out.address(), kv.pieces.address()];
+        assert!(aligned.iter().all(|address| address.is_multiple_of(16)), "16-byte alignment");
+        rows
+    }
+
+    /// Factor of scores as exponents of two.
+    fn scale_log2(&self) -> f32 {
+        self.scale * std::f32::consts::LOG2_E
+    }
+
+    fn unsupported(&self, what: &str) -> DeviceError {
+        let HeadShape { heads, kv_heads, head_dim } = self.shape;
+        DeviceError::Unsupported(format!(
+            "{what} attention has no kernel for {heads} heads of {head_dim} elements, {kv_heads} \
+             KV heads and a cache of {:?}",
+            self.kv.elements
+        ))
+    }
+}
