@@ -8,9 +8,7 @@ use std::time::{Duration, Instant};
 use baton_proto::ids::{Epoch, NodeId, RequestId};
 use baton_proto::message::{Command, Hello, NodeEvent};
 use baton_proto::share::Share;
-use baton_proto::wire::node::ToNode;
 use tokio::sync::{mpsc, oneshot, watch};
-use tonic::Status;
 
 use crate::cluster::{LinkId, Refusal};
 use crate::control::{Control, Options};
@@ -46,8 +44,9 @@ pub(crate) enum FromLink {
 /// The driver's end of a node's stream. Dropping it ends the stream.
 #[derive(Debug)]
 pub(crate) struct Link {
-    /// Bounded: a node that lets it fill up is disconnected.
-    pub(crate) outbox: mpsc::Sender<Result<ToNode, Status>>,
+    /// Bounded: a node that lets it fill up is disconnected. What is put in becomes messages in the
+    /// stream's task: a prompt is copied there, and not here.
+    pub(crate) outbox: mpsc::Sender<Command>,
     /// The reading side stops when this is dropped.
     pub(crate) _open: oneshot::Sender<()>,
 }
@@ -237,7 +236,7 @@ impl Driver {
             }
             _ => {}
         }
-        match link.outbox.try_send(Ok(command.into())) {
+        match link.outbox.try_send(command) {
             Ok(()) => None,
             // A closed one is reported by its own task.
             Err(mpsc::error::TrySendError::Closed(_)) => None,

@@ -13,7 +13,7 @@ use crate::testing::{hello, node};
 struct Node {
     name: NodeId,
     link: LinkId,
-    commands: mpsc::Receiver<Result<ToNode, Status>>,
+    commands: mpsc::Receiver<Command>,
     closed: oneshot::Receiver<()>,
     driver: mpsc::Sender<FromLink>,
 }
@@ -31,7 +31,7 @@ impl Node {
     }
 
     async fn command(&mut self) -> Command {
-        self.commands.recv().await.unwrap().unwrap().try_into().unwrap()
+        self.commands.recv().await.unwrap()
     }
 
     async fn say(&self, event: NodeEvent) {
@@ -58,7 +58,7 @@ fn request(id: u128) -> NewRequest {
     NewRequest {
         id: RequestId(id),
         model: "demo".to_owned(),
-        tokens: vec![1, 2, 3],
+        tokens: vec![1, 2, 3].into(),
         sampling: SamplingParams { max_tokens: 3, ..SamplingParams::default() },
         salt: CacheSalt::default(),
         standing: Default::default(),

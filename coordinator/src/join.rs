@@ -2,6 +2,7 @@
 //! certificate says, whatever it says itself.
 
 use std::future::Future;
+use std::pin::Pin;
 use std::time::Duration;
 
 use baton_identity::{Identity, peer_node_id};
@@ -13,6 +14,7 @@ use baton_proto::wire::peer::peers_server::PeersServer;
 use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, mpsc, oneshot};
 use tokio_stream::wrappers::ReceiverStream;
+use tokio_stream::{Stream, StreamExt};
 use tonic::transport::server::TcpIncoming;
 use tonic::transport::{Certificate, Server, ServerTlsConfig};
 use tonic::{Request, Response, Status, Streaming};
@@ -82,7 +84,7 @@ struct Service {
 
 #[tonic::async_trait]
 impl Join for Service {
-    type JoinStream = ReceiverStream<Result<ToNode, Status>>;
+    type JoinStream = Pin<Box<dyn Stream<Item = Result<ToNode, Status>> + Send>>;
 
     async fn join(
         &self,
@@ -99,8 +101,6 @@ impl Join for Service {
         let report_interval_ms = REPORT_INTERVAL.as_millis() as u32;
         let welcome = Welcome { coordinator: self.name.to_string(), report_interval_ms };
         let welcome = ToNode { message: Some(to_node::Message::Welcome(welcome)) };
-        // Before the driver can put a command into the empty outbox.
-        outbox.try_send(Ok(welcome)).map_err(|e| Status::internal(e.to_string()))?;
 
         let (open, closed) = oneshot::channel();
         let (reply, answer) = oneshot::channel();
@@ -127,7 +127,8 @@ impl Join for Service {
             tracing::warn!(%refusal, "refused");
             Status::failed_precondition(refusal.to_string())
         })?;
-        Ok(Response::new(ReceiverStream::new(commands)))
+        let commands = ReceiverStream::new(commands).map(ToNode::from);
+        Ok(Response::new(Box::pin(tokio_stream::once(welcome).chain(commands).map(Ok))))
     }
 }
 

@@ -77,7 +77,7 @@ impl World {
         let request = NewRequest {
             id: RequestId(1),
             model: "demo".to_owned(),
-            tokens: vec![1, 2, 3],
+            tokens: vec![1, 2, 3].into(),
             sampling: SamplingParams::default(),
             salt: CacheSalt::default(),
             standing: Default::default(),

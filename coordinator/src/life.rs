@@ -55,11 +55,11 @@ fn place(request: &mut Request, avoid: &[NodeRef], arrives: bool, cx: &mut Conte
     // Log-probabilities of the prompt have to be computed: the prefix cache is not read.
     let nothing = Arc::default();
     let chain = if request.wants_prompt_logprobs() { &nothing } else { &request.chain };
-    let most = request.prompt_tokens.saturating_add(request.new.sampling.max_tokens as usize);
+    let most = request.prompt_tokens().saturating_add(request.new.sampling.max_tokens as usize);
     let wanted = Wanted {
         id: TransferId { request: request.new.id, attempt: request.attempt + 1 },
         model: &request.model,
-        tokens: request.new.tokens.len(),
+        tokens: request.len(),
         longest: most.min(request.model.max_model_len as usize),
         chain,
         avoid,
@@ -251,7 +251,7 @@ pub(crate) fn prompt_logprobs(
     if !(running && computes && request.wants_prompt_logprobs()) {
         return Flow::Go;
     }
-    if tokens.len() + 1 != request.prompt_tokens {
+    if tokens.len() + 1 != request.prompt_tokens() {
         let reason = "a node sent another number of prompt log-probabilities".to_owned();
         return again(request, Some(from), reason, true, cx);
     }

@@ -128,7 +128,7 @@ fn a_coordinator_spares_the_node_that_another_one_uses() {
         let request = NewRequest {
             id: RequestId(id),
             model: "demo".to_owned(),
-            tokens: vec![1; 2000],
+            tokens: vec![1; 2000].into(),
             sampling: SamplingParams { max_tokens: 3, ..SamplingParams::default() },
             salt: CacheSalt::default(),
             standing: Default::default(),

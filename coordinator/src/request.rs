@@ -14,10 +14,11 @@ use crate::core::{ModelInfo, NewRequest, OutputToken, PlacementInfo, Summary, Ti
 /// A request from its arrival to its end.
 #[derive(Debug)]
 pub(crate) struct Request {
-    /// As it came, but with everything emitted appended to its tokens.
+    /// As it came.
     pub(crate) new: NewRequest,
     pub(crate) model: ModelInfo,
-    pub(crate) prompt_tokens: usize,
+    /// Everything emitted.
+    pub(crate) output: Vec<u32>,
     /// Hashes of the full blocks of all tokens, as far as computed.
     pub(crate) chain: Arc<Vec<BlockHash>>,
     pub(crate) arrived: Instant,
@@ -182,10 +183,10 @@ impl Request {
         now: Instant,
     ) -> Self {
         Self {
-            prompt_tokens: new.tokens.len(),
             deadline: new.deadline.and_then(|left| now.checked_add(left)),
             new,
             model,
+            output: Vec::new(),
             chain,
             arrived: now,
             attempt: 0,
@@ -206,7 +207,25 @@ impl Request {
 
     /// Tokens emitted; the position of the next one.
     pub(crate) fn emitted(&self) -> usize {
-        self.new.tokens.len() - self.prompt_tokens
+        self.output.len()
+    }
+
+    /// Tokens of the prompt.
+    pub(crate) fn prompt_tokens(&self) -> usize {
+        self.new.tokens.len()
+    }
+
+    /// Tokens of prompt and output so far.
+    pub(crate) fn len(&self) -> usize {
+        self.prompt_tokens() + self.emitted()
+    }
+
+    /// The prompt, followed by everything emitted.
+    fn tokens(&self) -> Arc<[u32]> {
+        if self.output.is_empty() {
+            return self.new.tokens.clone();
+        }
+        self.new.tokens.iter().chain(&self.output).copied().collect()
     }
 
     /// Names the last attempt started.
@@ -238,11 +257,12 @@ impl Request {
     /// Brings the hashes up to date with the tokens.
     pub(crate) fn extend_chain(&mut self) {
         let size = self.model.geometry.block_tokens as usize;
-        if self.new.tokens.len() / size == self.chain.len() {
+        if self.len() / size == self.chain.len() {
             return;
         }
+        let tokens = self.tokens();
         let chain = Arc::make_mut(&mut self.chain);
-        for block in self.new.tokens.chunks_exact(size).skip(chain.len()) {
+        for block in tokens.chunks_exact(size).skip(chain.len()) {
             let parent = chain.last().copied();
             let parent = parent.unwrap_or_else(|| self.model.root.start(self.new.salt));
             chain.push(parent.child(block));
@@ -257,8 +277,8 @@ impl Request {
         }
         Job {
             id: self.transfer(),
-            tokens: self.new.tokens.clone(),
-            prompt_tokens: self.prompt_tokens,
+            tokens: self.tokens(),
+            prompt_tokens: self.prompt_tokens(),
             sampling,
             salt: self.new.salt,
             deadline: self.deadline.map(|at| at.saturating_duration_since(now)),
@@ -297,7 +317,7 @@ impl Request {
         }
         (self.fruitless, self.pauses, self.waited) = (0, 0, Duration::ZERO);
         self.avoid.clear();
-        self.new.tokens.extend(ready.iter().map(|event| event.token));
+        self.output.extend(ready.iter().map(|event| event.token));
         let output =
             |TokenEvent { token, logprobs, finish, .. }| OutputToken { token, logprobs, finish };
         Ok(ready.into_iter().map(output).collect())
@@ -306,7 +326,7 @@ impl Request {
     /// Where and for how long the prompt waited; the attempt that gives the first token counts.
     pub(crate) fn started(&mut self, cached_tokens: u32, queued: Duration) {
         if self.emitted() == 0 {
-            self.cached_tokens = Some(cached_tokens.min(self.prompt_tokens as u32));
+            self.cached_tokens = Some(cached_tokens.min(self.prompt_tokens() as u32));
             self.timings.queue = self.held + queued;
         }
     }
@@ -341,7 +361,7 @@ impl Request {
     /// What the request took, if it ends now.
     pub(crate) fn summary(&self, now: Instant) -> Summary {
         let usage = Usage {
-            prompt_tokens: self.prompt_tokens as u32,
+            prompt_tokens: self.prompt_tokens() as u32,
             cached_tokens: self.cached_tokens.unwrap_or(0),
             completion_tokens: self.emitted() as u32,
         };

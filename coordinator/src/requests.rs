@@ -153,7 +153,8 @@ pub struct Totals {
 #[derive(Debug)]
 pub struct Requests {
     limits: Limits,
-    live: BTreeMap<RequestId, Request>,
+    /// Boxed: they are large, and a tree moves its neighbours with each that comes and goes.
+    live: BTreeMap<RequestId, Box<Request>>,
     timers: BTreeSet<(Instant, RequestId)>,
     tokens: usize,
     totals: Totals,
@@ -211,7 +212,7 @@ impl Requests {
             return Err(SubmitError::Overloaded { retry_after: RETRY_AFTER });
         }
         let name = model.name.clone();
-        let mut request = Request::new(new, chain, model, arrived);
+        let mut request = Box::new(Request::new(new, chain, model, arrived));
         match life::arrive(&mut request, cx) {
             Start::Begun => {}
             Start::NoNodes => return Err(SubmitError::NoNodes(name)),
@@ -398,10 +399,10 @@ impl Requests {
             return;
         };
         // The first attempt is none that is repeated, whenever it starts.
-        let (tokens, attempt) = (request.new.tokens.len(), request.attempt.max(1));
+        let (tokens, attempt) = (request.len(), request.attempt.max(1));
         let flow = act(request, cx);
         self.totals.retried += u64::from(request.attempt.saturating_sub(attempt));
-        self.tokens += request.new.tokens.len() - tokens;
+        self.tokens += request.len() - tokens;
         let due = if matches!(flow, Flow::Go) { request.due() } else { None };
         if due != request.armed {
             let old = std::mem::replace(&mut request.armed, due);
@@ -410,7 +411,7 @@ impl Requests {
         }
         if let Flow::End(update) = flow {
             life::release(request, cx);
-            self.tokens -= request.new.tokens.len();
+            self.tokens -= request.len();
             self.live.remove(&id);
             match update {
                 Update::Done(_) => self.totals.finished += 1,

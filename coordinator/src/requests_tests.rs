@@ -130,7 +130,7 @@ impl World {
         let mut new = NewRequest {
             id,
             model: hello.model,
-            tokens,
+            tokens: tokens.into(),
             sampling,
             salt,
             standing: Default::default(),
@@ -166,9 +166,11 @@ impl World {
         });
         sends
             .map(|(to, command)| match command {
-                Command::Prefill { job, .. } => (to, "prefill", job.tokens),
-                Command::Decode { job, prefill: Some(_), .. } => (to, "reserve", job.tokens),
-                Command::Decode { job, prefill: None, .. } => (to, "decode", job.tokens),
+                Command::Prefill { job, .. } => (to, "prefill", job.tokens.to_vec()),
+                Command::Decode { job, prefill: Some(_), .. } => {
+                    (to, "reserve", job.tokens.to_vec())
+                }
+                Command::Decode { job, prefill: None, .. } => (to, "decode", job.tokens.to_vec()),
                 Command::Serve { tokens, .. } => (to, "serve", tokens),
                 Command::Cancel(id) if id.is_pull() => (to, "cancel-pull", Vec::new()),
                 Command::Cancel(_) => (to, "cancel", Vec::new()),
@@ -479,7 +481,7 @@ fn what_is_held_is_bounded() {
     world.arrive(RequestId(1), |_| {}).unwrap();
     assert_eq!(world.arrive(RequestId(1), |_| {}), Err(SubmitError::DuplicateId(RequestId(1))));
     let overloaded = Err(SubmitError::Overloaded { retry_after: RETRY_AFTER });
-    assert_eq!(world.arrive(RequestId(2), |new| new.tokens = vec![1; 16]), overloaded);
+    assert_eq!(world.arrive(RequestId(2), |new| new.tokens = [1; 16].into()), overloaded);
     world.arrive(RequestId(2), |_| {}).unwrap();
     assert_eq!(world.arrive(RequestId(3), |_| {}), overloaded);
     world.act(|requests, cx| requests.cancel(RequestId(1), cx));

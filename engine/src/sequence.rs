@@ -96,7 +96,7 @@ impl Sequence {
             sampled: false,
             prompt_logprobs: wanted.then(Vec::new),
             sampling: job.sampling,
-            tokens: job.tokens,
+            tokens: job.tokens.to_vec(),
         }
     }
 

@@ -1,5 +1,6 @@
 //! What coordinators and nodes tell each other, in domain types.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::geometry::KvGeometry;
@@ -17,8 +18,8 @@ pub const MAX_PRICE: f64 = 1e6;
 pub struct Job {
     /// Names the attempt.
     pub id: TransferId,
-    /// The prompt, followed by what earlier attempts emitted.
-    pub tokens: Vec<u32>,
+    /// The prompt, followed by what earlier attempts emitted. Shared, as both nodes of a pair get it.
+    pub tokens: Arc<[u32]>,
     /// How many of `tokens` are prompt; at least 1.
     pub prompt_tokens: usize,
     /// How to choose tokens.

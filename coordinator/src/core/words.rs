@@ -1,5 +1,6 @@
 //! Models, requests, and what clients are told of them.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use baton_proto::geometry::KvGeometry;
@@ -33,7 +34,7 @@ pub struct NewRequest {
     /// Name of a served model.
     pub model: String,
     /// The prompt; at least one token.
-    pub tokens: Vec<u32>,
+    pub tokens: Arc<[u32]>,
     /// With a fixed seed, so that every attempt gives the same tokens.
     pub sampling: SamplingParams,
     /// Whose cached blocks may be used.

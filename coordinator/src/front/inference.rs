@@ -102,7 +102,7 @@ impl Front {
             let request = NewRequest {
                 id,
                 model: model.name.clone(),
-                tokens: prepared.tokens.clone(),
+                tokens: prepared.tokens.as_slice().into(),
                 sampling,
                 salt: prepared.salt,
                 standing: prepared.standing,

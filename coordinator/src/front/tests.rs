@@ -117,7 +117,7 @@ async fn what_the_request_leaves_open_comes_from_the_checkpoint() {
     all(&played, prompt("Hello there")).await.unwrap();
     let asked = played.asked().remove(0);
     let expected = tokenizer().encode("Hello there", true).unwrap();
-    assert_eq!((asked.model.as_str(), &asked.tokens), ("demo", &expected));
+    assert_eq!((asked.model.as_str(), &*asked.tokens), ("demo", &*expected));
     let sampling = &asked.sampling;
     assert_eq!(sampling.temperature, 0.0, "the demo checkpoint says not to sample");
     assert_eq!(sampling.eos_token_ids, [2, 0]);

@@ -200,7 +200,7 @@ impl Sim {
         let request = NewRequest {
             id,
             model: "demo".to_owned(),
-            tokens: prompt.clone(),
+            tokens: prompt.as_slice().into(),
             sampling,
             salt: CacheSalt::default(),
             standing: Default::default(),

@@ -116,7 +116,7 @@ impl Node {
 
     fn advance(&mut self, token: TokenEvent) {
         let Some(work) = self.jobs.get_mut(&token.id) else { return };
-        work.job.tokens.push(token.token);
+        work.job.tokens = work.job.tokens.iter().copied().chain([token.token]).collect();
         work.state = State::Running;
         if token.finish.is_some() {
             self.jobs.remove(&token.id);

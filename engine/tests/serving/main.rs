@@ -59,9 +59,9 @@ fn tokens_are_the_models_whatever_runs_along_and_however_prompts_are_cut() {
 fn cached_prefixes_change_no_token() {
     let node = Node::start(config());
     let first = job(1, prompt(1, 30), 10);
-    let longer = [first.tokens.clone(), expected(&first), prompt(2, 9)].concat();
+    let longer = [first.tokens.to_vec(), expected(&first), prompt(2, 9)].concat();
     for (job, cached) in
-        [(first.clone(), 0), (job(2, longer, 10), 36), (job(3, first.tokens, 4), 28)]
+        [(first.clone(), 0), (job(2, longer, 10), 36), (job(3, first.tokens.to_vec(), 4), 28)]
     {
         node.submit(&job, Kind::Local);
         assert_eq!(node.admitted(job.id).1, cached);
@@ -352,7 +352,7 @@ fn a_sampled_sequence_is_the_same_after_a_hand_over() {
     let (_, moved) = hand_over(&prefill, &decode, &job(2), &mut |_| {});
     assert_eq!(local, moved);
     // A second attempt that begins with what the first one emitted.
-    let retried = Job { tokens: [prompt(1, 18), local[..5].to_vec()].concat(), ..job(3) };
+    let retried = Job { tokens: [prompt(1, 18), local[..5].to_vec()].concat().into(), ..job(3) };
     prefill.submit(&retried, Kind::Local);
     assert_eq!(prefill.until_ended(1)[&id(3)], local[5..]);
     let greedy = expected(&support::job(4, prompt(1, 18), 12));

@@ -2,6 +2,7 @@
 //! sees of jobs that succeed, are cancelled, fail or are abandoned.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 
 use crate::support::{
     POISON, Pair, cancel, expected, hand_over, id, job, patiently, peer, started,
@@ -202,7 +203,7 @@ async fn what_cannot_be_done_is_refused_once_with_a_reason() {
     let (mut prefill, decode) = pair.streams().await;
     let peer = peer(&decode, "decode-0");
     let mut bad = job(id(1), 1, 5, 5);
-    bad.tokens[2] = prefill.hello.vocab_size;
+    Arc::make_mut(&mut bad.tokens)[2] = prefill.hello.vocab_size;
     let commands = [
         (
             Command::Prefill { job: bad, decode: peer.clone(), pull: None },
@@ -266,7 +267,7 @@ async fn a_node_whose_engine_fails_leaves_after_its_jobs_have() {
     let mut pair = Pair::start().await;
     let (_prefill, mut decode) = pair.streams().await;
     let mut poison = job(id(1), 1, 10, 50);
-    poison.tokens[0] = POISON;
+    Arc::make_mut(&mut poison.tokens)[0] = POISON;
     decode.command(Command::Decode { job: poison.clone(), prefill: None, pull: None }).await;
     assert_eq!(decode.failure(poison.id).await.0, Retry::OtherNode);
     patiently("the node ends", pair.decode.serving).await.expect("no panic");

@@ -79,7 +79,7 @@ impl From<Job> for wire::Job {
         let deadline = job.deadline.map_or(0, |d| d.as_millis().clamp(1, u32::MAX.into()));
         Self {
             id: Some(job.id.into()),
-            tokens: job.tokens,
+            tokens: job.tokens.to_vec(),
             prompt_tokens: job.prompt_tokens as u32,
             sampling: Some(job.sampling.into()),
             salt: salt_bytes(job.salt),
@@ -101,7 +101,7 @@ impl TryFrom<wire::Job> for Job {
         }
         Ok(Self {
             id: job_id(job.id)?,
-            tokens: job.tokens,
+            tokens: job.tokens.into(),
             prompt_tokens,
             sampling: required(job.sampling, "job.sampling")?.try_into()?,
             salt: salt(&job.salt, "job.salt")?,

@@ -14,7 +14,7 @@ use crate::wire::node::from_node::Message as Up;
 fn job() -> Job {
     Job {
         id: TransferId { request: RequestId(1 << 100), attempt: 3 },
-        tokens: vec![5, 6, 7],
+        tokens: [5, 6, 7].into(),
         prompt_tokens: 2,
         sampling: SamplingParams {
             logit_bias: vec![(3, -1.5)],

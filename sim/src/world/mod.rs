@@ -378,7 +378,8 @@ impl World {
         let chain = self.root.chain(salt, &prompt, self.block_tokens);
         let id = request_id(number, client.submissions);
         let model = "demo".to_owned();
-        let request = NewRequest { id, model, tokens: prompt, sampling, salt, standing, deadline };
+        let tokens = prompt.into();
+        let request = NewRequest { id, model, tokens, sampling, salt, standing, deadline };
         let process = self.coordinators[coordinator].as_mut().expect("it is up");
         let (result, updates) = process.submit(number, request, chain, &mut self.net);
         if let Err(error) = result {

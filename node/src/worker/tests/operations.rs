@@ -129,7 +129,10 @@ impl World {
             Operation::Serve { stream, seed, length } => {
                 let Job { tokens, salt, .. } = job(next, seed, length, 1);
                 let id = id(next).pull();
-                self.command(stream, Command::Serve { id, tokens, salt, to: peer() });
+                self.command(
+                    stream,
+                    Command::Serve { id, tokens: tokens.to_vec(), salt, to: peer() },
+                );
             }
             Operation::Cancel { by, of, pull } => {
                 if let Some(id) = pick(&self.begun, of) {

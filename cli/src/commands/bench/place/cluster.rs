@@ -14,7 +14,6 @@ use baton_proto::ids::{Epoch, NodeId, Role, TransferId};
 use baton_proto::message::{
     BlockCounts, Command, Hello, NodeEvent, NodeFinish, Report, TokenEvent,
 };
-use baton_proto::wire::node::ToNode;
 
 use super::caches::{Cache, Change};
 use super::prompts::BLOCK_TOKENS;
@@ -90,34 +89,37 @@ impl Cluster {
         let count = hashes.len().div_ceil(SNAPSHOT_PART);
         for (number, part) in hashes.chunks(SNAPSHOT_PART).enumerate() {
             let (hashes, last) = (part.to_vec(), number + 1 == count);
-            self.hear(node, NodeEvent::Snapshot { sequence: 0, hashes, last });
+            self.hear(node, NodeEvent::Snapshot { sequence: 0, hashes, last }, Instant::now());
         }
     }
 
     /// A node says what changed in its cache.
-    pub(super) fn change(&mut self, node: usize, Change { stored, removed }: Change) {
+    pub(super) fn change(&mut self, node: usize, change: Change, now: Instant) {
+        let Change { stored, removed } = change;
         self.nodes[node].sequence += 1;
         let sequence = self.nodes[node].sequence;
-        self.hear(node, NodeEvent::Cache { sequence, stored, removed });
+        self.hear(node, NodeEvent::Cache { sequence, stored, removed }, now);
     }
 
     /// The next node in turn says how busy it is.
-    pub(super) fn report(&mut self) {
+    pub(super) fn report(&mut self, now: Instant) {
         let node = self.reported % self.nodes.len();
         self.reported += 1;
         let report = report(node, self.nodes[node].cached, FREE_BLOCKS);
-        self.hear(node, NodeEvent::Report(report));
+        self.hear(node, NodeEvent::Report(report), now);
     }
 
-    /// A request arrives, and its commands leave as the messages that the nodes get.
+    /// A request arrives, and its commands leave. The nodes' streams make messages of them, in other
+    /// tasks.
     pub(super) fn submit(
         &mut self,
         request: NewRequest,
         chain: Vec<BlockHash>,
         arrived: Instant,
     ) -> Result<(), SubmitError> {
-        self.control.submit(request, chain, arrived, Instant::now(), &mut self.actions)?;
-        self.carry_out();
+        let now = Instant::now();
+        self.control.submit(request, chain, arrived, now, &mut self.actions)?;
+        self.carry_out(now);
         Ok(())
     }
 
@@ -127,9 +129,9 @@ impl Cluster {
     }
 
     /// A node answers.
-    pub(super) fn answer(&mut self) {
+    pub(super) fn answer(&mut self, now: Instant) {
         if let Some((_, node, event)) = self.answers.pop_front() {
-            self.hear(node, event);
+            self.hear(node, event, now);
         }
     }
 
@@ -137,7 +139,7 @@ impl Cluster {
     pub(super) fn handle_timeout(&mut self, now: Instant) {
         if self.control.poll_timeout().is_some_and(|due| due <= now) {
             self.control.handle_timeout(now, &mut self.actions);
-            self.carry_out();
+            self.carry_out(now);
         }
     }
 
@@ -158,21 +160,19 @@ impl Cluster {
         self.control.totals().failed
     }
 
-    fn hear(&mut self, node: usize, event: NodeEvent) {
+    fn hear(&mut self, node: usize, event: NodeEvent, now: Instant) {
         let (name, link) = (&self.nodes[node].name, LinkId(node as u64));
-        self.control.event(name, link, event, Instant::now(), &mut self.actions);
-        self.carry_out();
+        self.control.event(name, link, event, now, &mut self.actions);
+        self.carry_out(now);
     }
 
-    fn carry_out(&mut self) {
+    fn carry_out(&mut self, now: Instant) {
         for action in self.actions.drain(..) {
             let Action::Send { to, command } = action else { continue };
             let number = to.node.as_str().strip_prefix("node-").and_then(|at| at.parse().ok());
             let node: usize = number.expect("nodes are named by their number");
-            let due = Instant::now() + ANSWER_TIME;
+            let due = now + ANSWER_TIME;
             self.answers.extend(answers(&command).into_iter().map(|event| (due, node, event)));
-            // What the driver gives to the node's stream.
-            std::hint::black_box(ToNode::from(command));
         }
     }
 }

@@ -25,11 +25,11 @@ const REPORTS: u32 = 10;
 /// Prompts that are asked for, again and again with other ends.
 const SAMPLES: usize = 10_000;
 /// Requests that are handed over at once, and how many such heaps are ready.
-const REQUESTS: usize = 16;
-const REQUEST_HEAPS: usize = 32;
+const REQUESTS: usize = 64;
+const REQUEST_HEAPS: usize = 8;
 /// The same of cache events.
-const CHANGES: usize = 64;
-const CHANGE_HEAPS: usize = 1024;
+const CHANGES: usize = 1024;
+const CHANGE_HEAPS: usize = 64;
 /// Least blocks per node.
 const LEAST_CACHE: u64 = 256;
 
@@ -167,13 +167,13 @@ impl Bench {
             if first > now {
                 std::hint::spin_loop();
             } else if first == answer {
-                self.cluster.answer();
+                self.cluster.answer(now);
             } else if first == event.next {
                 event.advance();
-                self.change()?;
+                self.change(now)?;
             } else if first == report.next {
                 report.advance();
-                self.cluster.report();
+                self.cluster.report(now);
             } else {
                 arrival.iter_mut().for_each(Schedule::advance);
                 self.submit(rate.map(|_| request), &mut measured)?;
@@ -197,16 +197,16 @@ impl Bench {
     }
 
     /// The next cache event.
-    fn change(&mut self) -> Result<(), CommandError> {
+    fn change(&mut self, now: Instant) -> Result<(), CommandError> {
         let (node, change) = self.changes.take()?;
-        self.cluster.change(node, change);
+        self.cluster.change(node, change, now);
         Ok(())
     }
 
     /// Applies so many cache events as fast as possible; how long that took.
     fn churn(&mut self, events: u64) -> Result<Duration, CommandError> {
         let begin = Instant::now();
-        (0..events).try_for_each(|_| self.change())?;
+        (0..events).try_for_each(|_| self.change(begin))?;
         Ok(begin.elapsed())
     }
 }
@@ -230,11 +230,10 @@ impl Schedule {
     }
 
     fn advance(&mut self) {
-        let factor = self.random.as_mut().map_or(1.0, |number| {
-            *number += 1;
-            -(((mix(*number) >> 11) as f64 + 0.5) / (1_u64 << 53) as f64).ln()
-        });
-        self.next += self.gap.mul_f64(factor);
+        let Some(number) = &mut self.random else { return self.next += self.gap };
+        *number += 1;
+        let chance = ((mix(*number) >> 11) as f64 + 0.5) / (1_u64 << 53) as f64;
+        self.next += self.gap.mul_f64(-chance.ln());
     }
 }
 
@@ -249,16 +248,18 @@ fn sample(caches: &[Cache], number: usize) -> (Vec<Segment>, usize) {
 
 /// Makes requests as the front does, until nobody wants more.
 fn make_arrivals(samples: &[(Vec<Segment>, usize)], out: &SyncSender<Vec<Arrival>>) {
+    let longest = samples.iter().map(|(segments, _)| segments.len()).max().unwrap_or_default();
+    let tokens = vec![1; longest * (PARTS * BLOCK_TOKENS) as usize];
     let mut numbers = 0..;
     loop {
         let some = numbers.by_ref().take(REQUESTS);
-        if out.send(some.map(|number| arrival(samples, number)).collect()).is_err() {
+        if out.send(some.map(|number| arrival(samples, &tokens, number)).collect()).is_err() {
             return;
         }
     }
 }
 
-fn arrival(samples: &[(Vec<Segment>, usize)], number: u64) -> Arrival {
+fn arrival(samples: &[(Vec<Segment>, usize)], tokens: &[u32], number: u64) -> Arrival {
     let (segments, known) = &samples[number as usize % samples.len()];
     let new = (*known..segments.len()).map(|at| Segment::new(number << 16 | at as u64));
     let segments = segments[..*known].iter().copied().chain(new);
@@ -267,7 +268,7 @@ fn arrival(samples: &[(Vec<Segment>, usize)], number: u64) -> Arrival {
     let request = NewRequest {
         id: RequestId(number.into()),
         model: MODEL.to_owned(),
-        tokens: vec![1; chain.len() * BLOCK_TOKENS as usize],
+        tokens: tokens[..chain.len() * BLOCK_TOKENS as usize].into(),
         sampling: SamplingParams { max_tokens: 2, ..SamplingParams::default() },
         salt: CacheSalt::default(),
         standing: Standing::default(),

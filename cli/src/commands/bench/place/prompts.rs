@@ -19,9 +19,9 @@ const COMMON: usize = 3;
 pub(super) struct Segment(u64);
 
 impl Segment {
-    /// One that nobody has.
+    /// One that nobody has. The bit is kept by the multiplication in [`Self::block`].
     pub(super) fn new(number: u64) -> Self {
-        Self(1 << 63 | number)
+        Self(1 << 58 | number)
     }
 
     /// Hash of one of its [`PARTS`] blocks. As uniform as BLAKE3's, and cheaper to make.
