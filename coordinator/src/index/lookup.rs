@@ -2,7 +2,8 @@
 //!
 //! Caches evict leaves first, so whoever holds a block holds all blocks before it, and the holders
 //! along a chain only ever become fewer. They change a few times in thousands of blocks, and these
-//! places are found by doubling steps and then by halves, instead of asking for every block.
+//! places are found by doubling steps and then by parts, instead of asking for every block. A block is
+//! as a rule in no cache of the processor, so several are read at a time.
 //!
 //! A block that is missing in between was forgotten at the cap: the blocks behind it tell who has it.
 
@@ -14,6 +15,8 @@ use super::{Index, key};
 
 /// Blocks asked for per lookup; what lies deeper in a chain with more changes counts for nobody.
 const MAX_PROBES: usize = 1024;
+/// Blocks that are read at a time.
+const LANES: usize = 8;
 /// Blocks asked for in place of a missing one.
 const BRIDGE: usize = 4;
 /// A lookup keeps every so many blocks that are held from being forgotten, each time others.
@@ -65,10 +68,14 @@ impl Index {
             return;
         }
         self.lookups = self.lookups.wrapping_add(1);
-        let marked = held.iter().skip(self.lookups % MARK_EVERY).step_by(MARK_EVERY);
-        marked.for_each(|hash| {
-            self.probe(hash);
-        });
+        for lanes in held[(self.lookups % MARK_EVERY).min(held.len())..].chunks(LANES * MARK_EVERY)
+        {
+            let marked = || lanes.iter().step_by(MARK_EVERY);
+            marked().for_each(|hash| self.table.touch(key(hash)));
+            marked().for_each(|hash| {
+                self.probe(hash);
+            });
+        }
     }
 
     /// The holders of a block, which is marked as asked for.
@@ -108,28 +115,38 @@ struct Search<'a> {
 impl Search<'_> {
     /// The last block that has the same holders as the one at `from`.
     fn last_with(&mut self, holders: Holders, from: usize) -> usize {
-        let (mut last, mut end, mut step) = (from, self.chain.len(), 1);
+        let (mut last, mut end, mut step) = (from, self.chain.len(), 1_usize);
         while last + 1 < end {
-            let middle = last + (end - last) / 2;
-            // Doubling steps until the first block with others is found, then halves.
-            let at = middle.min(last.saturating_add(step));
-            match self.first(at, end) {
-                Some((at, others)) if others == holders => {
-                    last = at;
-                    step = step.saturating_mul(2);
-                }
-                _ => {
-                    end = at;
-                    step = usize::MAX;
+            // Doubling steps until the first block with others is found, then equal parts.
+            let (begin, parts) = (last, (end - last - 1).min(LANES));
+            let lane = |lane: usize| {
+                let part = (end - begin - 1) * (lane + 1) / parts;
+                begin + part.min(step.saturating_mul(1 << lane))
+            };
+            let lanes: [usize; LANES] = std::array::from_fn(|at| lane(at.min(parts - 1)));
+            lanes.iter().for_each(|&at| self.index.table.touch(key(&self.chain[at])));
+            for at in lanes.into_iter().take(parts) {
+                match self.first(at, end) {
+                    Some((at, others)) if others == holders => last = at,
+                    _ => {
+                        (end, step) = (at, usize::MAX);
+                        break;
+                    }
                 }
             }
+            step = step.saturating_mul(1 << LANES);
         }
         last
     }
 
     /// The first known block from `from`, near it and before `end`, and its holders.
     fn first(&mut self, from: usize, end: usize) -> Option<(usize, Holders)> {
-        for at in from..end.min(from + BRIDGE) {
+        let end = end.min(from + BRIDGE);
+        for at in from..end {
+            if at == from + 1 {
+                let missing = &self.chain[at..end];
+                missing.iter().for_each(|hash| self.index.table.touch(key(hash)));
+            }
             if self.probes == MAX_PROBES {
                 return None;
             }

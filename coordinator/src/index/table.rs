@@ -82,6 +82,13 @@ impl Table {
         self.entry(self.find(key)?).map(|(_, value)| value)
     }
 
+    /// Has the memory read where the entry of a key begins to be looked for. Reads for several keys
+    /// wait for memory together; lookups, each of which branches on what it finds, wait in turn.
+    pub(super) fn touch(&self, key: u64) {
+        let places = &self.shards[shard_of(key)].places;
+        std::hint::black_box(places.get(home(key, places.len())).map(|place| place.value));
+    }
+
     /// The entry at a position, if there is one.
     pub(super) fn entry(&self, position: Position) -> Option<(u64, NonZeroU32)> {
         let place = self.shards[position.shard].places.get(position.at)?;
