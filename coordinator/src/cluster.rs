@@ -8,6 +8,7 @@ use baton_proto::ids::{Epoch, NodeId, Role};
 use baton_proto::message::{Hello, Peer, Report};
 
 use crate::core::{ModelInfo, NodeView};
+use crate::node_map::NodeMap;
 use crate::roles::Seen;
 
 /// Most nodes joined at once.
@@ -90,7 +91,7 @@ pub enum Refusal {
 /// The nodes that are joined now. Pure: the caller says what happened and when.
 #[derive(Debug, Default)]
 pub struct Cluster {
-    members: BTreeMap<NodeId, Member>,
+    members: NodeMap<Member>,
     /// Newest epoch of every node seen.
     epochs: BTreeMap<NodeId, Epoch>,
     /// A model outlives its nodes here, so that its requests are told apart from nonsense.
@@ -183,7 +184,7 @@ impl Cluster {
         self.members.get(node)
     }
 
-    /// Joined nodes that have this model and take new work.
+    /// Joined nodes that have this model and take new work, in no particular order.
     pub fn serving(&self, root: ModelRoot) -> impl Iterator<Item = (&NodeId, &Member)> {
         self.members.iter().filter(move |(_, m)| m.hello.root == root && !m.report.draining)
     }
@@ -192,7 +193,7 @@ impl Cluster {
     #[must_use]
     pub fn seen(&self) -> BTreeMap<ModelRoot, Vec<Seen>> {
         let mut models: BTreeMap<ModelRoot, Vec<Seen>> = BTreeMap::new();
-        for (node, member) in self.members.iter().filter(|(_, m)| !m.report.draining) {
+        for (node, member) in self.by_name().filter(|(_, m)| !m.report.draining) {
             models.entry(member.hello.root).or_default().push(Seen::new(node, member));
         }
         models
@@ -218,7 +219,13 @@ impl Cluster {
 
     /// Names of joined nodes, in order.
     pub fn names(&self) -> impl Iterator<Item = &NodeId> {
-        self.members.keys()
+        self.by_name().map(|(node, _)| node)
+    }
+
+    fn by_name(&self) -> impl Iterator<Item = (&NodeId, &Member)> {
+        let mut members: Vec<_> = self.members.iter().collect();
+        members.sort_unstable_by_key(|(node, _)| *node);
+        members.into_iter()
     }
 
     /// Joined nodes with this role.
@@ -236,7 +243,7 @@ impl Cluster {
             report: member.report.clone(),
             report_age: now.saturating_duration_since(member.heard),
         };
-        self.members.iter().map(view).collect()
+        self.by_name().map(view).collect()
     }
 }
 

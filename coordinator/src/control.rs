@@ -80,6 +80,7 @@ impl Control {
         self.cluster.join(node, hello.clone(), link, now)?;
         self.shares.joined(node, hello.epoch);
         self.placement.join(node, &hello, now);
+        self.placement.share(node, self.shares.load(node));
         self.requests.node_joined(&mut Context { now, placer: &mut self.placement, out });
         self.take_turns(now, out);
         Ok(())
@@ -116,7 +117,7 @@ impl Control {
         let Some(member) = self.cluster.member(node).filter(|m| m.link == link) else {
             return;
         };
-        let from = NodeRef { node: node.clone(), epoch: member.hello.epoch };
+        let from = || NodeRef { node: node.clone(), epoch: member.hello.epoch };
         let Some(key) = self.placement.key(node) else { return };
         let index = &mut self.placement.index;
         match event {
@@ -131,7 +132,7 @@ impl Control {
             NodeEvent::Cache { sequence, stored, removed } => {
                 let heard = index.event(key, sequence, Tier::Device, &stored, &removed);
                 if heard == Heard::NeedSnapshot {
-                    out.push(Action::Send { to: from, command: Command::SendSnapshot });
+                    out.push(Action::Send { to: from(), command: Command::SendSnapshot });
                 }
                 return;
             }
@@ -140,6 +141,7 @@ impl Control {
                 return;
             }
             other => {
+                let from = from();
                 let mut cx = Context { now, placer: &mut self.placement, out };
                 self.requests.event(&from, other, &mut cx);
             }
@@ -193,8 +195,9 @@ impl Control {
 
     /// Does what is due.
     pub fn handle_timeout(&mut self, now: Instant, out: &mut Vec<Action>) {
-        self.shares.expire(now);
-        self.learn_shares();
+        if self.shares.expire(now) {
+            self.learn_shares();
+        }
         self.move_nodes(now, out);
         self.requests.handle_timeout(&mut Context { now, placer: &mut self.placement, out });
         self.take_turns(now, out);
@@ -344,8 +347,6 @@ impl Control {
     }
 
     fn learn_shares(&mut self) {
-        for node in self.cluster.names() {
-            self.placement.share(node, self.shares.load(node));
-        }
+        self.placement.share_all(|node| self.shares.load(node));
     }
 }

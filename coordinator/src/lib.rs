@@ -21,6 +21,7 @@ mod exchange;
 mod join;
 mod life;
 mod metrics;
+mod node_map;
 mod request;
 #[cfg(test)]
 mod testing;

@@ -14,6 +14,7 @@ use baton_proto::share::{
     MAX_PROMISES, MAX_SHARED_NODES, NodePromises, Promise, Share, SharedLoad,
 };
 
+use crate::node_map::NodeMap;
 use crate::placement::REPORT_LAG;
 
 /// Most other coordinators that are listened to.
@@ -29,7 +30,7 @@ pub struct Shares {
     peers: BTreeMap<NodeId, Heard>,
     nodes: BTreeMap<NodeId, Node>,
     /// Sums over all peers, where they are not zero.
-    loads: BTreeMap<NodeId, SharedLoad>,
+    loads: NodeMap<SharedLoad>,
     /// Of the last share given to others.
     sequence: u64,
 }
@@ -130,15 +131,16 @@ impl Shares {
         self.peers.values().map(|heard| heard.at + SILENCE).min()
     }
 
-    /// Forgets coordinators that fell silent.
-    pub fn expire(&mut self, now: Instant) {
+    /// Forgets coordinators that fell silent. Whether there were any.
+    pub fn expire(&mut self, now: Instant) -> bool {
         let silent = self.peers.iter().filter(|(_, heard)| heard.at + SILENCE <= now);
         let silent: Vec<NodeId> = silent.map(|(peer, _)| peer.clone()).collect();
-        for peer in silent {
-            let heard = self.peers.remove(&peer);
+        for peer in &silent {
+            let heard = self.peers.remove(peer);
             let nodes = heard.into_iter().flat_map(|heard| heard.promises.into_keys());
             nodes.for_each(|node| self.sum(&node));
         }
+        !silent.is_empty()
     }
 
     fn sum(&mut self, node: &NodeId) {

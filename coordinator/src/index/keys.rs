@@ -1,15 +1,14 @@
 //! Numbers for the nodes that are joined.
 
-use std::collections::BTreeMap;
-
 use baton_proto::ids::NodeId;
 
 use super::NodeKey;
+use crate::node_map::NodeMap;
 
 /// Gives nodes numbers, and those of nodes that left to others. Bounded by who may join.
 #[derive(Debug, Default)]
 pub struct NodeKeys {
-    keys: BTreeMap<NodeId, NodeKey>,
+    keys: NodeMap<NodeKey>,
     unused: Vec<NodeKey>,
 }
 

@@ -18,27 +18,28 @@ pub(super) struct Side {
 /// The best few of many.
 #[derive(Default)]
 pub(super) struct Best {
-    sides: [Option<Side>; FINALISTS],
+    /// Each with its total cost.
+    sides: [Option<(f64, Side)>; FINALISTS],
 }
 
 impl Best {
     /// One more of the many.
     pub(super) fn offer(&mut self, side: Side) {
         let total = side.cost.total();
-        let worse = |other: &Option<Side>| other.is_none_or(|other| total < other.cost.total());
+        let worse = |other: &Option<(f64, Side)>| other.is_none_or(|(other, _)| total < other);
         if let Some(at) = self.sides.iter().position(worse) {
             self.sides[at..].rotate_right(1);
-            self.sides[at] = Some(side);
+            self.sides[at] = Some((total, side));
         }
     }
 
     /// The best one.
     pub(super) fn first(&self) -> Option<Side> {
-        self.sides[0]
+        self.sides[0].map(|(_, side)| side)
     }
 
     /// The best first.
     pub(super) fn all(&self) -> impl Iterator<Item = Side> {
-        self.sides.iter().flatten().copied()
+        self.sides.iter().flatten().map(|&(_, side)| side)
     }
 }

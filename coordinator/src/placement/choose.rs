@@ -5,8 +5,9 @@ use serde::Deserialize;
 use super::Placement;
 use super::best::{Best, Side};
 use super::cost::{self, Candidate, Cost, Demand, Prefill, Source};
-use super::expected::sample;
+use super::expected::Coming;
 use super::job::Job;
+use super::links::Speeds;
 use super::node::Node;
 use super::pool::Pool;
 use super::queue::Entry;
@@ -53,6 +54,8 @@ struct Asked<'a> {
     pool: &'a Pool,
     /// Who has most of the prompt, and its tokens.
     source: Option<(NodeKey, usize)>,
+    pulls: Speeds<'a>,
+    handover: Speeds<'a>,
     now: f64,
 }
 
@@ -77,9 +80,7 @@ impl Placement {
             root: model.root,
             demand,
             longest: wanted.longest,
-            sampled: sample(wanted.chain, model.geometry.block_tokens as usize, popular),
-            chain: wanted.chain.clone(),
-            popular,
+            coming: Coming { chain: wanted.chain.clone(), popular },
             avoid: wanted.avoid.to_vec(),
             class: wanted.standing.class,
             tenant: wanted.standing.tenant,
@@ -108,7 +109,8 @@ impl Placement {
     fn cheapest(&self, job: &Job, now: f64) -> Option<Choice> {
         let pool = self.pools.get(&job.root)?;
         let source = if self.options.pulls { self.source(job) } else { None };
-        let asked = Asked { job, pool, source, now };
+        let (pulls, handover) = (pool.pulls.at(now), pool.handover.at(now));
+        let asked = Asked { job, pool, source, pulls, handover, now };
         let (receivers, locals) = self.decoding(&asked);
         let local = locals.first()?;
         let remote = self.cheapest_pair(&asked, &self.computing(&asked), &receivers);
@@ -168,26 +170,23 @@ impl Placement {
 
     /// Finds out what the nodes have of the request's blocks.
     fn look_up(&mut self, job: &Job) {
-        self.index.longest_beyond(&job.chain, job.popular, &mut self.matches);
-        self.cached.clear(job.popular);
-        let (cached, nodes) = (&mut self.cached, &self.nodes);
-        let size = nodes.iter().flatten().find(|node| node.root == job.root);
-        let size = size.map_or(1, |node| node.block_tokens);
-        let skipped = job.popular;
-        self.expected
-            .longest(&job.chain, size, skipped, |node, blocks| cached.expect(node, blocks));
+        let Coming { chain, popular } = &job.coming;
+        self.index.longest_beyond(chain, *popular, &mut self.matches);
+        self.cached.clear(*popular);
+        let cached = &mut self.cached;
+        self.expected.longest(chain, *popular, |node, blocks| cached.expect(node, blocks));
         let held = self.matches.iter().map(|(key, _)| key);
         let expected = self.cached.expecting();
         let expected = expected.filter(|&key| self.matches.of(key).blocks == 0);
         let all = held.chain(expected).map(|key| (key, self.cached.of(key, &self.matches)));
-        self.shortlist.begin(all, job.popular);
+        self.shortlist.begin(all, *popular);
     }
 
     /// Whoever really holds most of the request's blocks, in device memory, and their tokens.
     fn source(&self, job: &Job) -> Option<(NodeKey, usize)> {
         let holders = self.matches.iter().filter_map(|(key, held)| {
             // What every node has or will have is fetched from nobody.
-            if held.device_blocks <= job.popular {
+            if held.device_blocks <= job.coming.popular {
                 return None;
             }
             let node = self.node(key).filter(|node| node.root == job.root)?;
@@ -221,10 +220,10 @@ impl Placement {
         key: NodeKey,
         candidate: &mut Candidate,
     ) -> Prefill {
-        let Asked { job, pool, source, now } = *asked;
+        let Asked { job, source, now, .. } = *asked;
         let source = source.filter(|&(from, _)| from != key).map(|(from, tokens)| {
             let serving = self.node(from).map_or(0, |node| node.serving);
-            let ms_per_byte = pool.pulls.ms_per_byte(from, key, now) * (1.0 + f64::from(serving));
+            let ms_per_byte = asked.pulls.ms_per_byte(from, key) * (1.0 + f64::from(serving));
             Source { tokens, token_ms: ms_per_byte * job.demand.token_bytes }
         });
         let work = cost::prefill(&job.demand, candidate, source);
@@ -254,7 +253,7 @@ impl Placement {
             for d in receivers.all() {
                 let incoming = self.node(d.key).map_or(0, |node| node.incoming);
                 let missing = tokens.saturating_sub(d.cached) as f64 * token_bytes;
-                let link = asked.pool.handover.ms_per_byte(p.key, d.key, asked.now);
+                let link = asked.handover.ms_per_byte(p.key, d.key);
                 let mut cost = p.cost.and(&d.cost);
                 cost.transfer += missing * link * (1.0 + f64::from(incoming));
                 if best.is_none_or(|(.., other)| cost.total() < other.total()) {

@@ -90,7 +90,7 @@ impl Placement {
     pub(super) fn hold(&mut self, mut job: Job, choice: &Choice) {
         let key = choice.computing();
         let entry = job.entry(choice.work.ms);
-        self.expected.add(&job.sampled, key);
+        self.expected.add(&job.coming, key);
         (job.node, job.turn) = (key, None);
         if let Some(node) = self.node_mut(key) {
             node.queue.insert(entry);
@@ -130,7 +130,7 @@ impl Placement {
             node.queue.insert(entry);
         }
         self.awaited.insert(job.node);
-        self.expected.add(&job.sampled, job.node);
+        self.expected.add(&job.coming, job.node);
         self.waiting.insert(request, job);
     }
 
@@ -140,7 +140,7 @@ impl Placement {
         let cached = choice.pull.map_or(choice.cached, |(_, pulled)| pulled);
         let computing = Work { tokens, cached, prefill_ms: choice.work.ms, blocks };
         let receiving = Work { tokens, cached: 0, prefill_ms: 0.0, blocks };
-        self.expected.send(job.sampled.clone(), [Some(choice.decode), choice.prefill], now);
+        self.expected.send(job.coming.clone(), [Some(choice.decode), choice.prefill], now);
         let mut others = 0;
         if let Some(key) = choice.prefill {
             self.promise(key, job.id, computing, now);

@@ -1,12 +1,10 @@
 //! A request on its way to nodes, and on them.
 
-use std::sync::Arc;
-
-use baton_proto::hash::{BlockHash, ModelRoot};
+use baton_proto::hash::ModelRoot;
 use baton_proto::ids::TransferId;
 
 use super::cost::Demand;
-use super::expected::Sampled;
+use super::expected::Coming;
 use super::queue::Class;
 use super::tenants::TenantId;
 use crate::cluster::NodeRef;
@@ -19,11 +17,8 @@ pub(super) struct Job {
     pub(super) root: ModelRoot,
     pub(super) demand: Demand,
     pub(super) longest: usize,
-    pub(super) chain: Arc<Vec<BlockHash>>,
-    /// Some of its blocks, expected on the node that it waits for.
-    pub(super) sampled: Sampled,
-    /// Leading blocks that nearly every request has.
-    pub(super) popular: usize,
+    /// Its blocks, expected on the node that it waits for.
+    pub(super) coming: Coming,
     pub(super) avoid: Vec<NodeRef>,
     pub(super) class: Class,
     pub(super) tenant: TenantId,

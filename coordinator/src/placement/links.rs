@@ -1,8 +1,10 @@
 //! Speeds of links between nodes, as transfers measure them.
 
-use std::collections::BTreeMap;
+use std::collections::HashMap;
+use std::hash::BuildHasherDefault;
 
 use crate::index::NodeKey;
+use crate::node_map::Fnv;
 
 /// Weight of one more transfer in the average of all links, and in that of its own.
 const NOVELTY: f64 = 0.02;
@@ -14,10 +16,13 @@ const MEMORY_MS: f64 = 60_000.0;
 /// Most links that are told apart; others count as typical.
 const MOST_LINKS: usize = 1 << 16;
 
+/// By link. Tens of thousands in a large cluster, of which a placement asks for many.
+type Measured = HashMap<(NodeKey, NodeKey), Speed, BuildHasherDefault<Fnv>>;
+
 /// Milliseconds per byte of all links between the nodes of a model.
 #[derive(Clone, Debug)]
 pub(super) struct Links {
-    measured: BTreeMap<(NodeKey, NodeKey), Speed>,
+    measured: Measured,
     typical: Speed,
     prior: f64,
 }
@@ -41,7 +46,7 @@ impl Links {
     /// Links that take `prior` milliseconds per byte until they are measured.
     pub(super) fn new(prior: f64) -> Self {
         let typical = Speed { ms_per_byte: prior, at: 0.0 };
-        Self { measured: BTreeMap::new(), typical, prior }
+        Self { measured: Measured::default(), typical, prior }
     }
 
     /// So many bytes took so long, with so many other transfers at the same time.
@@ -62,22 +67,38 @@ impl Links {
             let ms_per_byte = known + novelty * (each.min(MOST_SURPRISE * known) - known);
             Speed { ms_per_byte, at: now }
         };
-        let own = learnt(self.ms_per_byte(link.0, link.1, now), LINK_NOVELTY);
+        let own = learnt(self.at(now).ms_per_byte(link.0, link.1), LINK_NOVELTY);
         self.typical = learnt(self.typical.now(self.prior, now), NOVELTY);
         if self.measured.len() < MOST_LINKS || self.measured.contains_key(&link) {
             self.measured.insert(link, own);
         }
     }
 
-    /// Milliseconds per byte from one node to another.
-    pub(super) fn ms_per_byte(&self, from: NodeKey, to: NodeKey, now: f64) -> f64 {
+    /// Their speeds at one time.
+    pub(super) fn at(&self, now: f64) -> Speeds<'_> {
         let typical = self.typical.now(self.prior, now);
-        self.measured.get(&(from, to)).map_or(typical, |speed| speed.now(typical, now))
+        Speeds { measured: &self.measured, typical, now }
     }
 
     /// A node is there no more.
     pub(super) fn forget(&mut self, node: NodeKey) {
         self.measured.retain(|&(from, to), _| from != node && to != node);
+    }
+}
+
+/// Speeds of links at one time.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Speeds<'a> {
+    measured: &'a Measured,
+    typical: f64,
+    now: f64,
+}
+
+impl Speeds<'_> {
+    /// Milliseconds per byte from one node to another.
+    pub(super) fn ms_per_byte(&self, from: NodeKey, to: NodeKey) -> f64 {
+        let measured = self.measured.get(&(from, to));
+        measured.map_or(self.typical, |speed| speed.now(self.typical, self.now))
     }
 }
 
@@ -90,8 +111,9 @@ mod tests {
     #[test]
     fn learns_a_slow_link_and_gives_it_another_chance() {
         let mut links = Links::new(1e-7);
-        let speed =
-            |links: &Links, (from, to): (NodeKey, NodeKey), now| links.ms_per_byte(from, to, now);
+        let speed = |links: &Links, (from, to): (NodeKey, NodeKey), now| {
+            links.at(now).ms_per_byte(from, to)
+        };
         for n in 0..50 {
             links.observe(LINK, 1e6, 1.0, 0, f64::from(n));
         }
@@ -107,13 +129,13 @@ mod tests {
     fn a_transfer_of_nothing_is_not_a_slow_one() {
         let mut links = Links::new(1e-7);
         (0..50).for_each(|n| links.observe(LINK, 0.0, 2.0, 0, f64::from(n)));
-        assert_eq!(links.ms_per_byte(LINK.0, LINK.1, 50.0), 1e-7);
+        assert_eq!(links.at(50.0).ms_per_byte(LINK.0, LINK.1), 1e-7);
     }
 
     #[test]
     fn shares_of_a_link_are_not_its_speed() {
         let mut links = Links::new(1e-7);
         (0..50).for_each(|n| links.observe(LINK, 1e6, 0.4, 3, f64::from(n)));
-        assert!((links.ms_per_byte(LINK.0, LINK.1, 50.0) / 1e-7 - 1.0).abs() < 0.01);
+        assert!((links.at(50.0).ms_per_byte(LINK.0, LINK.1) / 1e-7 - 1.0).abs() < 0.01);
     }
 }

@@ -222,6 +222,11 @@ impl Placement {
         }
     }
 
+    /// The same of all nodes.
+    pub fn share_all(&mut self, load: impl Fn(&NodeId) -> SharedLoad) {
+        self.nodes.iter_mut().flatten().for_each(|node| node.shared = load(&node.id));
+    }
+
     /// Promises that a report of a node to another coordinator may not show yet.
     pub fn recent(&self, now: Instant) -> impl Iterator<Item = Own<'_>> {
         let now_ms = self.ms(now);
@@ -334,7 +339,7 @@ impl Placement {
         if node.queue.is_empty() {
             self.awaited.remove(&job.node);
         }
-        self.expected.remove(&job.sampled, job.node);
+        self.expected.remove(&job.coming, job.node);
         Some((job, entry))
     }
 

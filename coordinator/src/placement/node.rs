@@ -96,6 +96,10 @@ impl Node {
     /// Time that prompts have lately taken from its sequences.
     pub(super) fn taken_ms(&self, now: f64) -> f64 {
         let (taken, at) = self.taken;
+        // Of most nodes nothing was taken, and all are asked for every request.
+        if taken == 0.0 {
+            return 0.0;
+        }
         taken * (-(now - at) / TAKEN_WINDOW_MS).exp()
     }
 
