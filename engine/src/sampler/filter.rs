@@ -63,13 +63,14 @@ impl Filter {
             weight,
             token,
         }));
-        if k > 0 && k < self.candidates.len() {
+        let cut = k > 0 && k < self.candidates.len();
+        if cut {
             self.candidates.select_nth_unstable_by(k - 1, order);
             self.candidates.truncate(k);
             // Sorted for a sum in an order that no library's selection decides.
             self.candidates.sort_unstable_by(order);
         }
-        if p < 1.0 { self.nucleus(p) } else { self.candidates.last().copied() }
+        if p < 1.0 { self.nucleus(p) } else { self.candidates.last().copied().filter(|_| cut) }
     }
 
     /// The candidate with which the likeliest ones together reach `p` of the candidates' weight.

@@ -69,12 +69,13 @@ fn close(a: &[f64], b: &[f64]) -> bool {
 #[test]
 fn every_parameter_does_what_its_definition_says() {
     type Change = fn(&mut SamplingParams);
-    let cases: [(&str, Change); 13] = [
+    let cases: [(&str, Change); 14] = [
         ("default", |_| {}),
         ("greedy", |p| p.temperature = 0.0),
         ("temperature", |p| p.temperature = 0.3),
         ("top_k", |p| p.top_k = 3),
         ("top_k 1", |p| p.top_k = 1),
+        ("top_k of fewer tokens", |p| (p.top_k, p.temperature) = (99, 0.9)),
         ("top_p", |p| p.top_p = 0.6),
         ("tiny top_p", |p| p.top_p = 1e-6),
         ("min_p", |p| p.min_p = 0.2),
