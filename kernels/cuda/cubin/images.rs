@@ -20,5 +20,9 @@ pub static IMAGES: &[Image] = &[
     Image { file: "resolve.compute_80.ptx", target: Target::Portable, bytes: include_bytes!("resolve.compute_80.ptx") },
     Image { file: "rope.sm_90a.cubin", target: Target::Hopper, bytes: include_bytes!("rope.sm_90a.cubin") },
     Image { file: "rope.compute_80.ptx", target: Target::Portable, bytes: include_bytes!("rope.compute_80.ptx") },
+    Image { file: "sampling_draw.sm_90a.cubin", target: Target::Hopper, bytes: include_bytes!("sampling_draw.sm_90a.cubin") },
+    Image { file: "sampling_draw.compute_80.ptx", target: Target::Portable, bytes: include_bytes!("sampling_draw.compute_80.ptx") },
+    Image { file: "sampling_scan.sm_90a.cubin", target: Target::Hopper, bytes: include_bytes!("sampling_scan.sm_90a.cubin") },
+    Image { file: "sampling_scan.compute_80.ptx", target: Target::Portable, bytes: include_bytes!("sampling_scan.compute_80.ptx") },
     Image { file: "tile.sm_90a.cubin", target: Target::Hopper, bytes: include_bytes!("tile.sm_90a.cubin") },
 ];
