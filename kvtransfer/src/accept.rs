@@ -2,16 +2,19 @@
 
 use std::sync::Arc;
 
+use baton_proto::ids::NodeId;
 use quinn::{Connecting, Connection, ConnectionError, RecvStream, SendStream};
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
+use crate::direct::is_here;
 use crate::endpoint::{Shared, lock};
 use crate::frame::{Frame, Hello};
 use crate::limits::{MAX_HANDSHAKES, MAX_LINKS};
 use crate::link::{
-    CloseCode, Link, LinkError, close, peer_of, read_frame, read_hello, write_frame, write_frames,
+    CloseCode, Link, LinkError, OpenMemory, close, peer_of, read_frame, read_hello, write_frame,
+    write_frames,
 };
 use crate::payload::read_units;
 use crate::receive::take_offer;
@@ -73,7 +76,8 @@ async fn serve(shared: Arc<Shared>, connection: Connection, hello: Hello, contro
     let Ok(peer) = peer_of(&connection) else {
         return;
     };
-    let (link, queue) = Link::new(shared.next_link(), peer, hello.epoch, connection);
+    let (mut link, queue) = Link::new(shared.next_link(), peer, hello.epoch, connection);
+    link.remote = open(&shared, &link.peer, hello).await;
     let link = Arc::new(link);
     if !register(&shared, &link) {
         return;
@@ -87,6 +91,23 @@ async fn serve(shared: Arc<Shared>, connection: Connection, hello: Hello, contro
     tracing::debug!(from = %link.peer, %error, "a KV connection has ended");
     link.close(error.close_code());
     unregister(&shared, &link, &error);
+}
+
+/// Opens the peer's memory, if it is on this machine and there was no trouble with it lately.
+async fn open(shared: &Shared, peer: &NodeId, hello: Hello) -> Option<OpenMemory> {
+    let (direct, (host, memory)) = (shared.direct.get()?, hello.shared?);
+    if shared.avoids(peer) || !is_here(&host) {
+        return None;
+    }
+    let blocks = memory.blocks;
+    match timeout(shared.timing.message, direct.open(memory)).await {
+        Ok(Ok(Some(memory))) => Some(OpenMemory { blocks, memory }),
+        _ => {
+            tracing::info!(%peer, "its memory cannot be opened; its KV comes over the network");
+            shared.avoid(peer.clone());
+            None
+        }
+    }
 }
 
 /// A node has one connection here: the latest of its latest life. False: this is not it.

@@ -7,9 +7,10 @@ use baton_proto::ids::{RequestId, TransferId};
 use baton_proto::message::{Logprobs, NodeFinish};
 use baton_proto::sampling::MAX_LOGPROBS;
 
+use crate::direct::{HostMark, SharedMemory};
 use crate::frame::{FirstToken, FrameError};
 use crate::grid::{LayerRun, Run};
-use crate::limits::{MAX_BLOCKS, MAX_LAYERS, MAX_PIECE_BYTES};
+use crate::limits::{MAX_BLOCKS, MAX_DESCRIPTION_BYTES, MAX_LAYERS, MAX_PIECE_BYTES};
 
 /// The unread rest of a frame.
 pub(crate) struct Reader<'a>(pub(crate) &'a [u8]);
@@ -66,6 +67,18 @@ impl<'a> Reader<'a> {
             request: RequestId(u128::from_le_bytes(self.bytes()?)),
             attempt: self.u32()?,
         })
+    }
+
+    pub(crate) fn shared_memory(&mut self) -> Result<Option<(HostMark, SharedMemory)>, FrameError> {
+        match self.u8()? {
+            0 => Ok(None),
+            1 => {
+                let (host, blocks) = (self.bytes()?, self.u32()?);
+                let description = self.list(MAX_DESCRIPTION_BYTES, "description", Self::u8)?;
+                Ok(Some((host, SharedMemory { blocks, description })))
+            }
+            code => Err(FrameError::UnknownCode { what: "shared memory", code }),
+        }
     }
 
     pub(crate) fn blocks(&mut self) -> Result<u32, FrameError> {

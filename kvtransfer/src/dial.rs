@@ -175,7 +175,8 @@ async fn greet(
         return Err(LinkError::Identity(format!("{node} answers")));
     }
     let (mut send, mut receive) = connection.open_bi().await?;
-    write_frame(&mut send, &Frame::Hello(Hello::new(shared.epoch))).await?;
+    let hello = Hello { shared: shared.described(), ..Hello::new(shared.epoch) };
+    write_frame(&mut send, &Frame::Hello(hello)).await?;
     let hello = read_hello(&mut receive, shared.timing.message).await?;
     if hello.epoch != peer.epoch {
         return Err(LinkError::Epoch { expected: peer.epoch.0, theirs: hello.epoch.0 });

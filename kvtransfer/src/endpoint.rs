@@ -3,8 +3,8 @@
 use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
 
 use baton_identity::Identity;
 use baton_proto::ids::{Epoch, NodeId, TransferId};
@@ -14,16 +14,14 @@ use tokio::time::timeout;
 
 use crate::accept;
 use crate::dial::Dialer;
+use crate::direct::{Direct, Host, HostMark, SharedMemory, Transport};
 use crate::inbox::Inbox;
-use crate::limits::Timing;
+use crate::limits::{DIRECT_PAUSE, MAX_DESCRIPTION_BYTES, Timing};
 use crate::link::{CloseCode, Link};
 use crate::receive::{Inbound, Incoming, ReceiveHandle};
 use crate::send::{Outbound, Outgoing, SendHandle};
 use crate::sender::LinkId;
 use crate::transport;
-
-/// Transports of this build, best first.
-pub const TRANSPORTS: &[&str] = &["quic"];
 
 /// How long [`Endpoint::close`] waits for peers to take note.
 const CLOSE_WAIT: Duration = Duration::from_secs(1);
@@ -81,6 +79,9 @@ impl Endpoint {
             inbound_links: Mutex::default(),
             outbound: DashMap::new(),
             dialers: Mutex::default(),
+            direct: OnceLock::new(),
+            host: OnceLock::new(),
+            avoided: Mutex::default(),
         });
         shared.runtime.spawn(accept::accept_links(shared.clone()));
         Ok(Self { _closes: Arc::new(ClosesOnDrop(shared.clone())), shared })
@@ -90,6 +91,23 @@ impl Endpoint {
     #[must_use]
     pub fn local_addr(&self) -> SocketAddr {
         self.shared.address
+    }
+
+    /// Lets transfers with nodes on this machine spare the network, from the next connection on.
+    /// Once only.
+    pub fn share(&self, memory: Arc<dyn Direct>) {
+        if let Some(host) = Host::new()
+            && self.shared.direct.set(memory).is_ok()
+        {
+            let _ = self.shared.host.set(host);
+        }
+    }
+
+    /// How payload may travel, best first.
+    #[must_use]
+    pub fn transports(&self) -> Vec<Transport> {
+        let direct = self.shared.direct.get().is_some();
+        Transport::ALL.into_iter().filter(|&way| direct || way == Transport::Quic).collect()
     }
 
     /// Starts to send. Never blocks; what cannot be sent fails through the handle.
@@ -132,11 +150,43 @@ pub(crate) struct Shared {
     pub(crate) outbound: DashMap<TransferId, Arc<Outbound>>,
     /// The one connection to each receiver.
     pub(crate) dialers: Mutex<HashMap<NodeId, Arc<Dialer>>>,
+    /// This node's memory.
+    pub(crate) direct: OnceLock<Arc<dyn Direct>>,
+    host: OnceLock<Host>,
+    /// Peers whose memory could not be read, and until when it is left alone.
+    avoided: Mutex<HashMap<NodeId, Instant>>,
 }
 
 impl Shared {
     pub(crate) fn next_link(&self) -> LinkId {
         self.last_link.fetch_add(1, Ordering::Relaxed) + 1
+    }
+
+    /// What a peer on this machine needs to read this node's memory.
+    pub(crate) fn described(&self) -> Option<(HostMark, SharedMemory)> {
+        let memory = self.direct.get()?.shared();
+        let fits = memory.description.len() <= MAX_DESCRIPTION_BYTES;
+        self.host.get().filter(|_| fits).map(|host| (host.mark, memory))
+    }
+
+    /// How payload from the peer had best travel.
+    pub(crate) fn best(&self, link: &Link) -> Transport {
+        match link.remote.is_some() && !self.avoids(&link.peer) {
+            true => Transport::Ipc,
+            false => Transport::Quic,
+        }
+    }
+
+    /// A peer's memory could not be read.
+    pub(crate) fn avoid(&self, peer: NodeId) {
+        let now = Instant::now();
+        let mut avoided = lock(&self.avoided);
+        avoided.retain(|_, until| *until > now);
+        avoided.insert(peer, now + DIRECT_PAUSE);
+    }
+
+    pub(crate) fn avoids(&self, peer: &NodeId) -> bool {
+        lock(&self.avoided).get(peer).is_some_and(|until| *until > Instant::now())
     }
 
     fn stop(&self) {

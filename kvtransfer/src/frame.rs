@@ -15,11 +15,12 @@ use baton_proto::ids::{Epoch, TransferId};
 use baton_proto::message::{Logprobs, NodeFinish, Retry};
 
 use crate::codec::{Reader, Writer};
+use crate::direct::{HostMark, SharedMemory, Transport};
 pub use crate::grid::{LayerRun, Run};
 use crate::limits::{MAX_BLOCKS, MAX_FRAME_BYTES, MAX_LANDED_RUNS, MAX_WANTED_RUNS};
 
 /// Protocol versions that this build speaks.
-pub const VERSIONS: RangeInclusive<u32> = 1..=1;
+pub const VERSIONS: RangeInclusive<u32> = 2..=2;
 
 /// Bytes that are no frame. Whoever sent them broke the protocol.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -76,6 +77,10 @@ pub enum Frame {
     Cancel(TransferId, Reason),
     /// Either: I am still at it.
     Heartbeat(TransferId),
+    /// Receiver: everything that the units referred to was copied.
+    Read(TransferId),
+    /// Sender: what was copied before you said so was mine all the time.
+    Held(TransferId),
 }
 
 /// Opens a connection.
@@ -87,13 +92,15 @@ pub struct Hello {
     pub newest: u32,
     /// Which life of the node speaks.
     pub epoch: Epoch,
+    /// The sender's memory, for a receiver on the same machine.
+    pub shared: Option<(HostMark, SharedMemory)>,
 }
 
 impl Hello {
     /// What this build says.
     #[must_use]
     pub fn new(epoch: Epoch) -> Self {
-        Self { oldest: *VERSIONS.start(), newest: *VERSIONS.end(), epoch }
+        Self { oldest: *VERSIONS.start(), newest: *VERSIONS.end(), epoch, shared: None }
     }
 
     /// The version that both ends then speak: the newest that both know.
@@ -133,6 +140,8 @@ pub struct Offer {
 pub struct Grant {
     /// The transfer.
     pub transfer: TransferId,
+    /// How the payload is to travel. Another grant over the same connection asks for another way.
+    pub transport: Transport,
     /// The receiver gives up when the sender is silent for so long.
     pub lease: Duration,
     /// Wanted blocks, ascending.
@@ -223,7 +232,9 @@ pub struct UnitHeader {
     pub transfer: TransferId,
     /// Which pieces follow, in order. Not checked against anything yet.
     pub pieces: LayerRun,
-    /// Their bytes.
+    /// Whether their bytes follow, or references to them: the number of each block, as `u32`.
+    pub transport: Transport,
+    /// Bytes that follow.
     pub length: u32,
     /// CRC-32C of the header before it and of those bytes.
     pub checksum: u32,
@@ -231,7 +242,7 @@ pub struct UnitHeader {
 
 impl UnitHeader {
     /// Size of the wire form.
-    pub const BYTES: usize = 40;
+    pub const BYTES: usize = 41;
 
     /// What the checksum starts from, so that it also covers where the bytes belong.
     #[must_use]
@@ -245,6 +256,7 @@ impl UnitHeader {
         let mut out = Vec::with_capacity(Self::BYTES);
         out.transfer(self.transfer);
         out.layer_run(self.pieces);
+        out.u8(self.transport as u8);
         out.u32(self.length);
         out.u32(self.checksum);
         out
@@ -256,6 +268,7 @@ impl UnitHeader {
         Ok(Self {
             transfer: r.transfer()?,
             pieces: r.layer_run()?,
+            transport: Transport::from_code(r.u8()?)?,
             length: r.u32()?,
             checksum: r.u32()?,
         })
@@ -283,7 +296,9 @@ impl Frame {
             | Self::Finish(id, _)
             | Self::Complete(id)
             | Self::Cancel(id, _)
-            | Self::Heartbeat(id) => Some(*id),
+            | Self::Heartbeat(id)
+            | Self::Read(id)
+            | Self::Held(id) => Some(*id),
         }
     }
 
@@ -308,6 +323,12 @@ impl Frame {
                 out.u32(hello.oldest);
                 out.u32(hello.newest);
                 out.u64(hello.epoch.0);
+                out.u8(hello.shared.is_some().into());
+                if let Some((host, memory)) = &hello.shared {
+                    out.bytes(host);
+                    out.u32(memory.blocks);
+                    out.list(&memory.description, |w, &byte| w.u8(byte));
+                }
             }
             Self::Offer(Offer { manifest, lease }) => {
                 kind(2, &manifest.transfer);
@@ -319,6 +340,7 @@ impl Frame {
             }
             Self::Grant(grant) => {
                 kind(3, &grant.transfer);
+                out.u8(grant.transport as u8);
                 out.duration(grant.lease);
                 out.list(&grant.wanted, |w, &run| w.run(run));
                 out.list(&grant.landed, |w, &at| w.layer_run(at));
@@ -337,6 +359,8 @@ impl Frame {
                 out.u8(*reason as u8);
             }
             Self::Heartbeat(id) => kind(8, id),
+            Self::Read(id) => kind(9, id),
+            Self::Held(id) => kind(10, id),
         }
     }
 
@@ -344,7 +368,12 @@ impl Frame {
     pub fn decode(bytes: &[u8]) -> Result<Self, FrameError> {
         let mut r = Reader(bytes);
         let frame = match r.u8()? {
-            1 => Self::Hello(Hello { oldest: r.u32()?, newest: r.u32()?, epoch: Epoch(r.u64()?) }),
+            1 => Self::Hello(Hello {
+                oldest: r.u32()?,
+                newest: r.u32()?,
+                epoch: Epoch(r.u64()?),
+                shared: r.shared_memory()?,
+            }),
             2 => Self::Offer(Offer {
                 manifest: Manifest {
                     transfer: r.transfer()?,
@@ -358,6 +387,7 @@ impl Frame {
             }),
             3 => Self::Grant(Grant {
                 transfer: r.transfer()?,
+                transport: Transport::from_code(r.u8()?)?,
                 lease: r.duration()?,
                 wanted: r.list(MAX_WANTED_RUNS, "wanted runs", Reader::run)?,
                 landed: r.list(MAX_LANDED_RUNS, "landed runs", Reader::layer_run)?,
@@ -367,6 +397,8 @@ impl Frame {
             6 => Self::Complete(r.transfer()?),
             7 => Self::Cancel(r.transfer()?, reason(r.u8()?)?),
             8 => Self::Heartbeat(r.transfer()?),
+            9 => Self::Read(r.transfer()?),
+            10 => Self::Held(r.transfer()?),
             kind => return Err(FrameError::UnknownKind(kind)),
         };
         match r.0.len() {
@@ -394,6 +426,8 @@ impl fmt::Display for Frame {
             Self::Complete(_) => "complete",
             Self::Cancel(..) => "cancel",
             Self::Heartbeat(_) => "heartbeat",
+            Self::Read(_) => "read",
+            Self::Held(_) => "held",
         })
     }
 }

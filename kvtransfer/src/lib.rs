@@ -3,7 +3,8 @@
 //! The decisions are two state machines without I/O, clock or memory of their own: [`Sender`] and
 //! [`Receiver`]. They speak in control frames ([`frame::Frame`]) and payload units (pieces behind
 //! a [`frame::UnitHeader`]). An [`Endpoint`] drives them over QUIC; each end reads and writes its
-//! pool through [`BlockSource`] and [`BlockSink`]. This crate knows no model and no engine.
+//! pool through [`BlockSource`] and [`BlockSink`]. Between processes of one machine, units may hold
+//! references to memory instead of bytes ([`Direct`]). This crate knows no model and no engine.
 //!
 //! ```text
 //! sender                                              receiver
@@ -12,7 +13,10 @@
 //!         ← Grant   which blocks are wanted, and after a reconnect which pieces have landed
 //!   Unit    layer, run of blocks, length, checksum   →   (as soon as a layer of them is computed)
 //!         ← Retry   a unit whose checksum did not hold
+//!         ← Grant   again, if the payload has to travel in another way
 //!   Finish  the first token                          →
+//!         ← Read    everything referred to was copied (by reference only)
+//!   Held    … and was there until now                →
 //!         ← Complete   every wanted piece was verified and lies in its place
 //! ```
 //!
@@ -26,6 +30,7 @@ pub mod limits;
 mod accept;
 mod codec;
 mod dial;
+mod direct;
 mod endpoint;
 mod error;
 mod grid;
@@ -38,7 +43,8 @@ mod send;
 mod sender;
 mod transport;
 
-pub use endpoint::{BindError, Endpoint, TRANSPORTS};
+pub use direct::{Direct, HostMark, Remote, SharedMemory, Transport};
+pub use endpoint::{BindError, Endpoint};
 pub use error::{ReceiveError, SendError};
 pub use frame::{FirstToken, Reason};
 pub use limits::Timing;

@@ -22,6 +22,15 @@ pub const MAX_RETRIES: u32 = 8;
 /// Connections that one transfer may use up.
 pub const MAX_CONNECTIONS: u32 = 16;
 
+/// Most blocks of a unit of references.
+pub const MAX_REFERENCES: u32 = 8192;
+/// Most bytes that describe a node's memory to others.
+pub const MAX_DESCRIPTION_BYTES: usize = 4096;
+/// Units of references that are copied at a time, of one connection.
+pub const MAX_COPIES: usize = 64;
+/// How long a peer's memory is left alone after a copy from it has failed.
+pub const DIRECT_PAUSE: Duration = Duration::from_secs(60);
+
 /// Units of one transfer that are taken from its source ahead of the one that is being written: a
 /// copy out of a device overlaps with the network.
 pub const STAGED_UNITS: usize = 3;

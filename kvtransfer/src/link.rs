@@ -1,19 +1,21 @@
 //! One connection to another node: its control stream, and how it ends.
 
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use baton_identity::peer_node_id;
 use baton_proto::ids::{Epoch, NodeId};
 use quinn::{Connection, ConnectionError, ReadExactError, RecvStream, SendStream};
 use rustls::pki_types::CertificateDer;
-use tokio::sync::mpsc;
+use tokio::sync::{Semaphore, mpsc};
 use tokio::time::timeout;
 
+use crate::direct::Remote;
 use crate::error::SendError;
 use crate::frame::{Frame, FrameError, Hello, Reason, frame_length};
 use crate::inbox::Origin;
-use crate::limits::MAX_QUEUED_FRAMES;
+use crate::limits::{MAX_COPIES, MAX_QUEUED_FRAMES};
 use crate::sender::LinkId;
 
 /// Why a connection was closed, as told to the peer. 0 is what QUIC says for a dropped one.
@@ -152,6 +154,16 @@ pub(crate) struct Link {
     pub(crate) epoch: Epoch,
     pub(crate) connection: Connection,
     frames: mpsc::Sender<Frame>,
+    /// The peer's memory, if it was opened.
+    pub(crate) remote: Option<OpenMemory>,
+    /// Permits for copies from it.
+    pub(crate) copies: Arc<Semaphore>,
+}
+
+/// Memory of a peer that was opened.
+pub(crate) struct OpenMemory {
+    pub(crate) blocks: u32,
+    pub(crate) memory: Remote,
 }
 
 impl Link {
@@ -163,7 +175,8 @@ impl Link {
         connection: Connection,
     ) -> (Self, mpsc::Receiver<Frame>) {
         let (frames, queue) = mpsc::channel(MAX_QUEUED_FRAMES);
-        let link = Self { id, peer, epoch, connection, frames };
+        let copies = Arc::new(Semaphore::new(MAX_COPIES));
+        let link = Self { id, peer, epoch, connection, frames, remote: None, copies };
         (link, queue)
     }
 
@@ -179,7 +192,7 @@ impl Link {
     }
 }
 
-impl Origin for std::sync::Arc<Link> {
+impl Origin for Arc<Link> {
     fn id(&self) -> LinkId {
         self.id
     }

@@ -9,7 +9,8 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
-use crate::frame::LayerRun;
+use crate::direct::Remote;
+use crate::frame::{LayerRun, Run};
 
 /// Something that takes a copy, or none. What it needs has been asked for already when it is
 /// returned; dropping it only says that nobody waits.
@@ -32,6 +33,11 @@ pub trait BlockSource: Send + Sync + 'static {
     /// reported ready. The bytes are sent as they lie, so they must not change while the parts
     /// live. Until they are dropped they may occupy staging memory; the future waits for some.
     fn read(&self, pieces: LayerRun) -> Soon<Vec<Bytes>>;
+
+    /// The blocks' numbers in the memory that is [shared](crate::Direct::shared), if it is.
+    fn references(&self, _: Run) -> Option<Vec<u32>> {
+        None
+    }
 }
 
 /// The blocks reserved for one sequence at the receiving end.
@@ -39,6 +45,18 @@ pub trait BlockSink: Send + Sync + 'static {
     /// A place for the bytes of `pieces`, which are among the granted ones. The future waits for
     /// staging memory; the payload is not read on meanwhile.
     fn place(self: Arc<Self>, pieces: LayerRun) -> Soon<Box<dyn Place>>;
+
+    /// Copies `pieces` from blocks `references` of a peer's memory. False: they cannot be read.
+    /// Done, and bound to come to its end, as [`Place::apply`]. Copies are made in the order in
+    /// which they were asked for, those of places included.
+    fn copy(
+        self: Arc<Self>,
+        _from: &Remote,
+        _pieces: LayerRun,
+        _references: Vec<u32>,
+    ) -> Soon<bool> {
+        at_hand(false)
+    }
 }
 
 /// Where one payload unit goes. What is written counts only once it is applied; a place that is

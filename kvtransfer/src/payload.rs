@@ -9,36 +9,40 @@ use crc32c::crc32c_append;
 use quinn::{ReadExactError, RecvStream, SendStream};
 use tokio::time::timeout;
 
+use crate::direct::Transport;
 use crate::endpoint::{Shared, lock};
 use crate::frame::{FrameError, LayerRun, UnitHeader};
+use crate::limits::MAX_REFERENCES;
 use crate::link::{Link, LinkError, STREAM_ABANDONED};
 use crate::receive::Inbound;
 use crate::sender::LinkId;
 
-/// The sending end: a transfer's stream of the current connection, opened by the first unit.
+/// The sending end: a transfer's stream of the current connection and transport, opened by the
+/// first unit.
 #[derive(Default)]
-pub(crate) struct PayloadStream(Option<(LinkId, SendStream)>);
+pub(crate) struct PayloadStream(Option<((LinkId, Transport), SendStream)>);
 
 impl PayloadStream {
-    /// Sends one unit, without copying the pieces. On failure the stream is gone.
+    /// Sends one unit, without copying what it holds. On failure the stream is gone.
     pub(crate) async fn write_unit(
         &mut self,
         link: &Link,
-        transfer: TransferId,
-        pieces: LayerRun,
+        (transfer, transport, pieces): (TransferId, Transport, LayerRun),
         data: Vec<Bytes>,
     ) {
+        let of = (link.id, transport);
         let stream = match &mut self.0 {
-            Some((id, stream)) if *id == link.id => stream,
+            Some((current, stream)) if *current == of => stream,
             _ => {
                 self.abandon();
                 match link.connection.open_uni().await {
-                    Ok(stream) => &mut self.0.insert((link.id, stream)).1,
+                    Ok(stream) => &mut self.0.insert((of, stream)).1,
                     Err(_) => return,
                 }
             }
         };
-        let mut chunks = unit(transfer, pieces, data);
+        let header = UnitHeader { transfer, pieces, transport, length: 0, checksum: 0 };
+        let mut chunks = unit(header, data);
         if stream.write_all_chunks(&mut chunks).await.is_err() {
             self.abandon();
         }
@@ -52,11 +56,10 @@ impl PayloadStream {
     }
 }
 
-/// A unit's header and its pieces.
-fn unit(transfer: TransferId, pieces: LayerRun, data: Vec<Bytes>) -> Vec<Bytes> {
-    let length = u32::try_from(data.iter().map(Bytes::len).sum::<usize>())
+/// A unit's header and what it holds.
+fn unit(mut header: UnitHeader, data: Vec<Bytes>) -> Vec<Bytes> {
+    header.length = u32::try_from(data.iter().map(Bytes::len).sum::<usize>())
         .expect("a unit is far below 4 GiB");
-    let mut header = UnitHeader { transfer, pieces, length, checksum: 0 };
     let start = header.checksum_start();
     header.checksum = data.iter().fold(start, |sum, piece| crc32c_append(sum, piece));
     let mut chunks = Vec::with_capacity(1 + data.len());
@@ -144,6 +147,9 @@ async fn read_unit(
     header: &UnitHeader,
     inbound: &Arc<Inbound>,
 ) -> Result<(), Stop> {
+    if header.transport != Transport::Quic {
+        return read_references(shared, link, stream, header, inbound).await;
+    }
     if !inbound.begin_unit(shared, link.id, header).await {
         return Err(Stop::Over);
     }
@@ -162,6 +168,36 @@ async fn read_unit(
     }
     inbound.end_unit(shared, link.id, checksum);
     Ok(())
+}
+
+/// A unit of references: it is read whole, and what they refer to is copied while the next one
+/// arrives.
+async fn read_references(
+    shared: &Arc<Shared>,
+    link: &Link,
+    stream: &mut RecvStream,
+    header: &UnitHeader,
+    inbound: &Arc<Inbound>,
+) -> Result<(), Stop> {
+    // Refused before it is read: a peer cannot make this end buffer more.
+    let Some(remote) = link.remote.as_ref().filter(|_| header.length <= 4 * MAX_REFERENCES) else {
+        return Err(FrameError::OutOfRange { what: "references", value: header.length }.into());
+    };
+    let mut bytes = vec![0; header.length as usize];
+    stream.read_exact(&mut bytes).await.map_err(|_| Stop::Over)?;
+    let checksum = crc32c_append(header.checksum_start(), &bytes);
+    let blocks: Vec<u32> =
+        bytes.as_chunks().0.iter().map(|&bytes| u32::from_le_bytes(bytes)).collect();
+    if checksum == header.checksum
+        && let Some(&value) = blocks.iter().find(|&&block| block >= remote.blocks)
+    {
+        return Err(FrameError::OutOfRange { what: "a reference", value }.into());
+    }
+    let permit = link.copies.clone().acquire_owned().await.map_err(|_| Stop::Over)?;
+    match inbound.references(shared, link, (header, checksum), blocks, permit) {
+        true => Ok(()),
+        false => Err(Stop::Over),
+    }
 }
 
 async fn read_header(stream: &mut RecvStream) -> Result<UnitHeader, Stop> {

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use baton_proto::geometry::KvGeometry;
 use baton_proto::hash::{BlockHash, ModelRoot};
 use baton_proto::ids::{Epoch, NodeId, TransferId};
-use tokio::sync::{Notify, watch};
+use tokio::sync::{Notify, OwnedSemaphorePermit, watch};
 use tokio::time::sleep_until;
 
 use crate::endpoint::{Shared, lock};
@@ -153,7 +153,8 @@ pub(crate) fn take_offer(shared: &Shared, link: &Arc<Link>, offer: Offer) {
         Routed::Answer(frame) => link.send(frame),
         Routed::Deliver(inbound, offer) => {
             inbound.follow(link);
-            inbound.input(shared, |r, now| r.handle_offer(now, link.id, &offer));
+            let best = shared.best(link);
+            inbound.input(shared, |r, now| r.handle_offer(now, link.id, &offer, best));
         }
     }
 }
@@ -318,6 +319,41 @@ impl Inbound {
     /// Becomes `Some` at the end.
     pub(crate) fn outcome(&self) -> watch::Receiver<Outcome> {
         self.outcome.subscribe()
+    }
+
+    /// Copies what a whole unit of references refers to, while further ones arrive; false if its
+    /// stream is not to be read on. The permit bounds how many are copied at a time.
+    pub(crate) fn references(
+        self: &Arc<Self>,
+        shared: &Arc<Shared>,
+        link: &Link,
+        (unit, checksum): (&UnitHeader, u32),
+        blocks: Vec<u32>,
+        permit: OwnedSemaphorePermit,
+    ) -> bool {
+        let copying = self.change(shared, |State { machine, sink, .. }, now| {
+            let sound = machine.references(now, link.id, unit, checksum);
+            let remote = link.remote.as_ref().filter(|_| sound == Ok(true));
+            let copy = remote.zip(sink.as_ref());
+            let copy =
+                copy.map(|(from, sink)| sink.clone().copy(&from.memory, unit.pieces, blocks));
+            (machine.is_current(link.id), copy)
+        });
+        let (current, Some(copying)) = copying else { return copying.0 };
+        let (transfer, shared, peer) = (self.clone(), shared.clone(), link.peer.clone());
+        tokio::spawn(async move {
+            let copied = copying.await;
+            drop(permit);
+            if copied == Ok(false) {
+                shared.avoid(peer);
+            }
+            transfer.change(&shared, |state, now| match copied {
+                Ok(true) => state.machine.applied(now),
+                Ok(false) => state.machine.unreadable(now),
+                Err(MemoryLost) => state.machine.handle_memory_lost(),
+            });
+        });
+        current
     }
 
     fn follow(&self, link: &Arc<Link>) {

@@ -3,10 +3,11 @@
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
+use crate::direct::Transport;
 use crate::error::ReceiveError;
 use crate::frame::{FirstToken, Frame, Grant, LayerRun, Manifest, Offer, Reason, Run, UnitHeader};
 use crate::grid::Grid;
-use crate::limits::{MAX_LANDED_RUNS, MAX_RETRIES, Timing};
+use crate::limits::{MAX_LANDED_RUNS, MAX_REFERENCES, MAX_RETRIES, Timing};
 use crate::memory::MemoryLost;
 use crate::sender::{LinkId, check};
 
@@ -25,6 +26,10 @@ use crate::sender::{LinkId, check};
 /// its checksum held, and is not written to again; complete exactly if every wanted piece has
 /// landed and is applied and the first token is here; nothing is accepted after the end, or over
 /// an earlier connection than the current one.
+///
+/// Payload by reference is copied from memory of the sender's, which may give it to others at any
+/// time. So it counts for one connection only, and the transfer is complete when the sender has
+/// confirmed, after everything was copied, that it held it all the time.
 pub struct Receiver {
     manifest: Manifest,
     /// Leading blocks that are not wanted; `None` until the blocks are reserved.
@@ -33,6 +38,12 @@ pub struct Receiver {
     /// Longest time without a piece landing.
     patience: Duration,
     link: Option<LinkId>,
+    /// How the payload is to travel; it may only become worse. `None` before the first offer.
+    transport: Option<Transport>,
+    /// A grant follows when nothing is being applied any more.
+    grant_due: bool,
+    /// The sender was asked, over this connection, whether it held what was copied.
+    asked: bool,
     offered: bool,
     outcome: Option<Result<FirstToken, ReceiveError>>,
     /// Pieces whose checksum held.
@@ -71,6 +82,9 @@ impl Receiver {
             lease,
             patience: timing.producer,
             link: None,
+            transport: None,
+            grant_due: false,
+            asked: false,
             offered: false,
             outcome: None,
             landed: Grid::new(manifest.geometry.layers, manifest.blocks),
@@ -92,13 +106,14 @@ impl Receiver {
         self.fail(ReceiveError::Cancelled);
     }
 
-    /// The expected sender's offer came over `link`.
-    pub fn handle_offer(&mut self, now: Instant, link: LinkId, offer: &Offer) {
+    /// The expected sender's offer came over `link`, on which `best` is possible.
+    pub fn handle_offer(&mut self, now: Instant, link: LinkId, offer: &Offer, best: Transport) {
         if self.link.is_some_and(|current| current >= link) {
             return;
         }
         self.unlink();
         self.link = Some(link);
+        self.transport = Some(self.transport.map_or(best, |transport| transport.min(best)));
         self.offered = true;
         if let Some(farewell) = self.farewell() {
             return self.frames.push_back(farewell);
@@ -151,6 +166,7 @@ impl Receiver {
             }
             Frame::Cancel(_, reason) => self.end(Err(ReceiveError::Ended(reason))),
             Frame::Heartbeat(_) => {}
+            Frame::Held(_) => self.confirmed(),
             _ => self.fail(ReceiveError::Protocol("a frame that only a receiver sends")),
         }
     }
@@ -163,7 +179,8 @@ impl Receiver {
         link: LinkId,
         unit: &UnitHeader,
     ) -> Result<bool, &'static str> {
-        if self.outcome.is_some() || self.link != Some(link) {
+        // What was sent before another way was asked for is late.
+        if !self.is_current(link) || self.transport != Some(unit.transport) {
             return Ok(false);
         }
         if let Err(what) = self.check_unit(unit) {
@@ -214,6 +231,19 @@ impl Receiver {
         true
     }
 
+    /// A unit of references came over `link`, and its bytes have this checksum. True: its pieces
+    /// are to be copied, and [`applied`](Self::applied) or [`unreadable`](Self::unreadable) is to
+    /// follow, whatever happens to the connection.
+    pub fn references(
+        &mut self,
+        now: Instant,
+        link: LinkId,
+        unit: &UnitHeader,
+        checksum: u32,
+    ) -> Result<bool, &'static str> {
+        Ok(self.begin_unit(now, link, unit)? && self.end_unit(now, link, checksum))
+    }
+
     /// Whether a unit has begun and not ended.
     #[must_use]
     pub fn is_arriving(&self) -> bool {
@@ -227,7 +257,22 @@ impl Receiver {
         }
         self.applying = self.applying.checked_sub(1).expect("each sound unit is applied once");
         self.progress(now);
+        self.grant_if_due();
         self.complete_if_all_applied();
+    }
+
+    /// A unit's references cannot be read: the payload has to come over the network.
+    pub fn unreadable(&mut self, now: Instant) {
+        if self.outcome.is_some() {
+            return;
+        }
+        if self.transport != Some(Transport::Quic) {
+            self.transport = Some(Transport::Quic);
+            self.landed.clear();
+            self.asked = false;
+            self.grant_due = self.link.is_some();
+        }
+        self.applied(now);
     }
 
     /// The blocks cannot be written any more.
@@ -322,10 +367,21 @@ impl Receiver {
 
     /// With the grant, or with a sign of life as long as there is no room.
     fn answer_offer(&mut self) {
-        self.frames.push_back(match self.held {
-            Some(held) => Frame::Grant(self.grant(held)),
-            None => Frame::Heartbeat(self.manifest.transfer),
-        });
+        self.grant_due = self.held.is_some();
+        self.grant_if_due();
+        if self.grant_due || self.held.is_none() {
+            self.frames.push_back(Frame::Heartbeat(self.manifest.transfer));
+        }
+    }
+
+    /// Units that are being applied and have not landed were copied over an earlier connection, or
+    /// turned out to be unreadable: they must not overtake what comes instead.
+    fn grant_if_due(&mut self) {
+        let Some(held) = self.held.filter(|_| self.grant_due) else { return };
+        if self.applying == 0 || self.landed.len() > 0 {
+            self.grant_due = false;
+            self.frames.push_back(Frame::Grant(self.grant(held)));
+        }
     }
 
     fn grant(&self, held: u32) -> Grant {
@@ -333,6 +389,7 @@ impl Receiver {
         let layers = 0..self.manifest.geometry.layers;
         Grant {
             transfer: self.manifest.transfer,
+            transport: self.transport.unwrap_or(Transport::Quic),
             lease: self.lease,
             wanted: if wanted.count > 0 { vec![wanted] } else { Vec::new() },
             landed: layers
@@ -354,7 +411,11 @@ impl Receiver {
         {
             return Err("payload that was not granted");
         }
-        if u64::from(unit.length) != u64::from(run.count) * geometry.piece_bytes() as u64 {
+        let (most, bytes) = match unit.transport {
+            Transport::Quic => (u32::MAX, geometry.piece_bytes()),
+            Transport::Ipc => (MAX_REFERENCES, size_of::<u32>()),
+        };
+        if run.count > most || u64::from(unit.length) != u64::from(run.count) * bytes as u64 {
             return Err("payload of another length than its pieces");
         }
         Ok(())
@@ -375,6 +436,24 @@ impl Receiver {
         if missing || self.applying > 0 {
             return;
         }
+        if self.first.is_some() && self.transport != Some(Transport::Quic) && wanted > 0 {
+            if !std::mem::replace(&mut self.asked, true) {
+                self.frames.push_back(Frame::Read(self.manifest.transfer));
+            }
+            return;
+        }
+        self.complete();
+    }
+
+    /// What was copied until the sender was asked is what it offered.
+    fn confirmed(&mut self) {
+        match self.asked && self.applying == 0 {
+            true => self.complete(),
+            false => self.fail(ReceiveError::Protocol("an answer to no question")),
+        }
+    }
+
+    fn complete(&mut self) {
         if let Some(first) = self.first.take() {
             self.end(Ok(first));
             self.say_farewell();
@@ -393,6 +472,10 @@ impl Receiver {
         self.link = None;
         self.arriving = None;
         self.frames.clear();
+        (self.grant_due, self.asked) = (false, false);
+        if self.transport != Some(Transport::Quic) {
+            self.landed.clear();
+        }
     }
 
     /// Ends, and tells the sender why.

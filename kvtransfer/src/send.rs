@@ -9,17 +9,19 @@ use baton_proto::geometry::KvGeometry;
 use baton_proto::hash::{BlockHash, ModelRoot};
 use baton_proto::ids::TransferId;
 use baton_proto::message::Peer;
+use bytes::Bytes;
 use dashmap::Entry;
 use tokio::sync::{Notify, watch};
 use tokio::time::sleep_until;
 
 use crate::dial::{self, LinkState};
+use crate::direct::Transport;
 use crate::endpoint::{Shared, lock};
 use crate::error::SendError;
-use crate::frame::{FirstToken, LayerRun, Manifest};
+use crate::frame::{FirstToken, LayerRun, Manifest, Run};
 use crate::limits::{MAX_OUTGOING, STAGED_UNITS};
 use crate::link::Link;
-use crate::memory::{BlockSource, MemoryLost};
+use crate::memory::{BlockSource, MemoryLost, Soon, at_hand};
 use crate::payload::PayloadStream;
 use crate::sender::Sender;
 
@@ -52,6 +54,8 @@ pub struct Sent {
     pub bytes: u64,
     /// Blocks that the receiver wanted.
     pub blocks: u32,
+    /// How they travelled, at the end.
+    pub transport: Transport,
 }
 
 /// An outgoing transfer. Dropping it cancels, unless the transfer has ended.
@@ -190,19 +194,20 @@ impl Outbound {
         });
     }
 
-    fn next_unit(&self) -> Option<(Arc<Link>, LayerRun)> {
+    fn next_unit(&self) -> Option<(Arc<Link>, Transport, LayerRun)> {
         let mut state = lock(&self.state);
         let link = state.link.clone()?;
         if state.machine.link() != Some(link.id) {
             return None;
         }
         let pieces = state.machine.poll_unit(Instant::now())?;
-        Some((link, pieces))
+        Some((link, state.machine.transport(), pieces))
     }
 
-    /// Whether units for this connection are still wanted.
-    fn is_current(&self, link: &Link) -> bool {
-        lock(&self.state).machine.link() == Some(link.id)
+    /// Whether units for this connection are still wanted in this way.
+    fn is_current(&self, link: &Link, transport: Transport) -> bool {
+        let machine = &lock(&self.state).machine;
+        machine.link() == Some(link.id) && machine.transport() == transport
     }
 
     fn poll_timeout(&self) -> Option<Instant> {
@@ -276,20 +281,35 @@ async fn pump(
     let mut staged = VecDeque::new();
     loop {
         while staged.len() < STAGED_UNITS
-            && let Some((link, pieces)) = transfer.next_unit()
+            && let Some((link, transport, pieces)) = transfer.next_unit()
         {
-            staged.push_back((link, pieces, source.read(pieces)));
+            let payload = match transport {
+                Transport::Quic => source.read(pieces),
+                Transport::Ipc => references(&*source, pieces.run),
+            };
+            staged.push_back((link, transport, pieces, payload));
         }
-        let Some((link, pieces, read)) = staged.pop_front() else {
+        let Some((link, transport, pieces, payload)) = staged.pop_front() else {
             transfer.payload.notified().await;
             continue;
         };
-        match read.await {
-            Ok(data) if transfer.is_current(&link) => {
-                stream.write_unit(&link, id, pieces, data).await;
+        match payload.await {
+            Ok(data) if transfer.is_current(&link, transport) => {
+                stream.write_unit(&link, (id, transport, pieces), data).await;
             }
             Ok(_) => {}
             Err(MemoryLost) => transfer.input(|sender, _| sender.handle_memory_lost()),
         }
+    }
+}
+
+/// Asked for only if this node's memory was described to the peer.
+fn references(source: &dyn BlockSource, run: Run) -> Soon<Vec<Bytes>> {
+    match source.references(run) {
+        Some(blocks) => {
+            let bytes: Vec<u8> = blocks.iter().flat_map(|block| block.to_le_bytes()).collect();
+            at_hand(vec![bytes.into()])
+        }
+        None => Box::pin(std::future::ready(Err(MemoryLost))),
     }
 }

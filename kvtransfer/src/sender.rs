@@ -4,11 +4,13 @@ use std::collections::VecDeque;
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
+use crate::direct::Transport;
 use crate::error::SendError;
 use crate::frame::{FirstToken, Frame, Grant, LayerRun, Manifest, Offer, Reason, Run};
 use crate::grid::{Grid, runs};
 use crate::limits::{
-    MAX_BLOCKS, MAX_CONNECTIONS, MAX_LAYERS, MAX_PIECE_BYTES, MAX_RETRIES, Timing, UNIT_BYTES,
+    MAX_BLOCKS, MAX_CONNECTIONS, MAX_LAYERS, MAX_PIECE_BYTES, MAX_REFERENCES, MAX_RETRIES, Timing,
+    UNIT_BYTES,
 };
 use crate::memory::MemoryLost;
 use crate::send::Sent;
@@ -32,6 +34,8 @@ pub struct Sender {
     timing: Timing,
     phase: Phase,
     link: Option<LinkId>,
+    /// How the receiver wants its payload.
+    transport: Transport,
     connections: u32,
     /// Why there is no connection.
     lost_because: String,
@@ -76,6 +80,7 @@ impl Sender {
             timing,
             phase: Phase::Unlinked,
             link: None,
+            transport: Transport::Quic,
             connections: 0,
             lost_because: "no connection yet".to_owned(),
             ready: Grid::new(layers, blocks),
@@ -193,7 +198,8 @@ impl Sender {
             Frame::Complete(_) => self.completed(now),
             Frame::Cancel(_, reason) => self.end(Err(SendError::Refused(reason))),
             Frame::Heartbeat(_) => {}
-            Frame::Hello(_) | Frame::Offer(_) | Frame::Finish(..) => {
+            Frame::Read(_) => self.was_read(now),
+            Frame::Hello(_) | Frame::Offer(_) | Frame::Finish(..) | Frame::Held(_) => {
                 self.fail(SendError::Protocol("a frame that only a sender sends"));
             }
         }
@@ -243,7 +249,10 @@ impl Sender {
     /// The next pieces to send over [`Self::link`]: one layer of consecutive blocks.
     pub fn poll_unit(&mut self, now: Instant) -> Option<LayerRun> {
         let next = self.queue.front_mut()?;
-        let most = (UNIT_BYTES / self.manifest.geometry.piece_bytes()).max(1) as u32;
+        let most = match self.transport {
+            Transport::Quic => (UNIT_BYTES / self.manifest.geometry.piece_bytes()).max(1) as u32,
+            Transport::Ipc => MAX_REFERENCES,
+        };
         let count = next.run.count.min(most);
         let unit = LayerRun { layer: next.layer, run: Run { first: next.run.first, count } };
         next.run.first += count;
@@ -262,6 +271,12 @@ impl Sender {
         self.link
     }
 
+    /// How units travel.
+    #[must_use]
+    pub fn transport(&self) -> Transport {
+        self.transport
+    }
+
     /// What is transferred.
     #[must_use]
     pub fn manifest(&self) -> &Manifest {
@@ -278,7 +293,8 @@ impl Sender {
     }
 
     fn granted(&mut self, now: Instant, grant: Grant) {
-        if self.phase != Phase::Offered {
+        let other_way = self.phase == Phase::Granted && grant.transport < self.transport;
+        if self.phase != Phase::Offered && !other_way {
             return;
         }
         if !grant_fits(&grant, &self.manifest) {
@@ -288,6 +304,9 @@ impl Sender {
         self.phase_by = now + self.timing.lease;
         self.beat = (self.timing.lease.min(grant.lease) / 4).max(Duration::from_millis(1));
         self.beat_at = now + self.beat;
+        self.transport = grant.transport;
+        self.queue.clear();
+        self.taken.clear();
         self.wanted.fill(false);
         for ordinal in grant.wanted.iter().flat_map(|run| run.range()) {
             self.wanted[ordinal as usize] = true;
@@ -334,22 +353,39 @@ impl Sender {
         self.progress(now);
     }
 
+    /// Confirms that what was copied was held, so that the receiver may use it.
+    fn was_read(&mut self, now: Instant) {
+        let by_reference = self.phase == Phase::Granted && self.transport != Transport::Quic;
+        if !by_reference || self.finish.is_none() || !self.all_sent() {
+            return self.fail(SendError::Protocol("read before everything was sent"));
+        }
+        self.progress(now);
+        self.frames.push_back(Frame::Held(self.manifest.transfer));
+    }
+
+    /// Every wanted piece was taken for this connection.
+    fn all_sent(&self) -> bool {
+        let blocks = self.wanted.iter().filter(|&&wanted| wanted).count() as u64;
+        let all = blocks * u64::from(self.manifest.geometry.layers);
+        self.queue.is_empty() && self.taken.len() >= all
+    }
+
     fn completed(&mut self, now: Instant) {
         let Some((_, finished)) = self.finish else {
             return self.fail(SendError::Protocol("complete before the prompt was"));
         };
         // After a reconnect, `Complete` instead of a grant repeats a lost acknowledgement.
-        let blocks = self.wanted.iter().filter(|&&wanted| wanted).count() as u32;
-        let all = u64::from(blocks) * u64::from(self.manifest.geometry.layers);
-        if self.phase == Phase::Granted && (!self.queue.is_empty() || self.taken.len() < all) {
+        if self.phase == Phase::Granted && !self.all_sent() {
             return self.fail(SendError::Protocol("complete before everything was sent"));
         }
+        let blocks = self.wanted.iter().filter(|&&wanted| wanted).count() as u32;
         let started = self.first_payload.unwrap_or(finished);
         self.end(Ok(Sent {
             hidden: finished.saturating_duration_since(started),
             exposed: now.saturating_duration_since(finished),
             bytes: u64::from(blocks) * self.manifest.geometry.block_bytes() as u64,
             blocks,
+            transport: self.transport,
         }));
     }
 

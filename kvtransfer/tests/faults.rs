@@ -10,7 +10,7 @@ use std::time::Duration;
 use baton_kvtransfer::frame::{Frame, Hello, LayerRun, Manifest, Offer, Run, UnitHeader};
 use baton_kvtransfer::limits::MAX_PENDING_OFFERS_PER_PEER;
 use baton_kvtransfer::{
-    Endpoint, Incoming, Reason, ReceiveError, Room, SendError, SendHandle, Timing,
+    Endpoint, Incoming, Reason, ReceiveError, Room, SendError, SendHandle, Timing, Transport,
 };
 use baton_proto::ids::TransferId;
 use common::{
@@ -340,8 +340,7 @@ async fn garbage_closes_only_its_own_connection() {
     hostile.say(&Hostile::offer(transfer(1))).await;
     assert_eq!(hostile.closed().await, PROTOCOL, "an offer before hello");
     let mut hostile = Hostile::connect(&pair, "p9").await;
-    let (oldest, newest, epoch) = (77, 78, EPOCH);
-    let hello = Hello { oldest, newest, epoch };
+    let hello = Hello { oldest: 77, newest: 78, ..Hello::new(EPOCH) };
     hostile.say(&Frame::Hello(hello)).await;
     assert_eq!(hostile.closed().await, VERSION, "no common version");
     passes(&pair, transfer(1)).await;
@@ -376,6 +375,7 @@ async fn payload_that_was_not_granted_is_not_written() {
     let header = |id, first, length| UnitHeader {
         transfer: id,
         pieces: LayerRun { layer: 0, run: Run { first, count: 1 } },
+        transport: Transport::Quic,
         length,
         checksum: 0,
     };

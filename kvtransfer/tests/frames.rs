@@ -7,7 +7,7 @@ use baton_kvtransfer::frame::{
     Frame, FrameError, Grant, Hello, LayerRun, Manifest, Offer, Run, UnitHeader, frame_length,
 };
 use baton_kvtransfer::limits::{MAX_BLOCKS, MAX_FRAME_BYTES, MAX_LAYERS};
-use baton_kvtransfer::{FirstToken, Reason};
+use baton_kvtransfer::{FirstToken, Reason, SharedMemory, Transport};
 use baton_proto::geometry::{KvDtype, KvGeometry};
 use baton_proto::hash::{BlockHash, ModelRoot};
 use baton_proto::ids::{Epoch, RequestId, TransferId};
@@ -70,18 +70,28 @@ fn first_tokens() -> impl Strategy<Value = FirstToken> {
     })
 }
 
+fn transports() -> impl Strategy<Value = Transport> {
+    prop_oneof![Just(Transport::Quic), Just(Transport::Ipc)]
+}
+
 fn frames() -> impl Strategy<Value = Frame> {
-    let hello = (any::<u32>(), any::<u32>(), any::<u64>());
-    let grant = (transfers(), any::<u32>(), vec(runs(), 0..20), vec(layer_runs(), 0..20));
+    let shared = proptest::option::of((any::<[u8; 16]>(), any::<u32>(), vec(any::<u8>(), 0..99)));
+    let hello = (any::<u32>(), any::<u32>(), any::<u64>(), shared);
+    let grant =
+        (transfers(), any::<u32>(), vec(runs(), 0..20), vec(layer_runs(), 0..20), transports());
     prop_oneof![
-        hello.prop_map(|(oldest, newest, epoch)| Frame::Hello(Hello {
+        hello.prop_map(|(oldest, newest, epoch, shared)| Frame::Hello(Hello {
             oldest,
             newest,
-            epoch: Epoch(epoch)
+            epoch: Epoch(epoch),
+            shared: shared.map(|(host, blocks, description)| {
+                (host, SharedMemory { blocks, description })
+            }),
         })),
         offers(),
-        grant.prop_map(|(transfer, lease, wanted, landed)| Frame::Grant(Grant {
+        grant.prop_map(|(transfer, lease, wanted, landed, transport)| Frame::Grant(Grant {
             transfer,
+            transport,
             lease: Duration::from_millis(lease.into()),
             wanted,
             landed
@@ -91,6 +101,8 @@ fn frames() -> impl Strategy<Value = Frame> {
         transfers().prop_map(Frame::Complete),
         (transfers(), 0u8..11).prop_map(|(id, code)| Frame::Cancel(id, reason(code))),
         transfers().prop_map(Frame::Heartbeat),
+        transfers().prop_map(Frame::Read),
+        transfers().prop_map(Frame::Held),
     ]
 }
 
@@ -164,16 +176,17 @@ proptest! {
     fn unit_headers_are_read_back(
         transfer in transfers(),
         pieces in layer_runs(),
+        transport in transports(),
         length in any::<u32>(),
         checksum in any::<u32>(),
     ) {
-        let header = UnitHeader { transfer, pieces, length, checksum };
+        let header = UnitHeader { transfer, pieces, transport, length, checksum };
         let bytes = header.encode().try_into().unwrap();
         prop_assert_eq!(UnitHeader::decode(&bytes), Ok(header));
     }
 
     #[test]
-    fn any_unit_header_is_read_without_panic(bytes in any::<[u8; 32]>(), rest in any::<[u8; 8]>()) {
+    fn any_unit_header_is_read_without_panic(bytes in any::<[u8; 32]>(), rest in any::<[u8; 9]>()) {
         let bytes = [&bytes[..], &rest].concat().try_into().unwrap();
         if let Ok(header) = UnitHeader::decode(&bytes) {
             prop_assert!(header.pieces.layer < MAX_LAYERS);
@@ -218,9 +231,9 @@ fn the_largest_offer_fits_a_frame() {
 
 #[test]
 fn versions_are_negotiated() {
-    let hello = |oldest, newest| Hello { oldest, newest, epoch: Epoch(1) };
-    assert_eq!(hello(1, 1).common_version(), Some(1));
-    assert_eq!(hello(1, 9).common_version(), Some(1), "a newer peer that still speaks ours");
-    assert_eq!(hello(2, 9).common_version(), None);
-    assert_eq!(hello(0, 0).common_version(), None);
+    let hello = |oldest, newest| Hello { oldest, newest, ..Hello::new(Epoch(1)) };
+    assert_eq!(hello(1, 2).common_version(), Some(2));
+    assert_eq!(hello(2, 9).common_version(), Some(2), "a newer peer that still speaks ours");
+    assert_eq!(hello(3, 9).common_version(), None);
+    assert_eq!(hello(0, 1).common_version(), None);
 }

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use baton_engine::{Engine, EngineConfig, EngineInfo, Executor};
 use baton_identity::Identity;
-use baton_kvtransfer::{Endpoint, TRANSPORTS};
+use baton_kvtransfer::Endpoint;
 use baton_proto::ids::{Epoch, Role};
 use baton_proto::message::{Hello, Report};
 use tokio::sync::{mpsc, watch};
@@ -144,7 +144,7 @@ fn hello(setup: &Setup, engine: &EngineInfo) -> Hello {
         vocab_size: engine.vocab_size as u32,
         total_blocks: engine.kv_blocks as u64,
         kv_address: setup.kv_address.clone(),
-        transports: TRANSPORTS.iter().map(ToString::to_string).collect(),
+        transports: setup.endpoint.transports().iter().map(ToString::to_string).collect(),
         price: setup.price,
     }
 }

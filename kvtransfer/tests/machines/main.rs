@@ -7,10 +7,10 @@ mod world;
 use std::time::Duration;
 
 use baton_kvtransfer::limits::MAX_RETRIES;
-use baton_kvtransfer::{ReceiveError, SendError, Timing};
+use baton_kvtransfer::{ReceiveError, SendError, Timing, Transport};
 use proptest::collection::vec;
 use proptest::prelude::*;
-use world::{LAYERS, LEASE, Step, World};
+use world::{LAYERS, LEASE, Sink, Step, World};
 
 /// What owners and a connection do.
 fn steps(blocks: u32) -> impl Strategy<Value = Step> {
@@ -29,6 +29,7 @@ fn steps(blocks: u32) -> impl Strategy<Value = Step> {
         3 => Just(Step::Connect),
         1 => Just(Step::Reserve),
         6 => Just(Step::Applied),
+        1 => Just(Step::Unreadable),
     ]
 }
 
@@ -49,11 +50,13 @@ fn steps_with_faults(blocks: u32) -> impl Strategy<Value = Step> {
     prop_oneof![15 => steps(blocks), 1 => faults]
 }
 
-/// Blocks, how many of them are held, whether the sink is a device's; and what happens.
+/// Blocks, how many of them are held, what the sink is; and what happens.
 fn worlds<S: Strategy<Value = Step>>(
     steps: impl Fn(u32) -> S + Copy,
-) -> impl Strategy<Value = ((u32, u32, bool), Vec<Step>)> {
-    let worlds = (1u32..9).prop_flat_map(|blocks| (Just(blocks), 0..=blocks, any::<bool>()));
+) -> impl Strategy<Value = ((u32, u32, Sink), Vec<Step>)> {
+    let sinks = prop_oneof![Just(Sink::InPlace), Just(Sink::Staged), Just(Sink::Direct)];
+    let worlds =
+        (1u32..9, sinks).prop_flat_map(|(blocks, sink)| (Just(blocks), 0..=blocks, Just(sink)));
     worlds.prop_flat_map(move |world| (Just(world), vec(steps(world.0), 0..150)))
 }
 
@@ -65,8 +68,8 @@ proptest! {
     })]
 
     #[test]
-    fn whatever_happens_both_end(((blocks, held, staged), steps) in worlds(steps_with_faults)) {
-        let mut world = World::with_sink(blocks, held, staged);
+    fn whatever_happens_both_end(((blocks, held, sink), steps) in worlds(steps_with_faults)) {
+        let mut world = World::with_sink(blocks, held, sink);
         for step in steps {
             world.apply(step);
         }
@@ -76,8 +79,8 @@ proptest! {
 
     /// Cuts, damage within the limit, and any interleaving of what QUIC keeps in order.
     #[test]
-    fn what_quic_can_do_is_survived(((blocks, held, staged), steps) in worlds(steps)) {
-        let mut world = World::with_sink(blocks, held, staged);
+    fn what_quic_can_do_is_survived(((blocks, held, sink), steps) in worlds(steps)) {
+        let mut world = World::with_sink(blocks, held, sink);
         for step in steps {
             // A connection that is lost is noticed before anything else is sent over the next.
             if matches!(step, Step::Connect) && !world.up {
@@ -191,7 +194,7 @@ fn a_lost_acknowledgement_is_repeated() {
 
 #[test]
 fn complete_means_applied() {
-    let mut world = World::with_sink(2, 0, true);
+    let mut world = World::with_sink(2, 0, Sink::Staged);
     for step in [Step::Reserve, Step::Connect, Step::ToReceiver(0), Step::ToSender(0)] {
         world.apply(step);
     }
@@ -209,6 +212,82 @@ fn complete_means_applied() {
     assert_eq!(world.receiver.outcome(), None, "everything is verified and nothing applied");
     assert!(world.settle());
     assert_eq!(world.sent, 0, "nor is it sent again");
+    assert!(world.sender.outcome().unwrap().is_ok());
+}
+
+/// Both ends on one machine, granted, with everything ready and the prompt finished.
+fn direct(blocks: u32, held: u32) -> World {
+    let mut world = World::with_sink(blocks, held, Sink::Direct);
+    for step in [Step::Reserve, Step::Connect, Step::ToReceiver(0), Step::ToSender(0)] {
+        world.apply(step);
+    }
+    ready_all(&mut world);
+    world.apply(Step::Finish);
+    world.apply(Step::ToReceiver(0));
+    for _ in 0..LAYERS {
+        world.apply(Step::Send);
+        world.apply(Step::Payload);
+    }
+    world
+}
+
+#[test]
+fn what_was_copied_counts_when_the_sender_has_held_it() {
+    let mut world = direct(4, 1);
+    (0..LAYERS).for_each(|_| world.apply(Step::Applied));
+    assert_eq!(world.receiver.outcome(), None, "everything was copied and nothing confirmed");
+    world.apply(Step::ToSender(0));
+    assert_eq!(world.receiver.outcome(), None);
+    world.apply(Step::ToReceiver(0));
+    assert!(world.visible);
+    world.apply(Step::ToSender(0));
+    let sent = world.sender.outcome().unwrap().as_ref().unwrap();
+    assert_eq!((sent.transport, sent.blocks), (Transport::Ipc, 3));
+    world.assert_nothing_is_left();
+}
+
+#[test]
+fn blocks_that_a_sender_gave_away_are_never_visible() {
+    let mut world = direct(4, 0);
+    world.apply(Step::Applied);
+    world.apply(Step::CancelSender);
+    (1..LAYERS).for_each(|_| world.apply(Step::Applied));
+    // Its question arrives before the sender's farewell.
+    world.apply(Step::ToSender(0));
+    assert_eq!(world.receiver.outcome(), None);
+    assert!(world.settle());
+    assert!(!world.visible);
+}
+
+#[test]
+fn who_cannot_read_the_senders_memory_gets_the_bytes() {
+    let mut world = direct(4, 0);
+    world.apply(Step::Applied);
+    world.apply(Step::Unreadable);
+    assert!(world.to_sender.is_empty(), "one copy has not ended");
+    world.apply(Step::Unreadable);
+    assert_eq!(world.to_sender.len(), 1);
+    assert!(world.settle());
+    let sent = world.sender.outcome().unwrap().as_ref().unwrap();
+    assert_eq!(sent.transport, Transport::Quic);
+    assert_eq!(world.sent, 2 * world.wanted(), "also what was copied");
+}
+
+#[test]
+fn copies_over_a_lost_connection_do_not_count() {
+    let mut world = direct(2, 0);
+    (1..LAYERS).for_each(|_| world.apply(Step::Applied));
+    for step in [Step::Cut, Step::SenderNotices, Step::ReceiverNotices, Step::Connect] {
+        world.apply(step);
+    }
+    world.apply(Step::ToReceiver(0));
+    let frames =
+        |world: &World| world.to_sender.iter().map(|f| f.1.to_string()).collect::<Vec<_>>();
+    assert_eq!(frames(&world), ["heartbeat"], "a late copy must not overtake the next");
+    world.apply(Step::Applied);
+    assert_eq!(frames(&world), ["heartbeat", "grant"]);
+    assert!(world.settle());
+    assert_eq!(world.sent, world.wanted());
     assert!(world.sender.outcome().unwrap().is_ok());
 }
 

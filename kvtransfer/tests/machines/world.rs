@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use baton_kvtransfer::frame::{Frame, LayerRun, Manifest, UnitHeader};
 use baton_kvtransfer::limits::MAX_RETRIES;
-use baton_kvtransfer::{FirstToken, LinkId, Receiver, Sender, Timing};
+use baton_kvtransfer::{FirstToken, LinkId, Receiver, Sender, Timing, Transport};
 use baton_proto::geometry::{KvDtype, KvGeometry};
 use baton_proto::hash::{BlockHash, ModelRoot};
 use baton_proto::ids::{RequestId, TransferId};
@@ -72,6 +72,26 @@ pub(crate) enum Step {
     Reserve,
     /// The oldest copy into a device's memory ends.
     Applied,
+    /// The oldest copy fails, if it is from the sender's memory.
+    Unreadable,
+}
+
+/// Where the receiver's blocks are, and whether it can reach the sender's.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub(crate) enum Sink {
+    InPlace,
+    /// What arrives is copied into it afterwards.
+    Staged,
+    /// It copies from the sender's memory.
+    Direct,
+}
+
+/// A copy into the sink that has begun.
+pub(crate) enum Copy {
+    /// Bytes as (index of the piece, offset, byte).
+    Staged(Vec<(usize, usize, u8)>),
+    /// Pieces of the sender's memory, as it is when the copy ends.
+    From(LayerRun),
 }
 
 /// A unit on its way; it arrives in two parts and then ends.
@@ -100,12 +120,11 @@ pub(crate) struct World {
     /// Pieces sent over the current connection.
     pub(crate) sent: u64,
     pub(crate) sink: Vec<[u8; 8]>,
-    /// Whether the sink is a device's: what arrives is copied to it afterwards.
-    pub(crate) staged: bool,
+    pub(crate) kind: Sink,
     /// Bytes of the arriving unit that were accepted, as (index of the piece, offset, byte).
     pub(crate) staging: Vec<(usize, usize, u8)>,
     /// Sound units on their way into the sink.
-    pub(crate) applying: VecDeque<Vec<(usize, usize, u8)>>,
+    pub(crate) applying: VecDeque<Copy>,
     /// Pieces whose checksum held.
     pub(crate) landed: HashSet<(u32, u32)>,
     pub(crate) visible: bool,
@@ -113,10 +132,10 @@ pub(crate) struct World {
 
 impl World {
     pub(crate) fn new(blocks: u32, held: u32) -> Self {
-        Self::with_sink(blocks, held, false)
+        Self::with_sink(blocks, held, Sink::InPlace)
     }
 
-    pub(crate) fn with_sink(blocks: u32, held: u32, staged: bool) -> Self {
+    pub(crate) fn with_sink(blocks: u32, held: u32, kind: Sink) -> Self {
         let now = Instant::now();
         let timing = Timing { lease: LEASE, ..Timing::default() };
         Self {
@@ -134,7 +153,7 @@ impl World {
             ready: HashSet::new(),
             sent: 0,
             sink: vec![[0xEE; 8]; (LAYERS * blocks) as usize],
-            staged,
+            kind,
             staging: Vec::new(),
             applying: VecDeque::new(),
             landed: HashSet::new(),
@@ -182,6 +201,7 @@ impl World {
             Step::CancelReceiver => self.receiver.cancel(),
             Step::Reserve => self.receiver.reserve(now, self.held),
             Step::Applied => self.applied(),
+            Step::Unreadable => self.unreadable(),
         }
         self.collect_frames();
         self.check();
@@ -205,10 +225,15 @@ impl World {
         assert!(run.first >= self.held, "only granted pieces are sent");
         assert!(run.range().all(|o| self.ready.contains(&(layer, o))), "only ready ones");
         self.sent += u64::from(run.count);
-        let bytes: Vec<u8> = run.range().flat_map(|o| content(layer, o)).collect();
+        let transport = self.sender.transport();
+        let bytes: Vec<u8> = match transport {
+            Transport::Quic => run.range().flat_map(|o| content(layer, o)).collect(),
+            Transport::Ipc => run.range().flat_map(u32::to_le_bytes).collect(),
+        };
         let header = UnitHeader {
             transfer: manifest(1).transfer,
             pieces,
+            transport,
             length: bytes.len() as u32,
             checksum: crc32c(&bytes),
         };
@@ -222,7 +247,13 @@ impl World {
 
     pub(crate) fn receive(&mut self, link: LinkId, frame: Frame) {
         match frame {
-            Frame::Offer(offer) => self.receiver.handle_offer(self.now, link, &offer),
+            Frame::Offer(offer) => {
+                let best = match self.kind {
+                    Sink::Direct => Transport::Ipc,
+                    _ => Transport::Quic,
+                };
+                self.receiver.handle_offer(self.now, link, &offer, best);
+            }
             other => self.receiver.handle_frame(self.now, link, other),
         }
     }
@@ -233,6 +264,13 @@ impl World {
             return;
         };
         let now = self.now;
+        if unit.header.transport == Transport::Ipc {
+            let checksum = crc32c(&unit.bytes);
+            if self.receiver.references(now, unit.link, &unit.header, checksum) == Ok(true) {
+                self.applying.push_back(Copy::From(unit.header.pieces));
+            }
+            return;
+        }
         if unit.arrived == 0 {
             if self.receiver.begin_unit(now, unit.link, &unit.header) != Ok(true) {
                 return;
@@ -260,9 +298,9 @@ impl World {
             assert!(ordinal >= self.held, "nor to blocks that are not wanted");
             assert!(!self.landed.contains(&(layer, ordinal)), "nor to a piece that has landed");
             let piece = (layer * self.blocks + ordinal) as usize;
-            match self.staged {
-                true => self.staging.push((piece, at % 8, unit.bytes[at])),
-                false => self.sink[piece][at % 8] = unit.bytes[at],
+            match self.kind {
+                Sink::InPlace => self.sink[piece][at % 8] = unit.bytes[at],
+                _ => self.staging.push((piece, at % 8, unit.bytes[at])),
             }
         }
     }
@@ -275,8 +313,8 @@ impl World {
         assert!(!sound || (current && checksum == unit.header.checksum), "sound means verified");
         if sound {
             self.landed.extend(run.range().map(|o| (layer, o)));
-            self.applying.push_back(std::mem::take(&mut self.staging));
-            if !self.staged {
+            self.applying.push_back(Copy::Staged(std::mem::take(&mut self.staging)));
+            if self.kind == Sink::InPlace {
                 self.applied();
             }
         }
@@ -287,10 +325,29 @@ impl World {
             return;
         };
         assert!(!self.visible, "nothing is copied to blocks that are visible");
-        for (piece, at, byte) in unit {
-            self.sink[piece][at] = byte;
+        match unit {
+            Copy::Staged(bytes) => {
+                for (piece, at, byte) in bytes {
+                    self.sink[piece][at] = byte;
+                }
+            }
+            Copy::From(LayerRun { layer, run }) => {
+                for ordinal in run.range() {
+                    // A sender that has ended has given its blocks to others.
+                    let foreign = self.sender.outcome().is_some();
+                    let piece = if foreign { [0xBB; 8] } else { content(layer, ordinal) };
+                    self.sink[(layer * self.blocks + ordinal) as usize] = piece;
+                }
+            }
         }
         self.receiver.applied(self.now);
+    }
+
+    fn unreadable(&mut self) {
+        if let Some(Copy::From(_)) = self.applying.front() {
+            self.applying.pop_front();
+            self.receiver.unreadable(self.now);
+        }
     }
 
     pub(crate) fn corrupt(&mut self) {
@@ -323,7 +380,8 @@ impl World {
 
     pub(crate) fn check(&mut self) {
         let again = u64::from(MAX_RETRIES * self.blocks);
-        assert!(self.sent <= self.wanted() + again, "what is in flight was granted");
+        let ways = if self.kind == Sink::Direct { 2 } else { 1 };
+        assert!(self.sent <= ways * self.wanted() + again, "what is in flight was granted");
         match self.receiver.outcome() {
             Some(Ok(token)) => {
                 assert_eq!(*token, first());

@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use baton_kvtransfer::frame::{FirstToken, Manifest, UnitHeader};
 use baton_kvtransfer::inbox::Inbox;
-use baton_kvtransfer::{ReceiveError, Receiver, SendError, Sender, Sent, Timing};
+use baton_kvtransfer::{ReceiveError, Receiver, SendError, Sender, Sent, Timing, Transport};
 use baton_proto::ids::{Epoch, NodeId, TransferId};
 use crc32c::crc32c_append;
 
@@ -266,7 +266,13 @@ impl Endpoint {
         let Some(run) = outbound.machine.poll_unit(around.net.now()) else { return };
         let piece_bytes = outbound.machine.manifest().geometry.piece_bytes();
         let length = run.run.count * piece_bytes as u32;
-        let mut header = UnitHeader { transfer: id, pieces: run, length, checksum: 0 };
+        let mut header = UnitHeader {
+            transfer: id,
+            pieces: run,
+            transport: Transport::Quic,
+            length,
+            checksum: 0,
+        };
         header.checksum = checksum(&header, &pieces(&header, around.engine));
         outbound.unit = Some((header, wire));
         let departure = around.net.departure(self.node, length.into());

@@ -1,8 +1,8 @@
 //! Connections from nodes that send to this one, and what arrives over them.
 
-use baton_kvtransfer::LinkId;
 use baton_kvtransfer::frame::{Frame, Offer, UnitHeader};
 use baton_kvtransfer::inbox::{Origin, Routed};
+use baton_kvtransfer::{LinkId, Transport};
 use baton_proto::ids::{Epoch, NodeId, TransferId};
 
 use super::{Around, Endpoint, Inbound, checksum};
@@ -92,7 +92,7 @@ impl Endpoint {
                     inbound.wire = inbound.wire.max(Some(link.wire));
                 }
                 self.receiver(id, around, |machine, now| {
-                    machine.handle_offer(now, link.wire, &offer);
+                    machine.handle_offer(now, link.wire, &offer, Transport::Quic);
                 });
             }
         }
