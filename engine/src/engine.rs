@@ -11,6 +11,7 @@ use baton_proto::message::{BlockCounts, Report};
 use crate::events::{EngineEvent, FirstToken, Submission, SubmitError};
 use crate::executor::Executor;
 use crate::inbox::Inbox;
+use crate::memory::KvMemory;
 use crate::scheduler::{Limits, Scheduler};
 use crate::step::Device;
 
@@ -56,6 +57,7 @@ struct Handle {
     inbox: Arc<Inbox>,
     report: Arc<Mutex<Report>>,
     info: EngineInfo,
+    memory: KvMemory,
 }
 
 impl Drop for Handle {
@@ -85,14 +87,14 @@ impl Engine {
         let free = BlockCounts { free: info.kv_blocks as u64, ..BlockCounts::default() };
         let report = Arc::new(Mutex::new(Report { blocks: free, ..Report::default() }));
         let scheduler = Scheduler::new(limits, info.root);
-        let parts = (scheduler, executor, memory);
+        let parts = (scheduler, executor, memory.clone());
         let block_tokens = info.geometry.block_tokens as usize;
         let device = Device::new(parts, block_tokens, inbox.clone(), report.clone(), sink);
         std::thread::Builder::new()
             .name("engine".to_owned())
             .spawn(move || device.run())
             .expect("the operating system has a thread for the engine");
-        Self(Arc::new(Handle { inbox, report, info }))
+        Self(Arc::new(Handle { inbox, report, info, memory }))
     }
 
     /// Queues a job; does not block.
@@ -132,6 +134,12 @@ impl Engine {
     /// Asks for an [`EngineEvent::Snapshot`].
     pub fn snapshot(&self) {
         self.0.inbox.request_snapshot();
+    }
+
+    /// Where the KV cache is.
+    #[must_use]
+    pub fn memory(&self) -> &KvMemory {
+        &self.0.memory
     }
 
     /// What this engine serves.

@@ -13,7 +13,7 @@ use baton_kernels::cpu::KvStore;
 use baton_proto::ids::TransferId;
 
 use crate::inbox::Inbox;
-use crate::memory::{KvMemory, Soon, at_hand};
+use crate::memory::{KvMemory, PeerKv, Soon, at_hand};
 use crate::place::Place;
 use crate::staging::Staged;
 
@@ -141,12 +141,34 @@ impl BlockLease {
         }
     }
 
+    /// Copies one layer of blocks `from` of a peer's cache to the blocks `ordinals`. False: they
+    /// cannot be read. Done, and bound to come to its end, as [`Place::apply`].
+    ///
+    /// # Panics
+    /// If there are no such blocks here.
+    #[must_use]
+    pub fn copy_from(
+        self: &Arc<Self>,
+        peer: &PeerKv,
+        layer: usize,
+        ordinals: Range<usize>,
+        from: Vec<u32>,
+    ) -> Soon<bool> {
+        match &self.memory {
+            KvMemory::Device(staging) if ordinals.start >= self.shared => {
+                staging.pull((peer.clone(), from), self.clone(), layer, ordinals)
+            }
+            _ => at_hand(false),
+        }
+    }
+
     pub(crate) fn memory(&self) -> &KvMemory {
         &self.memory
     }
 
     /// Where in the cache the blocks `ordinals` are.
-    pub(crate) fn block_ids(&self, ordinals: Range<usize>) -> &[u32] {
+    #[must_use]
+    pub fn block_ids(&self, ordinals: Range<usize>) -> &[u32] {
         &self.blocks[ordinals]
     }
 

@@ -35,6 +35,6 @@ pub use executor::{
 pub use forward::{Chunk, Forward, Wanted};
 pub use host::HostExecutor;
 pub use lease::{BlockLease, Piece};
-pub use memory::{KvMemory, MemoryLost, Soon};
+pub use memory::{KvMemory, MemoryLost, PeerKv, SharedKv, Soon};
 pub use place::Place;
 pub use rope::Rope;

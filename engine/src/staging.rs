@@ -7,22 +7,32 @@
 //!
 //! A copy that has begun comes to its end and keeps its lease and its slot until then, whatever
 //! becomes of the transfer: so the blocks are given to nobody else meanwhile.
-#![expect(unsafe_code, reason = "a device copies to and from slots while nobody touches them")]
+//!
+//! The thread of the direction into the device also copies from memory of other processes that
+//! shares the machine with it.
+#![expect(unsafe_code, reason = "copies go on while nobody touches what they copy")]
 
-use std::collections::VecDeque;
+use std::any::Any;
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::mpsc::{self, Receiver, Sender};
+use std::sync::mpsc::Sender;
 
 use tokio::sync::oneshot;
 
 use crate::lease::BlockLease;
-use crate::memory::{MemoryLost, Soon};
+use crate::memory::{MemoryLost, PeerKv, SharedKv, Soon};
+
+mod copier;
+
+use copier::{Copier, Request};
 
 /// Memory that a device can copy to and from. Its bytes stay where they are when it is moved.
-pub trait PageLocked: AsRef<[u8]> + AsMut<[u8]> + Send + Sync {}
+pub trait PageLocked: AsRef<[u8]> + AsMut<[u8]> + Any + Send + Sync {}
 
-impl<T: AsRef<[u8]> + AsMut<[u8]> + Send + Sync> PageLocked for T {}
+impl<T: AsRef<[u8]> + AsMut<[u8]> + Any + Send + Sync> PageLocked for T {}
+
+/// Most bytes of a payload unit, unless one piece is larger.
+pub const UNIT_BYTES: usize = 512 << 10;
 
 /// Page-locked memory for one payload unit.
 pub type Slot = Box<dyn PageLocked>;
@@ -39,7 +49,7 @@ pub trait Copies: Send + 'static {
         &mut self,
         layer: usize,
         blocks: &[u32],
-        to: &mut [u8],
+        to: &mut dyn PageLocked,
     ) -> Result<(), MemoryLost>;
 
     /// Begins to copy pieces of `from` to one layer of blocks, given as pairs of (index of the
@@ -51,9 +61,32 @@ pub trait Copies: Send + 'static {
     unsafe fn scatter(
         &mut self,
         layer: usize,
-        from: &[u8],
+        from: &mut dyn PageLocked,
         pieces: &[(usize, u32)],
     ) -> Result<(), MemoryLost>;
+
+    /// Opens the cache of another process of this machine, which has so many blocks; `None` if
+    /// that cannot be done. What it is described by was made by that process, and is not to be
+    /// trusted.
+    fn open(&mut self, _: &SharedKv) -> Result<Option<PeerKv>, MemoryLost> {
+        Ok(None)
+    }
+
+    /// Begins to copy one layer of blocks `from` of a cache that was opened to blocks `to`. False:
+    /// nothing was begun, as it cannot be read. The peer may change what is read meanwhile.
+    ///
+    /// # Safety
+    /// Until it is [waited](Self::wait) for, nothing else reads or writes these pieces of this
+    /// cache. The peer's cache has the blocks.
+    unsafe fn pull(
+        &mut self,
+        _: &PeerKv,
+        _layer: usize,
+        _from: &[u32],
+        _to: &[u32],
+    ) -> Result<bool, MemoryLost> {
+        Ok(false)
+    }
 
     /// Waits for the oldest copy that was begun and not yet waited for.
     fn wait(&mut self) -> Result<(), MemoryLost>;
@@ -63,6 +96,7 @@ pub trait Copies: Send + 'static {
 #[derive(Clone)]
 pub struct Staging {
     piece_bytes: usize,
+    shared: Option<SharedKv>,
     out: Sender<Request>,
     into: Sender<Request>,
 }
@@ -72,14 +106,44 @@ pub type Direction = (Box<dyn Copies>, Vec<Slot>);
 
 impl Staging {
     /// Starts the threads of both directions, out of the device and into it. Each slot has room
-    /// for a payload unit of pieces of `piece_bytes`.
+    /// for a payload unit of pieces of `piece_bytes`. `shared` is how other processes open the
+    /// cache.
     ///
     /// # Panics
     /// If the operating system has no threads.
     #[must_use]
-    pub fn start(piece_bytes: usize, out: Direction, into: Direction) -> Self {
-        let (out, into) = (start("kv-export", out), start("kv-import", into));
-        Self { piece_bytes, out, into }
+    pub fn start(
+        piece_bytes: usize,
+        shared: Option<SharedKv>,
+        (copies, slots): Direction,
+        into: Direction,
+    ) -> Self {
+        let out = Copier::start("kv-export", copies, slots);
+        let into = Copier::start("kv-import", into.0, into.1);
+        Self { piece_bytes, shared, out, into }
+    }
+
+    pub(crate) fn shared(&self) -> Option<&SharedKv> {
+        self.shared.as_ref()
+    }
+
+    /// Opens another process's cache.
+    pub(crate) fn open(&self, shared: SharedKv) -> Soon<Option<PeerKv>> {
+        let (reply, opened) = oneshot::channel();
+        ask(&self.into, Request::Open { shared, reply }, opened)
+    }
+
+    /// Copies one layer of blocks `from` of another process to those of a lease.
+    pub(crate) fn pull(
+        &self,
+        (peer, from): (PeerKv, Vec<u32>),
+        lease: Arc<BlockLease>,
+        layer: usize,
+        ordinals: Range<usize>,
+    ) -> Soon<bool> {
+        let (reply, pulled) = oneshot::channel();
+        let to = lease.block_ids(ordinals).to_vec();
+        ask(&self.into, Request::Pull { peer, from, lease, layer, to, reply }, pulled)
     }
 
     pub(crate) fn piece_bytes(&self) -> usize {
@@ -158,156 +222,5 @@ impl Drop for Staged {
         if let Some(slot) = self.slot.take() {
             let _ = self.home.send(Request::Returned(slot));
         }
-    }
-}
-
-/// One layer of blocks, and the lease that keeps them.
-type Pieces = (Arc<BlockLease>, usize, Vec<u32>);
-
-enum Request {
-    /// A slot for so many bytes, filled with pieces if any are named.
-    Room {
-        for_read: Option<Pieces>,
-        bytes: usize,
-        home: Sender<Self>,
-        reply: oneshot::Sender<Staged>,
-    },
-    Apply {
-        lease: Arc<BlockLease>,
-        layer: usize,
-        slot: Slot,
-        pieces: Vec<(usize, u32)>,
-        reply: oneshot::Sender<()>,
-    },
-    Returned(Slot),
-}
-
-fn start(name: &str, (copies, free): Direction) -> Sender<Request> {
-    let (requests, inbox) = mpsc::channel();
-    let copier = Copier { copies, free, waiting: VecDeque::new(), begun: VecDeque::new() };
-    std::thread::Builder::new()
-        .name(name.to_owned())
-        .spawn(move || copier.run(&inbox))
-        .expect("the operating system has a thread for copies");
-    requests
-}
-
-/// What one thread owns.
-struct Copier {
-    copies: Box<dyn Copies>,
-    free: Vec<Slot>,
-    /// Requests for a slot.
-    waiting: VecDeque<Request>,
-    begun: VecDeque<Begun>,
-}
-
-/// A copy that the device makes.
-struct Begun {
-    lease: Arc<BlockLease>,
-    done: Done,
-}
-
-enum Done {
-    Read(Staged, oneshot::Sender<Staged>),
-    Apply(Slot, oneshot::Sender<()>),
-}
-
-impl Copier {
-    /// Until nobody can ask any more, or the device has failed.
-    fn run(mut self, inbox: &Receiver<Request>) {
-        loop {
-            let request = match self.begun.is_empty() {
-                true => match inbox.recv() {
-                    Ok(request) => Some(request),
-                    Err(_) => return,
-                },
-                false => inbox.try_recv().ok(),
-            };
-            let went = match request {
-                Some(request) => self.take(request),
-                None => self.end_oldest(),
-            };
-            if let Err(MemoryLost) = went {
-                return;
-            }
-        }
-    }
-
-    fn take(&mut self, request: Request) -> Result<(), MemoryLost> {
-        match request {
-            Request::Room { .. } => self.waiting.push_back(request),
-            Request::Apply { lease, layer, slot, pieces, reply } => {
-                self.apply(lease, layer, slot, &pieces, reply)?;
-            }
-            Request::Returned(slot) => self.free.push(slot),
-        }
-        while !self.free.is_empty()
-            && let Some(request) = self.waiting.pop_front()
-        {
-            self.give_room(request)?;
-        }
-        Ok(())
-    }
-
-    fn give_room(&mut self, request: Request) -> Result<(), MemoryLost> {
-        let Request::Room { for_read, bytes, home, reply } = request else { return Ok(()) };
-        // Of a transfer that has ended meanwhile.
-        if reply.is_closed() {
-            return Ok(());
-        }
-        let slot = self.free.pop();
-        let mut staged = Staged { slot, bytes, home };
-        let Some((lease, layer, blocks)) = for_read else {
-            let _ = reply.send(staged);
-            return Ok(());
-        };
-        // SAFETY: the slot is touched again when the copy was waited for. The pieces are complete,
-        // and the lease, which is kept until then, keeps them as they are.
-        unsafe { self.copies.gather(layer, &blocks, staged.as_mut())? };
-        self.begun.push_back(Begun { lease, done: Done::Read(staged, reply) });
-        Ok(())
-    }
-
-    fn apply(
-        &mut self,
-        lease: Arc<BlockLease>,
-        layer: usize,
-        slot: Slot,
-        pieces: &[(usize, u32)],
-        reply: oneshot::Sender<()>,
-    ) -> Result<(), MemoryLost> {
-        let copies = &mut self.copies;
-        let begun = lease.while_writable(|| {
-            // SAFETY: the slot is touched again when the copy was waited for. The blocks were
-            // granted to the lease alone, which is kept until then; they are the engine's only when
-            // everything that was to be written is applied.
-            unsafe { copies.scatter(layer, (*slot).as_ref(), pieces) }
-        });
-        match begun {
-            Some(begun) => begun?,
-            None => {
-                self.free.push(slot);
-                drop(lease);
-                let _ = reply.send(());
-                return Ok(());
-            }
-        }
-        self.begun.push_back(Begun { lease, done: Done::Apply(slot, reply) });
-        Ok(())
-    }
-
-    fn end_oldest(&mut self) -> Result<(), MemoryLost> {
-        self.copies.wait()?;
-        let Some(Begun { lease, done }) = self.begun.pop_front() else { return Ok(()) };
-        // Before anybody hears that it is not needed any more.
-        drop(lease);
-        match done {
-            Done::Read(staged, reply) => drop(reply.send(staged)),
-            Done::Apply(slot, reply) => {
-                self.take(Request::Returned(slot))?;
-                let _ = reply.send(());
-            }
-        }
-        Ok(())
     }
 }

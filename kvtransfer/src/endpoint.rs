@@ -19,7 +19,7 @@ use crate::inbox::Inbox;
 use crate::limits::{DIRECT_PAUSE, MAX_DESCRIPTION_BYTES, Timing};
 use crate::link::{CloseCode, Link};
 use crate::receive::{Inbound, Incoming, ReceiveHandle};
-use crate::send::{Outbound, Outgoing, SendHandle};
+use crate::send::{Outbound, Outgoing, SendHandle, Sent};
 use crate::sender::LinkId;
 use crate::transport;
 
@@ -82,6 +82,7 @@ impl Endpoint {
             direct: OnceLock::new(),
             host: OnceLock::new(),
             avoided: Mutex::default(),
+            sent: Default::default(),
         });
         shared.runtime.spawn(accept::accept_links(shared.clone()));
         Ok(Self { _closes: Arc::new(ClosesOnDrop(shared.clone())), shared })
@@ -120,6 +121,13 @@ impl Endpoint {
         ReceiveHandle::start(&self.shared, incoming)
     }
 
+    /// Bytes that have arrived at receivers, by how they travelled.
+    #[must_use]
+    pub fn sent_bytes(&self) -> Vec<(Transport, u64)> {
+        let sent = |way: Transport| self.shared.sent[way as usize].load(Ordering::Relaxed);
+        Transport::ALL.into_iter().map(|way| (way, sent(way))).collect()
+    }
+
     /// Transfers under way: `(outgoing, incoming)`.
     #[must_use]
     pub fn transfers(&self) -> (usize, usize) {
@@ -155,6 +163,8 @@ pub(crate) struct Shared {
     host: OnceLock<Host>,
     /// Peers whose memory could not be read, and until when it is left alone.
     avoided: Mutex<HashMap<NodeId, Instant>>,
+    /// Bytes that have arrived, by transport.
+    sent: [AtomicU64; Transport::ALL.len()],
 }
 
 impl Shared {
@@ -175,6 +185,10 @@ impl Shared {
             true => Transport::Ipc,
             false => Transport::Quic,
         }
+    }
+
+    pub(crate) fn count(&self, sent: &Sent) {
+        self.sent[sent.transport as usize].fetch_add(sent.bytes, Ordering::Relaxed);
     }
 
     /// A peer's memory could not be read.

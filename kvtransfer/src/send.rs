@@ -146,6 +146,9 @@ fn begin(
         async move {
             let outcome = run(&shared, &transfer, &outgoing.peer, outgoing.source).await;
             shared.outbound.remove(&id);
+            if let Ok(sent) = &outcome {
+                shared.count(sent);
+            }
             tracing::debug!(transfer = %id, to = %outgoing.peer.node, ?outcome, "sent");
             tell.send_replace(Some(outcome));
         }

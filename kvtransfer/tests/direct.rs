@@ -171,6 +171,9 @@ async fn nodes_of_one_machine_copy_from_memory_to_memory() {
         assert_eq!((sent.transport, moved.reads()), (Transport::Ipc, 0), "not a byte was read");
         assert_eq!(sent.bytes, u64::from(BLOCKS) * GEOMETRY.block_bytes() as u64);
     }
+    let bytes = 3 * u64::from(BLOCKS) * GEOMETRY.block_bytes() as u64;
+    let sent = machine.pair.prefill.sent_bytes();
+    assert_eq!(sent, [(Transport::Ipc, bytes), (Transport::Quic, 0)]);
 }
 
 #[tokio::test]

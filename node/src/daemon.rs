@@ -145,7 +145,7 @@ async fn start(config: Config, role: Role) -> Result<Node, StartError> {
     };
     let node = Node::start(setup, Box::new(HostExecutor::new(model)));
     if let Some(listener) = metrics {
-        tokio::spawn(telemetry::serve_metrics(listener, node.reporter()));
+        tokio::spawn(telemetry::serve_metrics(listener, node.figures()));
     }
     // Whoever started the daemon may have closed its end.
     let _ = writeln!(std::io::stdout(), "ready {role}={name} kv={kv_address}");

@@ -1,21 +1,19 @@
 //! Carries out what a [`Worker`] decides: between coordinators, engine and KV endpoint.
 
 use std::collections::HashMap;
-use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
 
 use baton_engine::{BlockLease, Engine, EngineEvent};
-use baton_kvtransfer::frame::{LayerRun, Run};
 use baton_kvtransfer::{
-    BlockSink, BlockSource, Endpoint, FirstToken, Incoming, MemoryLost, Outgoing, Place,
-    ReceiveError, ReceiveHandle, Room, SendError, SendHandle, Sent, Soon, Timing,
+    Endpoint, FirstToken, Incoming, Outgoing, ReceiveError, ReceiveHandle, Room, SendError,
+    SendHandle, Sent, Timing,
 };
 use baton_proto::ids::TransferId;
 use baton_proto::message::{Command, Hello, NodeEvent, Report};
-use bytes::Bytes;
 use tokio::sync::{mpsc, oneshot, watch};
 
+use crate::memory::{LeaseSink, LeaseSource};
 use crate::outbox::Outboxes;
 use crate::worker::{Action, Input, News, StreamId, Transfer, Worker};
 
@@ -280,48 +278,4 @@ impl Driver {
             let _ = events.send(Event::Received(id, outcome)).await;
         });
     }
-}
-
-/// The blocks of an export or of a served prefix.
-struct LeaseSource(Arc<BlockLease>);
-
-impl BlockSource for LeaseSource {
-    fn read(&self, LayerRun { layer, run }: LayerRun) -> Soon<Vec<Bytes>> {
-        let read = self.0.read(layer as usize, ordinals(run));
-        Box::pin(async {
-            let pieces = read.await.map_err(|_| MemoryLost)?;
-            Ok(pieces.into_iter().map(Bytes::from_owner).collect())
-        })
-    }
-}
-
-/// The blocks of an import or of a fetched prefix.
-struct LeaseSink(Arc<BlockLease>);
-
-impl BlockSink for LeaseSink {
-    fn place(self: Arc<Self>, LayerRun { layer, run }: LayerRun) -> Soon<Box<dyn Place>> {
-        let place = self.0.place(layer as usize, ordinals(run));
-        Box::pin(async {
-            let place = place.await.map_err(|_| MemoryLost)?;
-            Ok(Box::new(LeasePlace(place)) as Box<dyn Place>)
-        })
-    }
-}
-
-/// Where a unit goes.
-struct LeasePlace(baton_engine::Place);
-
-impl Place for LeasePlace {
-    fn write(&mut self, ordinal: u32, offset: usize, bytes: &[u8]) {
-        self.0.write(ordinal as usize, offset, bytes);
-    }
-
-    fn apply(self: Box<Self>) -> Soon<()> {
-        let applied = self.0.apply();
-        Box::pin(async { applied.await.map_err(|_| MemoryLost) })
-    }
-}
-
-fn ordinals(run: Run) -> Range<usize> {
-    run.first as usize..(run.first + run.count) as usize
 }

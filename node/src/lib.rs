@@ -14,6 +14,7 @@ pub mod worker;
 
 mod driver;
 mod load;
+mod memory;
 mod outbox;
 
 pub use driver::{Event, MAX_EVENTS};

@@ -9,11 +9,13 @@ use baton_engine::{Engine, EngineConfig, EngineInfo, Executor};
 use baton_identity::Identity;
 use baton_kvtransfer::Endpoint;
 use baton_proto::ids::{Epoch, Role};
-use baton_proto::message::{Hello, Report};
+use baton_proto::message::Hello;
 use tokio::sync::{mpsc, watch};
 
 use crate::driver::{self, Driver, Event, MAX_EVENTS};
 use crate::join::Joiner;
+use crate::memory::EngineMemory;
+use crate::telemetry::Figures;
 use crate::worker::News;
 
 /// How long leaving may take, a second to carry what is queued included.
@@ -62,6 +64,9 @@ impl Node {
         let sink = EngineSink(events.clone());
         let sink = Box::new(move |event| sink.tell(Event::Engine(event)));
         let engine = Engine::start(setup.engine.clone(), executor, sink);
+        if let Some(memory) = EngineMemory::of(engine.memory()) {
+            setup.endpoint.share(Arc::new(memory));
+        }
         let hello = hello(&setup, &engine.info());
         let (news, reported) = watch::channel(News { role: hello.role, ..News::default() });
         let parts = (engine.clone(), setup.endpoint.clone(), hello.clone());
@@ -89,10 +94,14 @@ impl Node {
         }
     }
 
-    /// Says what coordinators are told of the node's load.
-    pub fn reporter(&self) -> impl Fn() -> Report + Send + 'static {
+    /// Says what metrics are made of.
+    pub fn figures(&self) -> impl Fn() -> Figures + Send + 'static {
         let (engine, news) = (self.engine.clone(), self.news.clone());
-        move || driver::report(&engine, *news.borrow())
+        let endpoint = self.endpoint.clone();
+        move || Figures {
+            report: driver::report(&engine, *news.borrow()),
+            kv_sent: endpoint.sent_bytes(),
+        }
     }
 
     /// Works until the node has drained, or its engine has stopped.

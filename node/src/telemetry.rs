@@ -4,6 +4,7 @@ use std::fmt::Write;
 use std::io;
 use std::time::Duration;
 
+use baton_kvtransfer::Transport;
 use baton_proto::ids::Role;
 use baton_proto::message::Report;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -26,15 +27,24 @@ pub fn start_logging(filter: &str, json: bool) -> Result<(), String> {
     Ok(())
 }
 
-/// Answers every request on `listener` with what `report` says at that moment.
-pub async fn serve_metrics(listener: TcpListener, report: impl Fn() -> Report) {
+/// What metrics are made of.
+#[derive(Clone, Default, Debug)]
+pub struct Figures {
+    /// What coordinators are told of the node's load.
+    pub report: Report,
+    /// Bytes of KV that arrived at other nodes, by how they travelled.
+    pub kv_sent: Vec<(Transport, u64)>,
+}
+
+/// Answers every request on `listener` with what `figures` says at that moment.
+pub async fn serve_metrics(listener: TcpListener, figures: impl Fn() -> Figures) {
     loop {
         // One scrape at a time: a node has one or two scrapers.
         let Ok((stream, _)) = listener.accept().await else {
             tokio::time::sleep(SCRAPE_TIMEOUT).await;
             continue;
         };
-        let answer = answer(stream, exposition(&report()));
+        let answer = answer(stream, exposition(&figures()));
         if let Err(error) = tokio::time::timeout(SCRAPE_TIMEOUT, answer).await {
             tracing::debug!(%error, "a metrics scrape failed");
         }
@@ -61,8 +71,8 @@ async fn answer(mut stream: TcpStream, metrics: String) -> io::Result<()> {
     stream.shutdown().await
 }
 
-/// A report in Prometheus' text format.
-fn exposition(report: &Report) -> String {
+/// Figures in Prometheus' text format.
+fn exposition(Figures { report, kv_sent }: &Figures) -> String {
     let blocks = report.blocks;
     let mut text = String::from(
         "# HELP baton_node_kv_blocks Blocks of the KV pool by state.\n\
@@ -107,6 +117,14 @@ fn exposition(report: &Report) -> String {
         )
         .expect("a string takes all");
     }
+    text.push_str(
+        "# HELP baton_node_kv_sent_bytes_total Bytes of KV that arrived at other nodes.\n\
+         # TYPE baton_node_kv_sent_bytes_total counter\n",
+    );
+    for (transport, bytes) in kv_sent {
+        writeln!(text, "baton_node_kv_sent_bytes_total{{transport=\"{transport}\"}} {bytes}")
+            .expect("a string takes all");
+    }
     text
 }
 
@@ -121,8 +139,11 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
         let address = listener.local_addr().expect("bound");
         let blocks = BlockCounts { free: 3, active: 4, cached: 5, leased: 6 };
-        let report = move || Report { running: 7, blocks, ..Report::default() };
-        let server = tokio::spawn(serve_metrics(listener, report));
+        let figures = move || Figures {
+            report: Report { running: 7, blocks, ..Report::default() },
+            kv_sent: vec![(Transport::Ipc, 8), (Transport::Quic, 9)],
+        };
+        let server = tokio::spawn(serve_metrics(listener, figures));
         let mut stream = TcpStream::connect(address).await.expect("listening");
         stream.write_all(b"GET /metrics HTTP/1.1\r\n\r\n").await.expect("open");
         let mut text = String::new();
@@ -131,6 +152,7 @@ mod tests {
         assert!(head.contains(&format!("Content-Length: {}", body.len())));
         assert!(body.contains("baton_node_kv_blocks{state=\"leased\"} 6\n"));
         assert!(body.contains("\nbaton_node_sequences_running 7\n"));
+        assert!(body.contains("\nbaton_node_kv_sent_bytes_total{transport=\"quic\"} 9\n"));
         server.abort();
     }
 }

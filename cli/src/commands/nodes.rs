@@ -40,6 +40,7 @@ async fn show(args: &NodesArgs) -> Result<String, CommandError> {
         "LEASED",
         "PREFILL tok/s",
         "STEP ms",
+        "KV BY",
         "KV ADDRESS",
     ];
     Ok(table(&head, &nodes.iter().map(as_row).collect::<Vec<_>>()))
@@ -81,6 +82,7 @@ fn as_row(node: &Node) -> Vec<String> {
     row.extend([blocks.active, blocks.cached, blocks.leased].map(|n| n.to_string()));
     row.push(format!("{:.0}", node.prefill_tokens_per_second));
     row.push(format!("{:.1}", node.decode_step_ms));
+    row.push(node.transports.join(","));
     row.push(node.kv_address.clone());
     row
 }

@@ -3,17 +3,17 @@
 
 #![expect(unsafe_code, reason = "copies as a device does")]
 
-use std::collections::VecDeque;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::collections::{HashMap, VecDeque};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::Duration;
 
 use baton_kernels::cpu::KvStore;
 use baton_proto::geometry::KvGeometry;
 
 use crate::executor::{AfterLayer, DeviceFailure, Executor, Step};
-use crate::memory::{KvMemory, MemoryLost};
+use crate::memory::{KvMemory, MemoryLost, PeerKv, SharedKv};
 use crate::scheduler::Outcome;
-use crate::staging::{Copies, Slot, Staging};
+use crate::staging::{Copies, PageLocked, Slot, Staging};
 
 /// How long a test waits.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -33,6 +33,7 @@ struct State {
     allowed: usize,
     begun: usize,
     failed: bool,
+    unreadable: bool,
 }
 
 impl Clock {
@@ -47,6 +48,11 @@ impl Clock {
     pub fn fail(&self) {
         self.state().failed = true;
         self.changed.notify_all();
+    }
+
+    /// From now on no peer can be read.
+    pub fn blind(&self) {
+        self.state().unreadable = true;
     }
 
     /// Waits until so many copies have begun.
@@ -120,8 +126,18 @@ impl Clocks {
             (Box::new(copies) as Box<dyn Copies>, (0..slots).map(slot).collect())
         };
         let piece_bytes = store.layout().piece_bytes();
-        KvMemory::Device(Staging::start(piece_bytes, direction(&self.out), direction(&self.into)))
+        let description = Arc::as_ptr(store).addr().to_le_bytes().to_vec();
+        shared_stores().insert(description.clone(), Arc::downgrade(store));
+        let shared = SharedKv { blocks: store.blocks() as u32, description };
+        let (out, into) = (direction(&self.out), direction(&self.into));
+        KvMemory::Device(Staging::start(piece_bytes, Some(shared), out, into))
     }
+}
+
+/// What can be opened in this process, as if it were another one's.
+fn shared_stores() -> MutexGuard<'static, HashMap<Vec<u8>, Weak<KvStore>>> {
+    static STORES: OnceLock<Mutex<HashMap<Vec<u8>, Weak<KvStore>>>> = OnceLock::new();
+    STORES.get_or_init(Mutex::default).lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// An executor whose memory is not at hand.
@@ -186,6 +202,7 @@ struct Delayed {
 enum Begun {
     Gather { layer: usize, blocks: Vec<u32>, to: *mut u8 },
     Scatter { layer: usize, from: *const u8, pieces: Vec<(usize, u32)> },
+    Pull { peer: PeerKv, layer: usize, from: Vec<u32>, to: Vec<u32> },
 }
 
 // SAFETY: the pointers are to slots, which anybody may write who is allowed to.
@@ -196,9 +213,10 @@ impl Copies for Delayed {
         &mut self,
         layer: usize,
         blocks: &[u32],
-        to: &mut [u8],
+        to: &mut dyn PageLocked,
     ) -> Result<(), MemoryLost> {
-        assert_eq!(to.len(), blocks.len() * self.store.layout().piece_bytes());
+        let bytes = blocks.len() * self.store.layout().piece_bytes();
+        let to = &mut to.as_mut()[..bytes];
         to.fill(NOT_YET);
         let (blocks, to) = (blocks.to_vec(), to.as_mut_ptr());
         self.begun.push_back(Begun::Gather { layer, blocks, to });
@@ -209,13 +227,34 @@ impl Copies for Delayed {
     unsafe fn scatter(
         &mut self,
         layer: usize,
-        from: &[u8],
+        from: &mut dyn PageLocked,
         pieces: &[(usize, u32)],
     ) -> Result<(), MemoryLost> {
-        let (from, pieces) = (from.as_ptr(), pieces.to_vec());
+        let (from, pieces) = (from.as_mut().as_ptr(), pieces.to_vec());
         self.begun.push_back(Begun::Scatter { layer, from, pieces });
         self.clock.begin();
         Ok(())
+    }
+
+    fn open(&mut self, shared: &SharedKv) -> Result<Option<PeerKv>, MemoryLost> {
+        let store = shared_stores().get(&shared.description).and_then(Weak::upgrade);
+        Ok(store.map(|cache| PeerKv { blocks: shared.blocks, cache }))
+    }
+
+    unsafe fn pull(
+        &mut self,
+        peer: &PeerKv,
+        layer: usize,
+        from: &[u32],
+        to: &[u32],
+    ) -> Result<bool, MemoryLost> {
+        if self.clock.state().unreadable {
+            return Ok(false);
+        }
+        let (from, to) = (from.to_vec(), to.to_vec());
+        self.begun.push_back(Begun::Pull { peer: peer.clone(), layer, from, to });
+        self.clock.begin();
+        Ok(true)
     }
 
     fn wait(&mut self) -> Result<(), MemoryLost> {
@@ -229,6 +268,16 @@ impl Copies for Delayed {
                     unsafe {
                         let piece = self.store.piece(layer, block);
                         to.add(at * bytes).copy_from_nonoverlapping(piece.as_ptr(), bytes);
+                    }
+                }
+            }
+            Begun::Pull { peer, layer, from, to } => {
+                let theirs = peer.cache.downcast::<KvStore>().expect("opened as one");
+                for (from, to) in from.into_iter().zip(to) {
+                    // SAFETY: as below; and the test lets nobody write there meanwhile.
+                    unsafe {
+                        let piece = self.store.piece_mut(layer, to);
+                        piece.copy_from_slice(theirs.piece(layer, from));
                     }
                 }
             }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::task::{Context, Waker};
 
 use baton_engine::testing::delayed::{Clocks, NOT_YET};
-use baton_engine::{BlockLease, Kind, MemoryLost, Soon};
+use baton_engine::{BlockLease, FirstToken, Kind, MemoryLost, PeerKv, SharedKv, Soon};
 use baton_proto::message::Job;
 
 use crate::support::{Node, ahead, expected, hand_over, id, job, prompt, wait};
@@ -165,6 +165,57 @@ fn only_what_was_written_is_applied_and_nothing_once_the_sequence_runs() {
     let again = job(2, prompt(1, 18), 6);
     to.submit(&again, Kind::Local);
     assert_eq!(to.until_ended(1)[&again.id], expected(&again), "what is cached is intact");
+}
+
+/// Two nodes of one machine: the first has exported, the second opened its cache.
+fn neighbours() -> ([Clocks; 2], [Node; 2], Arc<BlockLease>, PeerKv) {
+    let ((a, from), (b, to)) = (staged(1), staged(1));
+    let (_, export) = exported(&from);
+    let shared = from.engine.memory().shared().expect("it can be opened");
+    let peer =
+        wait(to.engine.memory().open(shared)).expect("the device lives").expect("it is open");
+    ([a, b], [from, to], export, peer)
+}
+
+#[test]
+fn a_neighbours_blocks_are_copied_without_a_slot() {
+    let ([a, b], [from, to], export, peer) = neighbours();
+    b.into.allow(3);
+    let import = job(1, prompt(1, 18), 4);
+    to.submit(&import, Kind::Import);
+    let lease = to.admitted(import.id).0.unwrap();
+    for layer in 0..3 {
+        let copied = lease.copy_from(&peer, layer, 0..5, export.block_ids(0..5).to_vec());
+        assert_eq!(wait(copied), Ok(true));
+    }
+    drop((lease, export));
+    from.ended(import.id);
+    let first = expected(&import)[0];
+    to.engine.imported(import.id, FirstToken { token: first, logprobs: None, finish: None });
+    assert_eq!(to.until_ended(1)[&import.id], expected(&import)[1..]);
+    assert_eq!((a.out.begun(), b.into.begun()), (0, 3));
+}
+
+#[test]
+fn a_copy_from_a_neighbour_keeps_the_lease_and_what_is_not_there_is_not_copied() {
+    let ([_, b], [_from, to], export, peer) = neighbours();
+    let lease = imported(&to);
+    let theirs = export.block_ids(0..2).to_vec();
+    let outside = lease.copy_from(&peer, 0, 0..2, vec![0, peer.blocks]);
+    assert_eq!(wait(outside), Ok(false));
+    assert_eq!(wait(lease.copy_from(&peer, 0, 0..2, vec![0])), Ok(false));
+    let mut copied = lease.copy_from(&peer, 0, 0..2, theirs.clone());
+    b.into.wait_begun(1);
+    assert!(!is_ready(&mut copied));
+    drop((copied, lease));
+    to.engine.cancel(id(1));
+    to.submit(&job(2, prompt(2, 8), 1), Kind::Local);
+    to.tokens();
+    assert_eq!(to.engine.report().blocks.leased, 5, "the device still copies");
+    b.run();
+    to.eventually(|report| report.blocks.leased == 0);
+    let gone = SharedKv { blocks: 1, description: vec![7; 8] };
+    assert!(wait(to.engine.memory().open(gone)).unwrap().is_none());
 }
 
 #[test]

@@ -98,7 +98,7 @@ impl Worker {
     pub(super) fn sent(&mut self, id: TransferId, outcome: Result<Sent, SendError>) {
         let Some(Work::Export(_) | Work::Serve(_)) = self.work(id) else { return };
         match outcome {
-            Ok(Sent { hidden, exposed, bytes, blocks }) => {
+            Ok(Sent { hidden, exposed, bytes, blocks, .. }) => {
                 self.tell(id, NodeEvent::Transferred { id, hidden, exposed, bytes, blocks });
                 self.tasks.remove(&id);
             }

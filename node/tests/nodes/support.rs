@@ -5,7 +5,9 @@ use std::path::Path;
 use std::time::Duration;
 
 use baton_engine::model::{LoadFormat, LoadOptions, Model};
+use baton_engine::staging::UNIT_BYTES;
 use baton_engine::testing::FakeModel;
+use baton_engine::testing::delayed::Clocks;
 use baton_engine::{Engine, EngineConfig, Executor, HostExecutor};
 use baton_identity::{ClusterCa, Identity, Part};
 use baton_kvtransfer::{Endpoint, Timing};
@@ -197,6 +199,20 @@ pub(crate) struct Pair {
 impl Pair {
     pub(crate) async fn start() -> Self {
         Self::with(|| Box::new(HostExecutor::new(model()))).await
+    }
+
+    /// Nodes whose KV is in the memory of devices; if they are not `neighbours`, they cannot reach
+    /// each other's.
+    pub(crate) async fn on_devices(neighbours: bool) -> Self {
+        Self::with(|| {
+            let clocks = Clocks::default();
+            clocks.run();
+            if !neighbours {
+                clocks.into.blind();
+            }
+            clocks.before(Box::new(HostExecutor::new(model())), (3, UNIT_BYTES))
+        })
+        .await
     }
 
     /// The same with a model of one's own.

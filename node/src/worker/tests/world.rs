@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use baton_engine::Kind;
 use baton_engine::sampler::Sampled;
 use baton_engine::scheduler::{Event, Limits, Outcome, Scheduler};
-use baton_kvtransfer::{ReceiveError, SendError, Sent};
+use baton_kvtransfer::{ReceiveError, SendError, Sent, Transport};
 use baton_proto::geometry::{KvDtype, KvGeometry};
 use baton_proto::hash::ModelRoot;
 use baton_proto::ids::{Role, TransferId};
@@ -259,7 +259,13 @@ impl World {
         self.scheduler.lease_returned(id);
         let zero = Duration::ZERO;
         let outcome = if well && send.finished {
-            Ok(Sent { hidden: zero, exposed: zero, bytes: 8, blocks: 1 })
+            Ok(Sent {
+                hidden: zero,
+                exposed: zero,
+                bytes: 8,
+                blocks: 1,
+                transport: Transport::Quic,
+            })
         } else {
             Err(SendError::Timeout("the receiver's grant"))
         };

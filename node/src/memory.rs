@@ -1,0 +1,101 @@
+//! An engine's memory as transfers see it.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use baton_engine::{BlockLease, KvMemory, PeerKv, SharedKv};
+use baton_kvtransfer::frame::{LayerRun, Run};
+use baton_kvtransfer::{
+    BlockSink, BlockSource, Direct, MemoryLost, Place, Remote, SharedMemory, Soon, at_hand,
+};
+use bytes::Bytes;
+
+// A unit has to fit a slot.
+const _: () = assert!(baton_engine::staging::UNIT_BYTES >= baton_kvtransfer::limits::UNIT_BYTES);
+
+/// The KV cache, for nodes of the same machine.
+pub(crate) struct EngineMemory {
+    shared: SharedKv,
+    memory: KvMemory,
+}
+
+impl EngineMemory {
+    /// `None` if other processes cannot open it.
+    pub(crate) fn of(memory: &KvMemory) -> Option<Self> {
+        Some(Self { shared: memory.shared()?, memory: memory.clone() })
+    }
+}
+
+impl Direct for EngineMemory {
+    fn shared(&self) -> SharedMemory {
+        let SharedKv { blocks, description } = self.shared.clone();
+        SharedMemory { blocks, description }
+    }
+
+    fn open(&self, SharedMemory { blocks, description }: SharedMemory) -> Soon<Option<Remote>> {
+        let opened = self.memory.open(SharedKv { blocks, description });
+        Box::pin(async {
+            let peer = opened.await.map_err(|_| MemoryLost)?;
+            Ok(peer.map(|peer| Arc::new(peer) as Remote))
+        })
+    }
+}
+
+/// The blocks of an export or of a served prefix.
+pub(crate) struct LeaseSource(pub(crate) Arc<BlockLease>);
+
+impl BlockSource for LeaseSource {
+    fn read(&self, LayerRun { layer, run }: LayerRun) -> Soon<Vec<Bytes>> {
+        let read = self.0.read(layer as usize, ordinals(run));
+        Box::pin(async {
+            let pieces = read.await.map_err(|_| MemoryLost)?;
+            Ok(pieces.into_iter().map(Bytes::from_owner).collect())
+        })
+    }
+
+    fn references(&self, run: Run) -> Option<Vec<u32>> {
+        Some(self.0.block_ids(ordinals(run)).to_vec())
+    }
+}
+
+/// The blocks of an import or of a fetched prefix.
+pub(crate) struct LeaseSink(pub(crate) Arc<BlockLease>);
+
+impl BlockSink for LeaseSink {
+    fn place(self: Arc<Self>, LayerRun { layer, run }: LayerRun) -> Soon<Box<dyn Place>> {
+        let place = self.0.place(layer as usize, ordinals(run));
+        Box::pin(async {
+            let place = place.await.map_err(|_| MemoryLost)?;
+            Ok(Box::new(LeasePlace(place)) as Box<dyn Place>)
+        })
+    }
+
+    fn copy(
+        self: Arc<Self>,
+        from: &Remote,
+        LayerRun { layer, run }: LayerRun,
+        blocks: Vec<u32>,
+    ) -> Soon<bool> {
+        let Some(peer) = from.downcast_ref::<PeerKv>() else { return at_hand(false) };
+        let copied = self.0.copy_from(peer, layer as usize, ordinals(run), blocks);
+        Box::pin(async { copied.await.map_err(|_| MemoryLost) })
+    }
+}
+
+/// Where a unit goes.
+struct LeasePlace(baton_engine::Place);
+
+impl Place for LeasePlace {
+    fn write(&mut self, ordinal: u32, offset: usize, bytes: &[u8]) {
+        self.0.write(ordinal as usize, offset, bytes);
+    }
+
+    fn apply(self: Box<Self>) -> Soon<()> {
+        let applied = self.0.apply();
+        Box::pin(async { applied.await.map_err(|_| MemoryLost) })
+    }
+}
+
+fn ordinals(run: Run) -> Range<usize> {
+    run.first as usize..(run.first + run.count) as usize
+}
