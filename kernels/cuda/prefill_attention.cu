@@ -23,7 +23,9 @@ template <int D, int PAGE>
 __device__ __forceinline__ void prefill_attention(const TensorMap* query_map, const TensorMap* kv_map, const Arguments& a) {
   DYNAMIC_SHARED(memory);
   const Shared<D> shared = {shared_address(memory)};
-  const int warpgroup = threadIdx.x / WARPGROUP, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+  // By a shuffle, so that the compiler knows that it is the same for a warp, and keeps what follows from it in uniform registers.
+  const int warpgroup = __shfl_sync(ALL_LANES, threadIdx.x / WARPGROUP, 0);
+  const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
   if (threadIdx.x == 0) shared.initialise();
   __syncthreads();
   // 3 x 168 registers at entry; 40 + 2 x 232 from here.

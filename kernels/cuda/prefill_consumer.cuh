@@ -13,16 +13,19 @@ struct Softmax {
 __device__ __forceinline__ constexpr int half_of(int i) { return i >> 1 & 1; }
 __device__ __forceinline__ constexpr int column_of(int i) { return (i >> 2) * 8 + (i & 1); }
 
+// What to add to a matrix descriptor for an address so many bytes on: addresses are in units of 16.
+__device__ __forceinline__ constexpr unsigned descriptor_offset(unsigned bytes) { return bytes / 16; }
+
 // S = Q K^T in flight: 64 x TILE_KEYS scores.
 template <int D>
 __device__ __forceinline__ void start_scores(float (&scores)[TILE_KEYS / 2], unsigned queries, unsigned keys) {
   keep_registers(scores);
   wgmma_fence();
+  const uint64_t left = matrix_descriptor(queries, 16, GROUP_BYTES), right = matrix_descriptor(keys, 16, GROUP_BYTES);
 #pragma unroll
   for (int k = 0; k < D / 16; k++) {
-    const unsigned at = k / 4 * COLUMN_BYTES + k % 4 * 32;
-    wgmma_bf16<TILE_KEYS, false>(scores, matrix_descriptor(queries + at, 16, GROUP_BYTES),
-                                 matrix_descriptor(keys + at, 16, GROUP_BYTES), k > 0);
+    const unsigned at = descriptor_offset(k / 4 * COLUMN_BYTES + k % 4 * 32);
+    wgmma_bf16<TILE_KEYS, false>(scores, left + at, right + at, k > 0);
   }
   wgmma_commit();
 }
@@ -32,10 +35,10 @@ template <int D>
 __device__ __forceinline__ void start_output(float (&output)[D / 2], unsigned (&weights)[TILE_KEYS / 16][4], unsigned values, bool add) {
   keep_registers(output);
   wgmma_fence();
+  const uint64_t right = matrix_descriptor(values, COLUMN_BYTES, GROUP_BYTES);
 #pragma unroll
   for (int k = 0; k < TILE_KEYS / 16; k++) {
-    const unsigned at = k * 2 * GROUP_BYTES;
-    wgmma_bf16<D, true>(output, weights[k], matrix_descriptor(values + at, COLUMN_BYTES, GROUP_BYTES), add || k > 0);
+    wgmma_bf16<D, true>(output, weights[k], right + descriptor_offset(k * 2 * GROUP_BYTES), add || k > 0);
   }
   wgmma_commit();
 }

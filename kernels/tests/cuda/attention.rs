@@ -153,10 +153,10 @@ fn single_rows_attend_to_what_came_before() {
 fn single_rows_of_random_shapes() {
     testing::schedules(|stream| {
         let mut random = Random::new(19);
-        for _ in 0..10 {
+        for _ in 0..5 {
             let group = pick(&mut random, &[1, 2, 3, 4, 7, 8, 16]);
             let lengths: Vec<_> = (0..1 + random.below(5))
-                .map(|_| (1 + random.below(2) * random.below(9), random.below(900)))
+                .map(|_| (1 + random.below(2) * random.below(6), random.below(450)))
                 .collect();
             let setup = Setup {
                 shape: shape(1 + random.below(3), group, pick(&mut random, &[64, 128])),
@@ -220,6 +220,18 @@ fn captured_steps_follow_their_plan() {
         stream.write(&vec![bf16::NAN; there.out.len()], there.out.all()).unwrap();
         stream.replay(&graph).unwrap();
         case.check(&stream.read(there.out.all()).unwrap());
+    }
+}
+
+/// A spilled accumulator costs more than anything else could gain.
+#[test]
+fn no_registers_are_spilled() {
+    for usage in [
+        include_str!("../../cuda/cubin/prefill_attention.json"),
+        include_str!("../../cuda/cubin/decode_attention.json"),
+    ] {
+        let mut spills = usage.split("\"spilled_bytes\": ").skip(1);
+        assert!(spills.all(|rest| rest.starts_with("0")), "{usage}");
     }
 }
 
