@@ -10,6 +10,9 @@
 #include "fiber.h"
 #include "hopper_state.h"
 
+// Where __shared__ variables are, by shared.ld.
+extern "C" __attribute__((visibility("hidden"))) unsigned char emulator_shared_start[], emulator_shared_end[];
+
 namespace emulator {
 
 Block block;
@@ -29,7 +32,7 @@ struct LateFailure {
 void* scheduler_stack = nullptr;
 const std::function<void()>* thread_body = nullptr;
 
-// Shared memory of a block, poisoned, with a canary behind it up to an inaccessible page.
+// Shared memory of a block, poisoned, the dynamic part with a canary behind it up to an inaccessible page.
 void prepare_shared_memory(size_t bytes) {
   static unsigned char* map = nullptr;
   constexpr size_t map_bytes = SHARED_LIMIT + PAGE;
@@ -40,6 +43,7 @@ void prepare_shared_memory(size_t bytes) {
   }
   block.shared = map;
   block.shared_bytes = bytes;
+  memset(emulator_shared_start, POISON, emulator_shared_end - emulator_shared_start);
   memset(map, POISON, bytes);
   memset(map + bytes, CANARY, PAGE);
 }

@@ -12,8 +12,11 @@
 #define __grid_constant__
 #define __align__(bytes) __attribute__((aligned(bytes)))
 #define __constant__ static
-// Blocks run one after another, so one copy serves all. It is not poisoned between blocks, unlike DYNAMIC_SHARED.
-#define __shared__ static
+// Blocks run one after another, so one copy serves all. Each variable has a section of its own, as those of templates cannot
+// share one with others; shared.ld puts them together.
+#define EMULATOR_TEXT_OF(x) #x
+#define EMULATOR_TEXT(x) EMULATOR_TEXT_OF(x)
+#define __shared__ static __attribute__((section("baton_shared." EMULATOR_TEXT(__COUNTER__))))
 
 struct dim3 {
   unsigned x, y, z;

@@ -6,6 +6,8 @@ use std::fs;
 use std::hash::{Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 const FLAGS: &[&str] =
     &["-std=c++17", "-O2", "-g", "-fPIC", "-fno-strict-aliasing", "-Wall", "-Wno-psabi"];
@@ -26,8 +28,16 @@ struct Part {
     needs: &'static [&'static str],
 }
 
+/// The library that has the kernels.
+const DRIVER: &str = "libcuda.so.1";
+
+/// A library, a source of it, and the flags for that.
+type Source<'a> = (&'static str, PathBuf, &'a [&'a str]);
+/// Objects and the libraries that they belong to.
+type Objects = Vec<(&'static str, PathBuf)>;
+
 const PARTS: &[Part] = &[
-    Part { library: "libcuda.so.1", folder: "driver", needs: &[] },
+    Part { library: DRIVER, folder: "driver", needs: &[] },
     Part { library: "libcublasLt.so.13", folder: "cublaslt", needs: &["-l:libcuda.so.1"] },
     Part { library: "libnccl.so.2", folder: "nccl", needs: &["-l:libcuda.so.1"] },
 ];
@@ -68,7 +78,7 @@ impl<'a> Build<'a> {
         flags.hash(&mut hasher);
         let parts = PARTS.iter().map(|part| sources.join(part.folder));
         for folder in [kernels.clone(), sources.clone()].into_iter().chain(parts) {
-            for file in files(&folder, &["h", "cuh"])? {
+            for file in files(&folder, &["h", "cuh", "ld"])? {
                 fs::read(file).map_err(|error| error.to_string())?.hash(&mut hasher);
             }
         }
@@ -76,25 +86,38 @@ impl<'a> Build<'a> {
     }
 
     fn run(&self) -> Result<PathBuf, String> {
-        let mut driver = Vec::new();
+        let mut sources = Vec::new();
         for file in files(&self.kernels, &["cu"])? {
-            driver.push(self.compile(&file, KERNEL_FLAGS)?);
+            sources.push((DRIVER, file, KERNEL_FLAGS));
         }
         for file in files(&self.sources, &["cpp"])? {
-            driver.push(self.compile(&file, &[])?);
+            sources.push((DRIVER, file, &[]));
         }
-        let mut objects = Vec::new();
         for part in PARTS {
-            let mut own = Vec::new();
             for file in files(&self.sources.join(part.folder), &["cpp"])? {
-                own.push(self.compile(&file, &[])?);
+                sources.push((part.library, file, &[]));
             }
-            if part.needs.is_empty() {
-                own.append(&mut driver);
-            }
-            objects.push((part, own));
         }
-        self.link(&objects)
+        self.link(&self.compile_all(&sources)?)
+    }
+
+    /// The objects of sources, by the library that they belong to.
+    fn compile_all(&self, sources: &[Source<'_>]) -> Result<Objects, String> {
+        let next = AtomicUsize::new(0);
+        let done = Mutex::new(vec![Ok(PathBuf::new()); sources.len()]);
+        let work = || {
+            loop {
+                let i = next.fetch_add(1, Ordering::Relaxed);
+                let Some((_, file, flags)) = sources.get(i) else { return };
+                let object = self.compile(file, flags);
+                done.lock().expect("nothing panics with the lock")[i] = object;
+            }
+        };
+        let threads = std::thread::available_parallelism().map_or(1, usize::from);
+        std::thread::scope(|scope| (0..threads).for_each(|_| drop(scope.spawn(work))));
+        let done = done.into_inner().expect("nothing panics with the lock");
+        let names = sources.iter().map(|(library, ..)| *library);
+        names.zip(done).map(|(library, object)| Ok((library, object?))).collect()
     }
 
     /// The object of a source.
@@ -124,20 +147,24 @@ impl<'a> Build<'a> {
     }
 
     /// The libraries of these objects, in a folder named after all of them.
-    fn link(&self, parts: &[(&Part, Vec<PathBuf>)]) -> Result<PathBuf, String> {
+    fn link(&self, objects: &Objects) -> Result<PathBuf, String> {
         let mut hasher = DefaultHasher::new();
-        parts.iter().for_each(|(_, objects)| objects.hash(&mut hasher));
+        objects.hash(&mut hasher);
         let folder = self.cache.join(format!("{:016x}", hasher.finish()));
         fs::create_dir_all(&folder).map_err(|error| error.to_string())?;
-        for (part, objects) in parts {
+        for part in PARTS {
             let library = folder.join(part.library);
             if library.exists() {
                 continue;
             }
             let mut command = Command::new("g++");
-            command.args(&self.flags).arg("-shared").args(objects);
+            command.args(&self.flags).arg("-shared");
+            command.args(objects.iter().filter(|(of, _)| *of == part.library).map(|(_, o)| o));
             command.arg(format!("-Wl,-soname,{}", part.library));
             command.arg("-L").arg(&folder).args(part.needs);
+            if part.library == DRIVER {
+                command.arg(format!("-Wl,-T,{}", self.sources.join("shared.ld").display()));
+            }
             output(command, &library)?;
         }
         Ok(folder)
