@@ -18,6 +18,9 @@ mod tile;
 pub use build::{Emulator, build_emulator};
 pub use tile::{MMA_TILE, WGMMA_TILE, mma_tile, wgmma_tile};
 
+/// The variable that names the folder of an emulator to take instead of building one.
+pub const EMULATOR_FOLDER: &str = "BATON_EMULATOR_FOLDER";
+
 /// What tests run on.
 pub struct TestDevice {
     /// The device.
@@ -88,7 +91,8 @@ fn open() -> Option<TestDevice> {
             Err(reason) => assert!(wanted != "real", "no device: {reason}"),
         }
     }
-    match build_emulator(&Emulator::default()) {
+    let folder = std::env::var_os(EMULATOR_FOLDER).map(PathBuf::from);
+    match folder.map_or_else(|| build_emulator(&Emulator::default()), Ok) {
         Ok(folder) => Some(open_emulator(folder)),
         Err(reason) => {
             assert!(wanted != "emulator", "no emulator: {reason}");

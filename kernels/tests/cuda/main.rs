@@ -9,6 +9,7 @@ mod child;
 mod device;
 mod element;
 mod failures;
+mod faults;
 mod gemm;
 mod images;
 mod ipc;
