@@ -3,6 +3,7 @@
 use std::ffi::{CStr, c_void};
 use std::path::{Path, PathBuf};
 
+use cudarc::cublaslt::sys as blas_sys;
 use cudarc::driver::sys;
 use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
 
@@ -85,8 +86,8 @@ pub enum Missing {
         /// As `cuDriverGetVersion` says it.
         version: i32,
     },
-    /// This process already uses another copy of the library.
-    #[error("{library} from {path} is not the one that was loaded first")]
+    /// Another copy of the library is found by its name, as with the stubs of a toolkit.
+    #[error("{library} from {path} is hidden by another one in LD_LIBRARY_PATH or loaded before")]
     Ambiguous {
         /// Its file name.
         library: &'static str,
@@ -113,15 +114,10 @@ impl Libraries {
     /// If one is missing or too old, on one line.
     pub fn find(paths: &LibraryPaths) -> Result<Self, Missing> {
         let (driver, library) = load("libcuda.so.1", paths, DRIVER_SYMBOLS)?;
-        // cudarc looks for libraries by name and panics where it finds none. So it must find this one.
+        // cudarc looks for libraries by name, and panics where it finds none. So it must find these.
         // SAFETY: loads a library that is loaded already.
-        let same = unsafe {
-            sys::is_culib_present()
-                && sys::culib()
-                    .get::<*mut c_void>("cuInit")
-                    .is_ok_and(|found| *found == address(&library, c"cuInit"))
-        };
-        if !same {
+        let found = unsafe { sys::is_culib_present().then(|| sys::culib()) };
+        if !found.is_some_and(|found| is_same(&library, found, DRIVER_SYMBOLS[0])) {
             return Err(Missing::Ambiguous { library: "libcuda.so.1", path: driver });
         }
         let mut driver_version = 0;
@@ -130,7 +126,12 @@ impl Libraries {
         if driver_version < OLDEST_DRIVER {
             return Err(Missing::OldDriver { version: driver_version });
         }
-        let (blas, _) = load("libcublasLt.so.13", paths, BLAS_SYMBOLS)?;
+        let (blas, library) = load("libcublasLt.so.13", paths, BLAS_SYMBOLS)?;
+        // SAFETY: as above.
+        let found = unsafe { blas_sys::is_culib_present().then(|| blas_sys::culib()) };
+        if !found.is_some_and(|found| is_same(&library, found, BLAS_SYMBOLS[0])) {
+            return Err(Missing::Ambiguous { library: "libcublasLt.so.13", path: blas });
+        }
         Ok(Self { driver, driver_version, blas })
     }
 }
@@ -166,6 +167,13 @@ fn one_line(error: &libloading::Error) -> String {
     use std::error::Error;
     let text = error.source().map_or_else(|| error.to_string(), ToString::to_string);
     text.replace('\n', " ")
+}
+
+/// Whether a function of two handles is the same.
+fn is_same(library: &Library, other: &libloading::Library, symbol: &CStr) -> bool {
+    // SAFETY: the address is compared only.
+    let found = unsafe { other.get::<*mut c_void>(symbol) };
+    found.is_ok_and(|found| *found == address(library, symbol))
 }
 
 /// Where a function is, null if there is none.

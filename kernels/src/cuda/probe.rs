@@ -1,17 +1,21 @@
 //! What there is to compute with, for people and for logs.
 
 use std::fmt;
+use std::path::PathBuf;
 
 use super::device::Device;
 use super::error::DeviceError;
 use super::images::images_for;
 use super::library::{Libraries, LibraryPaths, Missing};
+use super::nccl::Nccl;
 
 /// What was found on this machine.
 #[derive(Debug, Clone)]
 pub struct Probe {
     /// The libraries, or what is missing.
     pub libraries: Result<Libraries, Missing>,
+    /// Version and file of NCCL, which only several devices need, or what is missing.
+    pub nccl: Result<(i32, PathBuf), Missing>,
     /// The devices, or why the driver does not work. Empty without libraries.
     pub devices: Result<Vec<DeviceReport>, DeviceError>,
 }
@@ -41,7 +45,9 @@ pub fn probe(paths: &LibraryPaths) -> Probe {
         Ok(libraries) => devices(libraries),
         Err(_) => Ok(Vec::new()),
     };
-    Probe { libraries, devices }
+    let nccl = libraries.clone().and_then(|_| Nccl::find(paths));
+    let nccl = nccl.map(|nccl| (nccl.version(), nccl.path().to_owned()));
+    Probe { libraries, nccl, devices }
 }
 
 fn devices(libraries: &Libraries) -> Result<Vec<DeviceReport>, DeviceError> {
@@ -71,6 +77,10 @@ impl fmt::Display for Probe {
                 let (major, minor) = (driver_version / 1000, driver_version % 1000 / 10);
                 writeln!(f, "driver for CUDA {major}.{minor} from {}", driver.display())?;
                 write!(f, "cuBLASLt from {}", blas.display())?;
+                match &self.nccl {
+                    Err(missing) => write!(f, "\nno NCCL: {missing}")?,
+                    Ok((version, path)) => write!(f, "\nNCCL {version} from {}", path.display())?,
+                }
                 match &self.devices {
                     Err(error) => write!(f, "\nno GPU: {error}"),
                     Ok(devices) if devices.is_empty() => write!(f, "\nno GPU"),

@@ -52,6 +52,42 @@ fn streams_wait_for_events() {
     assert!(event.is_done().unwrap() && first.is_idle().unwrap());
 }
 
+/// Streams that share no event need not run in order; the emulator makes sure that they do not.
+#[test]
+fn a_missing_event_shows_in_the_emulator() {
+    let Some(first) = testing::test_stream() else { return };
+    if testing::test_device().unwrap().emulator.is_none() {
+        return;
+    }
+    let second = Stream::new(first.device()).unwrap();
+    let x = first.buffer(&[bf16::ONE; 64]).unwrap();
+    let y = Buffer::new(first.device(), 64).unwrap();
+    rms_norm(&first, y.all(), x.all(), x.all(), 0.0).unwrap();
+    let too_early = second.read(y.all()).unwrap();
+    assert!(too_early.iter().all(|value| value.is_nan()), "{too_early:?}");
+}
+
+/// A graph holds what other streams do between two events, too.
+#[test]
+fn graphs_fork_and_join() {
+    let Some(stream) = testing::test_stream() else { return };
+    let other = Stream::new(stream.device()).unwrap();
+    let [fork, join] = [(); 2].map(|()| Event::new(stream.device()).unwrap());
+    let [x, y, z] = [(); 3].map(|()| stream.buffer(&[bf16::from_f32(3.0); 64]).unwrap());
+    let ones = stream.buffer(&[bf16::ONE; 64]).unwrap();
+    let both = |stream: &Stream| -> Result<(), DeviceError> {
+        fork.record(stream)?;
+        other.wait(&fork)?;
+        rms_norm(&other, y.all(), x.all(), ones.all(), 0.0)?;
+        join.record(&other)?;
+        stream.wait(&join)?;
+        stream.copy(y.all(), z.all())
+    };
+    let graph = stream.capture(both).unwrap();
+    stream.replay(&graph).unwrap();
+    assert_eq!(stream.read(z.all()).unwrap(), [bf16::ONE; 64]);
+}
+
 #[test]
 fn polling_ends() {
     let Some(stream) = testing::test_stream() else { return };
