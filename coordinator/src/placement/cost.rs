@@ -3,7 +3,7 @@
 //! With `L` tokens in all, `m_x` of them cached on node `x`, `S` the time to compute what is not
 //! ([`fit`](super::fit)), and `T` the duration of a decode step:
 //!
-//! - `remote(p, d) = max(queue_p, pull) + S_p + w S_p + n_p S_p + exposed transfer + decode(d)`
+//! - `remote(p, d) = max(queue_p, pull) + S_p + max(w, n_p) S_p + exposed transfer + decode(d)`
 //! - `local(d) = max(queue_d, pull) + S_d in chunks between decode steps + their harm + n_d S_d +
 //!   decode(d)`
 //!
@@ -186,12 +186,13 @@ pub fn prefill(demand: &Demand, node: &Candidate, source: Option<Source>) -> Pre
 #[must_use]
 pub fn computing(node: &Candidate, prefill: &Prefill, scarcity: f64) -> Cost {
     let later = scarcity * prefill.typical_ms * node.price;
-    let waiting = waiting(node, prefill.ms);
+    // `w` is how many wait for a second of work on average; here, they may be known to be more.
+    let harm = later.max(waiting(node, prefill.ms));
     Cost {
         queue: node.queue_ms,
         pull: (prefill.pull_ms - node.queue_ms).max(0.0),
         prefill: prefill.ms,
-        harm: later + waiting,
+        harm,
         ..Cost::default()
     }
 }

@@ -2,15 +2,16 @@
 
 use std::time::Instant;
 
-use baton_proto::ids::{RequestId, TransferId};
+use baton_proto::ids::TransferId;
 
 use super::choose::Choice;
 use super::job::{Job, Sent};
 use super::load::Work;
 use super::node::Node;
+use super::queue::Entry;
 use super::{
-    FEED_AHEAD_MS, FEED_AHEAD_PROMPTS, LEAST_GAIN_MS, MOST_MOVES, Placement, REBALANCE_MS,
-    REBALANCED, RETRY_MS, ROOM_WAIT_MS, Turn,
+    FEED_AHEAD_MS, FEED_AHEAD_PROMPTS, MOST_MOVES, Placement, REBALANCE_MS, REBALANCED, RETRY_MS,
+    ROOM_WAIT_MS, Turn,
 };
 use crate::index::NodeKey;
 use crate::requests::Placed;
@@ -99,39 +100,27 @@ impl Placement {
         }
     }
 
-    /// Looks whether some of those who wait would be better off elsewhere by now.
+    /// Places some of those who wait anew: the first to be due, in the order of their turns, as each
+    /// is placed behind those who are due before it.
     fn rebalance(&mut self, now: f64) {
-        let from = self.rebalanced_to.map_or(std::ops::Bound::Unbounded, std::ops::Bound::Excluded);
-        let some = self.waiting.range((from, std::ops::Bound::Unbounded)).take(REBALANCED);
-        let some: Vec<RequestId> = some.map(|(&request, _)| request).collect();
-        self.rebalanced_to = some.last().copied().filter(|_| some.len() == REBALANCED);
-        for request in some {
-            self.improve(request, now);
+        let queues = self.awaited.iter().filter_map(|&key| self.node(key));
+        let first = queues.flat_map(|node| node.queue.entries().iter().take(REBALANCED));
+        let mut first: Vec<Entry> = first.copied().collect();
+        if first.len() > REBALANCED {
+            first.select_nth_unstable_by(REBALANCED, Entry::order);
+            first.truncate(REBALANCED);
         }
-    }
-
-    fn improve(&mut self, request: RequestId, now: f64) {
-        let Some((mut job, entry)) = self.take(request) else { return };
-        let Some(choice) = self.choose(&job, now) else {
-            self.tenants.leave(job.tenant);
-            self.displaced.push_back(request);
-            return;
-        };
-        let here = self.node(job.node).map_or(f64::INFINITY, |node| {
-            let start = node.queue_ms(now);
-            start + node.queue.place(&entry, now + start).ahead_ms + entry.ms
-        });
-        let better = choice.cost.first_token() + LEAST_GAIN_MS < here;
-        if choice.computing() != job.node && better && job.moves < MOST_MOVES {
-            job.moves += 1;
-            return self.hold(job, &choice);
+        first.sort_unstable_by(Entry::order);
+        for entry in first {
+            let Some((job, _)) = self.take(entry.request) else { continue };
+            match self.choose(&job, now) {
+                Some(choice) => self.hold(job, &choice),
+                None => {
+                    self.tenants.leave(job.tenant);
+                    self.displaced.push_back(entry.request);
+                }
+            }
         }
-        if let Some(node) = self.node_mut(job.node) {
-            node.queue.insert(entry);
-        }
-        self.awaited.insert(job.node);
-        self.expected.add(&job.coming, job.node);
-        self.waiting.insert(request, job);
     }
 
     /// Keeps account of what is sent to nodes now, and waits no more.

@@ -68,8 +68,6 @@ const RETRY_MS: f64 = 20.0;
 /// Pause between looks for better places for those who wait, and how many are looked at.
 const REBALANCE_MS: f64 = 20.0;
 const REBALANCED: usize = 32;
-/// A better place must be better by so much.
-const LEAST_GAIN_MS: f64 = 5.0;
 /// When nothing was measured for so long, one request is let through to see.
 const STALE_MS: f64 = 2000.0;
 /// How often a request may be moved.
@@ -135,7 +133,6 @@ pub struct Placement {
     rebalanced_at: f64,
     /// When a prompt was computed last.
     measured_at: f64,
-    rebalanced_to: Option<RequestId>,
     matches: Matches,
     cached: Cached,
     shortlist: Shortlist,
@@ -162,7 +159,6 @@ impl Placement {
             asked_at: 0.0,
             rebalanced_at: 0.0,
             measured_at: 0.0,
-            rebalanced_to: None,
             matches: Matches::default(),
             cached: Cached::default(),
             shortlist: Shortlist::default(),
@@ -323,7 +319,8 @@ impl Placement {
     /// Requests that wait for a node are to be placed again.
     fn displace(&mut self, key: NodeKey) {
         let Some(node) = self.node_mut(key) else { return };
-        let requests: Vec<RequestId> = node.queue.requests().collect();
+        let requests: Vec<RequestId> =
+            node.queue.entries().iter().map(|entry| entry.request).collect();
         for request in requests {
             self.dismiss(request);
             self.displaced.push_back(request);

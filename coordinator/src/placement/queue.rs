@@ -7,9 +7,8 @@
 //!    time lately, or has waited so long that it counts as a higher one;
 //! 2. in it, the tenant that has had the least of the nodes' time;
 //! 3. of that tenant, the request that is due first. It is due some time after its arrival that
-//!    grows with its own prefill time ([`DUE_PER_MS`]), up to [`DUE_MOST_MS`]: short requests
-//!    overtake longer ones, and nobody is overtaken by what comes much later. The longest may wait
-//!    less again ([`DUE_LONG`]), since they take long enough by themselves.
+//!    is proportional to its own prefill time ([`DUE_PER_MS`]): short requests overtake longer
+//!    ones, and nobody is overtaken by what comes more than that time later.
 
 use std::cmp::Ordering;
 
@@ -18,14 +17,8 @@ use serde::Deserialize;
 
 use super::tenants::{TenantId, Tenants};
 
-/// How long a request may take to its first token, in times of its own prefill.
+/// A request is due so long after its arrival, in times of its own prefill.
 const DUE_PER_MS: f64 = 10.0;
-/// A request is due at the latest so long after its arrival,
-const DUE_MOST_MS: f64 = 30_000.0;
-/// less so many times its own prefill,
-const DUE_LONG: f64 = 3.0;
-/// but not before.
-const DUE_LEAST_MS: f64 = 2000.0;
 /// Who has waited so long counts as a class higher.
 const AGING_MS: f64 = 60_000.0;
 
@@ -71,7 +64,7 @@ pub(super) struct Entry {
     pub(super) tenant: TenantId,
     /// When it arrived.
     pub(super) arrived: f64,
-    /// When it should begin to answer.
+    /// When it is due, which orders those that wait.
     pub(super) due: f64,
     /// When it must have begun to answer, if ever.
     pub(super) deadline: f64,
@@ -82,14 +75,15 @@ pub(super) struct Entry {
 }
 
 impl Entry {
-    /// When a request that takes `ms` to compute should begin to answer.
+    /// When a request that takes `ms` to compute is due: at the latest when it must be begun so that
+    /// it makes its deadline.
     #[must_use]
     pub(super) fn due(arrived: f64, ms: f64, deadline: f64) -> f64 {
-        let patience = (DUE_MOST_MS - DUE_LONG * ms).max(DUE_LEAST_MS);
-        (arrived + (DUE_PER_MS * ms).min(patience)).min(deadline)
+        (arrived + DUE_PER_MS * ms).min(deadline - ms)
     }
 
-    fn order(&self, other: &Self) -> Ordering {
+    /// Who is first of two of any queues, by class and due time alone.
+    pub(super) fn order(&self, other: &Self) -> Ordering {
         let by_class = self.class.cmp(&other.class);
         let by_due = self.due.total_cmp(&other.due);
         by_class.then(by_due).then(self.request.cmp(&other.request))
@@ -166,8 +160,8 @@ impl Queue {
     }
 
     /// All that wait, in order.
-    pub(super) fn requests(&self) -> impl Iterator<Item = RequestId> {
-        self.entries.iter().map(|entry| entry.request)
+    pub(super) fn entries(&self) -> &[Entry] {
+        &self.entries
     }
 
     /// Who is next, of those that may go now.
@@ -245,6 +239,13 @@ mod tests {
         assert_eq!(place, Place { ahead_ms: 50.0, behind: 2, slack_ms: f64::INFINITY });
         let order = drain(&mut queue, &mut Shares::default(), &mut Tenants::default());
         assert_eq!(order, [2, 1, 3]);
+    }
+
+    #[test]
+    fn a_long_one_is_due_in_time_for_its_deadline() {
+        assert_eq!(Entry::due(100.0, 5000.0, f64::INFINITY), 50_100.0);
+        assert_eq!(Entry::due(100.0, 5000.0, 30_000.0), 25_000.0);
+        assert_eq!(Entry::due(100.0, 50.0, 30_000.0), 600.0);
     }
 
     #[test]
