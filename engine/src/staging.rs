@@ -23,8 +23,10 @@ use crate::lease::BlockLease;
 use crate::memory::{MemoryLost, PeerKv, SharedKv, Soon};
 
 mod copier;
+mod device;
 
 use copier::{Copier, Request};
+pub use device::{DeviceKv, DeviceSlot};
 
 /// Memory that a device can copy to and from. Its bytes stay where they are when it is moved.
 pub trait PageLocked: AsRef<[u8]> + AsMut<[u8]> + Any + Send + Sync {}

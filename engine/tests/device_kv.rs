@@ -1,0 +1,172 @@
+//! A KV cache in the memory of a GPU (or of the emulator of one), read and written for transfers.
+#![allow(clippy::unwrap_used, reason = "a test")]
+#![expect(unsafe_code, reason = "begins copies")]
+
+use std::process::Command;
+use std::sync::Arc;
+
+use baton_engine::staging::{Copies, DeviceKv, DeviceSlot};
+use baton_engine::{MemoryLost, SharedKv};
+use baton_kernels::cuda::{PieceShare, Stream, testing};
+
+const LAYERS: usize = 3;
+const BLOCKS: usize = 40;
+/// Of the process that copies, and of the one that is copied from.
+const OWN: PieceShare = PieceShare { kv_heads: 4, first_head: 1, heads: 2, head_bytes: 512 };
+const WHOLE: PieceShare = PieceShare { kv_heads: 4, first_head: 0, heads: 4, head_bytes: 512 };
+/// A handle of less than the driver's page would share what lies beside it.
+const PAGE: usize = 4 << 20;
+
+fn byte(seed: usize, at: usize) -> u8 {
+    (at * 31 + at / 509 + seed * 77) as u8
+}
+
+/// A cache with contents.
+fn cache(stream: &Stream, share: PieceShare, seed: usize) -> Arc<DeviceKv> {
+    let bytes = LAYERS * BLOCKS * share.own_bytes();
+    let contents: Vec<u8> = (0..bytes.max(PAGE)).map(|at| byte(seed, at)).collect();
+    let pieces = Arc::new(stream.buffer(&contents).unwrap());
+    Arc::new(DeviceKv { pieces, layers: LAYERS, blocks: BLOCKS, share })
+}
+
+fn contents(stream: &Stream, kv: &DeviceKv) -> Vec<u8> {
+    stream.read(kv.pieces.all()).unwrap()
+}
+
+/// Where byte `i` of the cache's own piece is in a full piece.
+fn place(share: PieceShare, i: usize) -> usize {
+    let half = share.heads * share.head_bytes;
+    i / half * share.kv_heads * share.head_bytes + share.first_head * share.head_bytes + i % half
+}
+
+fn slot(stream: &Stream) -> DeviceSlot {
+    DeviceSlot::new(stream.device(), 8 * OWN.piece_bytes()).unwrap()
+}
+
+#[test]
+fn pieces_go_out_in_their_canonical_form_and_come_back() {
+    let Some(stream) = testing::test_stream() else { return };
+    let (from, to) = (cache(&stream, OWN, 1), cache(&stream, OWN, 2));
+    let (full, own) = (OWN.piece_bytes(), OWN.own_bytes());
+    let mut copies = from.clone().copies().unwrap();
+    let (mut a, mut b) = (slot(&stream), slot(&stream));
+    // SAFETY: the slots are looked at when both were waited for, and nobody writes to the cache.
+    unsafe {
+        copies.gather(2, &[39, 0, 7], &mut a).unwrap();
+        copies.gather(0, &[5], &mut b).unwrap();
+    }
+    copies.wait().unwrap();
+    copies.wait().unwrap();
+    for (slot, layer, blocks) in [(&a, 2, &[39, 0, 7][..]), (&b, 0, &[5])] {
+        for (at, block) in blocks.iter().enumerate() {
+            let start = (layer * BLOCKS + block) * own;
+            for i in 0..own {
+                assert_eq!(slot.as_ref()[at * full + place(OWN, i)], byte(1, start + i));
+            }
+        }
+    }
+    // All but the second piece, to other places.
+    let mut copies = to.clone().copies().unwrap();
+    // SAFETY: as above.
+    unsafe { copies.scatter(1, &mut a, &[(0, 3), (2, 38)]) }.unwrap();
+    copies.wait().unwrap();
+    let mut want: Vec<u8> = (0..contents(&stream, &to).len()).map(|at| byte(2, at)).collect();
+    for (from, to) in [(39, 3), (7, 38)] {
+        for i in 0..own {
+            want[(BLOCKS + to) * own + i] = byte(1, (2 * BLOCKS + from) * own + i);
+        }
+    }
+    assert!(contents(&stream, &to) == want);
+}
+
+#[test]
+fn a_slot_can_be_filled_again_at_once() {
+    let Some(stream) = testing::test_stream() else { return };
+    let kv = cache(&stream, WHOLE, 3);
+    let mut copies = kv.clone().copies().unwrap();
+    let mut slots: Vec<_> = (0..9).map(|_| slot(&stream)).collect();
+    for (n, slot) in slots.iter_mut().enumerate() {
+        // SAFETY: as above.
+        unsafe { copies.gather(n % LAYERS, &[n as u32, 20 + n as u32], slot) }.unwrap();
+    }
+    let bytes = WHOLE.piece_bytes();
+    for (n, slot) in slots.iter().enumerate() {
+        copies.wait().unwrap();
+        for (at, block) in [n, 20 + n].into_iter().enumerate() {
+            let start = (n % LAYERS * BLOCKS + block) * bytes;
+            let piece = &slot.as_ref()[at * bytes..(at + 1) * bytes];
+            assert!(piece.iter().enumerate().all(|(i, &found)| found == byte(3, start + i)));
+        }
+    }
+}
+
+const DESCRIPTION: &str = "BATON_TEST_DESCRIPTION";
+
+/// Another process copies its heads out of this one's cache, which has all of them.
+#[test]
+fn a_process_copies_from_the_cache_of_another() {
+    if let Ok(description) = std::env::var(DESCRIPTION) {
+        return copy_from(&description);
+    }
+    let Some(stream) = testing::test_stream() else { return };
+    let kv = cache(&stream, WHOLE, 4);
+    let before = contents(&stream, &kv);
+    let description = kv.describe().unwrap().description;
+    let hex: String = description.iter().map(|byte| format!("{byte:02x}")).collect();
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command.args(["--exact", "a_process_copies_from_the_cache_of_another", "--nocapture"]);
+    let output = command.env(DESCRIPTION, hex).output().unwrap();
+    let text = [output.stdout, output.stderr].concat();
+    let text = String::from_utf8_lossy(&text);
+    assert!(output.status.success() && text.contains("1 passed"), "{text}");
+    assert!(contents(&stream, &kv) == before, "nobody writes to it");
+}
+
+fn copy_from(hex: &str) {
+    let byte_at = |at: usize| u8::from_str_radix(&hex[at..at + 2], 16).unwrap();
+    let description: Vec<u8> = (0..hex.len()).step_by(2).map(byte_at).collect();
+    let stream = testing::test_stream().unwrap();
+    let kv = cache(&stream, OWN, 5);
+    let mut copies = kv.clone().copies().unwrap();
+    refuses_what_does_not_fit(&mut *copies, &description);
+    let shared = SharedKv { blocks: BLOCKS as u32, description };
+    let peer = copies.open(&shared).unwrap().expect("it is of this machine");
+    assert!(copies.open(&shared).unwrap().is_some(), "as a second connection would");
+    // SAFETY: nobody reads or writes these caches meanwhile, and the blocks exist.
+    assert_eq!(unsafe { copies.pull(&peer, 1, &[6, 39], &[0, 21]) }, Ok(true));
+    // SAFETY: as above.
+    assert_eq!(unsafe { copies.pull(&peer, 2, &[6], &[22]) }, Ok(true));
+    copies.wait().unwrap();
+    copies.wait().unwrap();
+    let mut want: Vec<u8> = (0..contents(&stream, &kv).len()).map(|at| byte(5, at)).collect();
+    for (layer, from, to) in [(1, 6, 0), (1, 39, 21), (2, 6, 22)] {
+        for i in 0..OWN.own_bytes() {
+            let theirs = (layer * BLOCKS + from) * WHOLE.own_bytes() + place(OWN, i);
+            want[(layer * BLOCKS + to) * OWN.own_bytes() + i] = byte(4, theirs);
+        }
+    }
+    assert!(contents(&stream, &kv) == want);
+}
+
+/// Descriptions are a peer's words.
+fn refuses_what_does_not_fit(copies: &mut dyn Copies, description: &[u8]) {
+    let mut open = |blocks, description: Vec<u8>| {
+        let opened = copies.open(&SharedKv { blocks, description });
+        opened.map(|opened| opened.is_some())
+    };
+    let refused: Result<bool, MemoryLost> = Ok(false);
+    assert_eq!(open(BLOCKS as u32, Vec::new()), refused);
+    assert_eq!(open(BLOCKS as u32, description[1..].to_vec()), refused);
+    let too_many = (PAGE / LAYERS / WHOLE.own_bytes()) as u32 + 1;
+    assert_eq!(open(1 << 30, description.to_vec()), refused);
+    // As much as the driver's pages hold is possible, beyond them nothing is.
+    assert_eq!(open(too_many * 2, description.to_vec()), refused);
+    for (field, value) in [(0, LAYERS as u64 + 1), (1, 8), (2, 2), (3, u64::MAX), (4, 1 << 60)] {
+        let mut other = description.to_vec();
+        other[64 + 8 * field..][..8].copy_from_slice(&value.to_le_bytes());
+        assert_eq!(open(BLOCKS as u32, other), refused, "field {field}");
+    }
+    let mut nowhere = description.to_vec();
+    nowhere[..64].fill(9);
+    assert_eq!(open(BLOCKS as u32, nowhere), refused);
+}
