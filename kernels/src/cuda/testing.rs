@@ -69,6 +69,13 @@ pub fn schedules(test: impl Fn(&Stream)) {
     }
 }
 
+/// Whether a device has a kernel of this name.
+#[must_use]
+pub fn has_kernel(device: &Device, name: &str) -> bool {
+    // Names are constants elsewhere; tests end soon.
+    device.kernel(name.to_owned().leak()).is_ok()
+}
+
 /// Lets the emulator fail from now on, as when a device falls off the bus. Nothing on a real one.
 ///
 /// # Panics

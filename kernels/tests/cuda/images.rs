@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use baton_kernels::cuda::{IMAGES, Target};
+use baton_kernels::cuda::{IMAGES, Target, testing};
 use serde_json::Value;
 
 /// The folder of the sources. None where only the test binary is.
@@ -56,6 +56,42 @@ fn images_are_of_these_sources() {
             let built_in = IMAGES.iter().find(|image| *binary == image.file);
             assert!(built_in.is_some(), "{binary} is not built in: run scripts/build-kernels");
         }
+    }
+}
+
+/// Kernels that a device has are those that the sources have: none lacks its line for the emulator.
+#[test]
+fn every_kernel_is_found() {
+    let (Some(folder), Some(device)) = (sources(), testing::test_device()) else { return };
+    for entry in fs::read_dir(folder.join("cubin")).unwrap() {
+        let path = entry.unwrap().path();
+        if path.extension().is_none_or(|extension| extension != "json") {
+            continue;
+        }
+        let manifest: Value = serde_json::from_str(&fs::read_to_string(&path).unwrap()).unwrap();
+        let portable = manifest["binaries"].as_array().unwrap().len() > 1;
+        if device.device.target() == Target::Portable && !portable {
+            continue;
+        }
+        for name in manifest["kernels"].as_object().unwrap().keys() {
+            assert!(testing::has_kernel(&device.device, name), "no REGISTER_KERNEL({name})");
+        }
+    }
+}
+
+#[test]
+fn assembly_is_in_two_headers_only() {
+    let Some(folder) = sources() else { return };
+    for entry in fs::read_dir(&folder).unwrap() {
+        let path = entry.unwrap().path();
+        let name = path.file_name().unwrap().to_string_lossy().into_owned();
+        if path.is_dir() || ["ptx.cuh", "hopper.cuh"].contains(&name.as_str()) {
+            continue;
+        }
+        let text = fs::read_to_string(&path).unwrap();
+        let words = text.split(|c: char| !c.is_alphanumeric() && c != '_');
+        let assembly = words.into_iter().any(|word| word == "asm" || word == "__asm__");
+        assert!(!assembly, "{name} contains assembly, which the emulator cannot run");
     }
 }
 
