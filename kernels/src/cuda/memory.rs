@@ -169,7 +169,7 @@ impl<'a, T: Element> Slice<'a, T> {
     #[must_use]
     pub fn cast<U: Element>(self) -> Slice<'a, U> {
         let size = size_of::<U>();
-        let aligned = self.address.is_multiple_of(size as u64);
+        let aligned = self.address.is_multiple_of(align_of::<U>() as u64);
         assert!(aligned && self.bytes().is_multiple_of(size), "whole elements of {size} bytes");
         Slice { address: self.address, len: self.bytes() / size, buffer: PhantomData }
     }
