@@ -8,6 +8,7 @@ mod events;
 mod executor;
 mod forward;
 pub mod generation;
+pub mod gpu;
 mod host;
 mod inbox;
 mod lease;

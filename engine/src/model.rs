@@ -13,6 +13,7 @@ use self::layer::Layer;
 use self::pass::Scratch;
 use crate::config::ModelConfig;
 
+pub(crate) use self::load::Opened;
 pub use self::load::{LoadError, LoadFormat, LoadOptions, LoadProgress};
 pub use crate::weights::WeightsError;
 

@@ -1,0 +1,108 @@
+//! [`GpuModel`]: a model on a GPU.
+//!
+//! Everything of a step is queued in one stream without waiting: the numbers that describe it go
+//! over in one copy, tokens that the step before samples are looked up on the device, and what is
+//! sampled comes back to page-locked memory. So the next step is queued while one is computed.
+//! Steps in which every sequence decodes are captured as graphs, one for each power of two of rows.
+//!
+//! Results depend on the shape of a batch: matrix products and the sharing out of keys round
+//! differently for other numbers of rows. The same steps give the same bits.
+
+mod activations;
+mod cache;
+mod copies;
+mod find;
+mod flight;
+mod load;
+mod packing;
+mod pass;
+mod places;
+mod rows;
+mod sampling;
+mod scoring;
+mod step;
+mod upload;
+mod weights;
+
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::sync::Arc;
+
+use baton_kernels::cuda::{Buffer, DecodeScratch, DeviceError, DeviceSampler, Gemm, Graph, Stream};
+
+use self::activations::Activations;
+use self::cache::Cache;
+use self::flight::{Flight, Results, Slot};
+use self::packing::{Inputs, Packing};
+use self::places::AttentionShape;
+use self::scoring::Scoring;
+use self::weights::Weights;
+use crate::config::ModelConfig;
+
+pub use self::find::{Unavailable, open};
+pub use self::load::{GpuLoadError, GpuOptions};
+
+/// Steps that may be in flight.
+const DEPTH: usize = 2;
+/// Rows of the largest graph.
+const MAX_GRAPH_ROWS: usize = 256;
+
+/// Of the largest steps.
+struct Sizes {
+    /// Rows.
+    rows: usize,
+    /// Rows with logits at once.
+    logit_rows: usize,
+}
+
+/// A model on a GPU, in bf16.
+pub struct GpuModel {
+    config: ModelConfig,
+    max_model_len: usize,
+    revision: [u8; 32],
+    eos_token_ids: Vec<u32>,
+    // Graphs before what they point to.
+    graphs: HashMap<usize, Graph>,
+    /// Rows of graphs that were run once, so that nothing is loaded during a capture.
+    warm: HashSet<usize>,
+    flights: VecDeque<Flight>,
+    slots: [Slot; DEPTH],
+    /// Steps launched so far.
+    launched: usize,
+    /// By chunk of the last launched step: the row that it sampled.
+    sampled: Vec<Option<u32>>,
+    weights: Weights,
+    frequencies: Buffer<f32>,
+    gemm: Gemm,
+    shape: AttentionShape,
+    scratch: DecodeScratch,
+    inputs: Inputs,
+    packing: Packing,
+    activations: Activations,
+    sampler: DeviceSampler,
+    scoring: Scoring,
+    results: Results,
+    cache: Option<Arc<Cache>>,
+    stream: Stream,
+}
+
+impl GpuModel {
+    /// The configuration that the model was loaded with.
+    #[must_use]
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// Bytes of the device that nobody has.
+    ///
+    /// # Errors
+    /// If the device is lost.
+    pub fn free_bytes(&self) -> Result<usize, DeviceError> {
+        Ok(self.stream.device().memory()?.free_bytes)
+    }
+
+    /// Tokens that end a sequence, from `generation_config.json` or else `config.json`.
+    #[must_use]
+    pub fn eos_token_ids(&self) -> &[u32] {
+        &self.eos_token_ids
+    }
+}

@@ -1,0 +1,163 @@
+//! From a checkpoint to a model on a device.
+
+use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
+use std::path::Path;
+use std::sync::Arc;
+
+use baton_kernels::cuda::{
+    self, DecodePlan, DecodeScratch, Device, DeviceError, DeviceSampler, Gemm, HeadShape, Stream,
+};
+
+use baton_proto::geometry::KvDtype;
+
+use super::activations::Activations;
+use super::flight::{Results, Slot};
+use super::packing::{Inputs, Packing};
+use super::places::AttentionShape;
+use super::scoring::Scoring;
+use super::upload::upload;
+use super::weights::Weights;
+use super::{DEPTH, GpuModel, MAX_GRAPH_ROWS, Sizes};
+use crate::config::ModelConfig;
+use crate::model::{LoadError, LoadFormat, LoadProgress, Opened};
+
+/// What to load, and for what steps.
+pub struct GpuOptions<'a> {
+    /// The checkpoint's folder.
+    pub dir: &'a Path,
+    /// Where the weights come from.
+    pub format: LoadFormat,
+    /// Threads that read.
+    pub threads: usize,
+    /// Most tokens of a sequence; the checkpoint's `max_position_embeddings` if not given.
+    pub max_model_len: Option<usize>,
+    /// Element type of the KV cache: bf16.
+    pub kv_dtype: Option<KvDtype>,
+    /// Tokens of one KV block: 16, 32 or 64.
+    pub block_tokens: usize,
+    /// Most tokens of a step.
+    pub max_batch_tokens: usize,
+    /// Most sequences of a step.
+    pub max_sequences: usize,
+    /// Called as weights are read.
+    pub on_progress: &'a mut dyn FnMut(LoadProgress),
+}
+
+/// A model cannot be loaded to a device.
+#[derive(Debug, thiserror::Error)]
+pub enum GpuLoadError {
+    /// Its checkpoint is at fault.
+    #[error(transparent)]
+    Load(#[from] LoadError),
+    /// The device is at fault.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+    /// There is no kernel for such a model. It can be served by the CPU.
+    #[error("{0}")]
+    Unsupported(String),
+}
+
+/// Raised by every change of a kernel or of the order of operations here that changes results.
+const RESULT_REVISION: u32 = 1;
+
+impl GpuModel {
+    /// Loads the model of a folder. Nothing may write to the folder's files meanwhile.
+    ///
+    /// # Errors
+    /// If the folder cannot be served, by this device, or its memory is not enough.
+    pub fn load(device: &Arc<Device>, options: GpuOptions<'_>) -> Result<Self, GpuLoadError> {
+        let opened = Opened::open(options.dir, options.format, options.max_model_len)?;
+        let config = &opened.config;
+        let heads = supported(config, options.block_tokens, options.kv_dtype)?;
+        let stream = Stream::new(device)?;
+        let weights = Weights::reserve(&stream, config)?;
+        let (total, parts) = (opened.weights.total_bytes(config), weights.parts());
+        let reading = (options.threads, total);
+        upload(device, &opened.weights, &parts, reading, options.on_progress)?;
+        drop(parts);
+
+        let rows = options.max_sequences.max(1);
+        let sizes = Sizes {
+            rows: options.max_batch_tokens.max(rows.next_power_of_two().min(MAX_GRAPH_ROWS)).max(1),
+            logit_rows: rows.next_power_of_two().max(Scoring::ROWS),
+        };
+        let shape = attention_shape(device, config, heads);
+        let units = rows + DecodePlan::units_of(sizes.rows, &heads) + MAX_GRAPH_ROWS;
+        let items = DecodePlan::most_items(units, shape.workers);
+        let slot = || Slot::new(device, config.layers(), rows);
+        let mut revision = b"cuda".to_vec();
+        revision.extend(RESULT_REVISION.to_le_bytes());
+        revision.extend(device.capability().0.to_le_bytes());
+        Ok(Self {
+            revision: opened.revision(&revision),
+            max_model_len: opened.max_model_len,
+            eos_token_ids: opened.eos_token_ids.clone(),
+            gemm: Gemm::new(device)?,
+            frequencies: stream.buffer(&config.rope.frequencies)?,
+            scratch: DecodeScratch::new(&stream, items, &heads)?,
+            inputs: Inputs::new(device)?,
+            packing: Packing::default(),
+            activations: Activations::new(device, config, &sizes)?,
+            sampler: DeviceSampler::new(&stream, rows, config.vocab_size)?,
+            scoring: Scoring::default(),
+            results: Results::new(device, rows)?,
+            slots: [slot()?, slot()?],
+            flights: VecDeque::with_capacity(DEPTH),
+            launched: 0,
+            sampled: Vec::new(),
+            graphs: HashMap::new(),
+            warm: HashSet::new(),
+            cache: None,
+            config: opened.config,
+            shape,
+            weights,
+            stream,
+        })
+    }
+}
+
+fn attention_shape(device: &Device, config: &ModelConfig, heads: HeadShape) -> AttentionShape {
+    let windows: BTreeSet<usize> = config.windows.iter().map(|w| w.unwrap_or(0)).collect();
+    AttentionShape {
+        heads,
+        windows: windows.into_iter().collect(),
+        workers: cuda::decode_workers(device, &heads),
+        has_prefill: device.target() == cuda::Target::Hopper,
+    }
+}
+
+/// What there are kernels for.
+fn supported(
+    c: &ModelConfig,
+    block_tokens: usize,
+    kv_dtype: Option<KvDtype>,
+) -> Result<HeadShape, GpuLoadError> {
+    let heads = HeadShape { heads: c.heads, kv_heads: c.kv_heads, head_dim: c.head_dim };
+    let refuse = |text: String| Err(GpuLoadError::Unsupported(text));
+    if !matches!(c.head_dim, 64 | 128) {
+        return refuse(format!(
+            "heads of {} elements: there are kernels for 64 and 128",
+            c.head_dim
+        ));
+    }
+    if let Some(other) = kv_dtype.filter(|dtype| *dtype != KvDtype::Bf16) {
+        return refuse(format!("a KV cache of {}: there are kernels for bf16", other.as_str()));
+    }
+    if heads.group() > 16 {
+        return refuse(format!("{} query heads for a KV head: 16 at most", heads.group()));
+    }
+    if !matches!(block_tokens, 16 | 32 | 64) {
+        return refuse(format!(
+            "blocks of {block_tokens} tokens: there are kernels for 16, 32 and 64"
+        ));
+    }
+    for (what, width) in [("hidden_size", c.hidden), ("intermediate_size", c.ffn)] {
+        if !width.is_multiple_of(8) || width > cuda::MAX_WIDTH {
+            return refuse(format!("{what} of {width}: multiples of 8 up to {}", cuda::MAX_WIDTH));
+        }
+    }
+    if c.vocab_size > cuda::MAX_VOCAB {
+        return refuse(format!("{} tokens: {} at most", c.vocab_size, cuda::MAX_VOCAB));
+    }
+    Ok(heads)
+}

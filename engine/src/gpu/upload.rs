@@ -1,0 +1,116 @@
+//! Weights from a checkpoint to a device: threads read tensors, as bf16, into page-locked memory,
+//! from where the device copies them while the threads read on.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::{self, Sender};
+
+use baton_kernels::Dtype;
+use baton_kernels::cpu::ThreadPool;
+use baton_kernels::cuda::{Device, DeviceError, Pinned, Stream};
+use half::bf16;
+
+use super::weights::Part;
+use crate::model::LoadProgress;
+use crate::weights::Weights;
+
+/// Elements that are copied at once.
+const STRETCH: usize = 4 << 20;
+/// Page-locked buffers of a thread: one is filled while the others are copied.
+const BUFFERS: usize = 3;
+/// More do not read faster.
+const MOST_THREADS: usize = 8;
+
+/// Copies every part, and tells how many bytes have been read.
+pub(super) fn upload(
+    device: &Arc<Device>,
+    weights: &Weights,
+    parts: &[Part<'_>],
+    (threads, total_bytes): (usize, usize),
+    on_progress: &mut dyn FnMut(LoadProgress),
+) -> Result<(), DeviceError> {
+    let next = AtomicUsize::new(0);
+    let (told, progress) = mpsc::channel();
+    let work = |told: Sender<usize>| {
+        let done = Reader::new(device).and_then(|reader| reader.run(weights, parts, &next, &told));
+        if done.is_err() {
+            // The others need not go on.
+            next.store(parts.len(), Ordering::Relaxed);
+        }
+        done
+    };
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..threads.clamp(1, MOST_THREADS))
+            .map(|_| told.clone())
+            .map(|told| scope.spawn(|| work(told)))
+            .collect();
+        drop(told);
+        let mut done_bytes = 0;
+        for bytes in progress {
+            done_bytes += bytes;
+            on_progress(LoadProgress { done_bytes, total_bytes });
+        }
+        let results = threads.into_iter().map(|t| t.join().expect("reading does not panic"));
+        results.collect()
+    })
+}
+
+/// What one thread has.
+struct Reader {
+    stream: Stream,
+    buffers: Vec<Pinned<bf16>>,
+    /// The next buffer to fill: the one that was filled first.
+    next: usize,
+    pool: ThreadPool,
+}
+
+impl Reader {
+    fn new(device: &Arc<Device>) -> Result<Self, DeviceError> {
+        let buffers =
+            (0..BUFFERS).map(|_| Pinned::new(device, STRETCH)).collect::<Result<_, _>>()?;
+        Ok(Self { stream: Stream::new(device)?, buffers, next: 0, pool: ThreadPool::new(1) })
+    }
+
+    /// Takes parts until none is left.
+    fn run(
+        mut self,
+        weights: &Weights,
+        parts: &[Part<'_>],
+        next: &AtomicUsize,
+        told: &Sender<usize>,
+    ) -> Result<(), DeviceError> {
+        while let Some(part) = parts.get(next.fetch_add(1, Ordering::Relaxed)) {
+            let tensor = weights.tensor(&self.pool, &part.name);
+            let size = tensor.dtype.bytes();
+            assert_eq!(tensor.bytes.len(), part.to.len() * size, "checked shapes");
+            for (i, bytes) in tensor.bytes.chunks(STRETCH * size).enumerate() {
+                let (first, len) = (i * STRETCH, bytes.len() / size);
+                let buffer = &mut self.buffers[self.next];
+                self.next = (self.next + 1) % BUFFERS;
+                narrow(tensor.dtype, bytes, &mut buffer.as_mut_slice()?[..len]);
+                self.stream.upload(buffer, 0, part.to.slice(first..first + len))?;
+                // Who listens goes on until all threads have ended.
+                let _ = told.send(bytes.len());
+            }
+        }
+        self.stream.synchronize()
+    }
+}
+
+/// Rounds elements to bf16, to the nearest, ties to even.
+fn narrow(dtype: Dtype, bytes: &[u8], to: &mut [bf16]) {
+    if dtype == Dtype::Bf16 {
+        for (to, bytes) in to.iter_mut().zip(bytes.as_chunks().0) {
+            *to = bf16::from_le_bytes(*bytes);
+        }
+        return;
+    }
+    let mut values = [0.0; 1024];
+    for (to, bytes) in to.chunks_mut(values.len()).zip(bytes.chunks(values.len() * dtype.bytes())) {
+        let values = &mut values[..to.len()];
+        dtype.widen(bytes, values);
+        for (to, value) in to.iter_mut().zip(values) {
+            *to = bf16::from_f32(*value);
+        }
+    }
+}

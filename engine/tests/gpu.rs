@@ -1,0 +1,157 @@
+//! The model on a GPU, real or emulated, against the model on the CPU.
+
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
+mod common;
+#[path = "gpu/serving.rs"]
+mod serving;
+#[path = "gpu/support.rs"]
+mod support;
+
+use baton_engine::Wanted;
+use baton_engine::model::LoadFormat;
+use baton_proto::geometry::KvDtype;
+use safetensors::Dtype;
+use serde_json::json;
+
+use common::tiny::{PLAIN, Shape, write_config, write_typed};
+use common::{Numbers, Part, Runner, load, log_probabilities};
+use support::{Asked, Gpu, device};
+
+/// Log-probabilities of bf16 activations differ from those of single precision by so much.
+const TOLERANCE: f64 = 0.15;
+const MEAN_TOLERANCE: f64 = 0.03;
+
+const BASE: Shape = Shape { hidden: 64, ffn: 96, head_dim: 64, vocab: 101, ..PLAIN };
+
+/// A bf16 checkpoint with layers that see `window` tokens, if any.
+fn checkpoint(shape: &Shape, window: Option<usize>) -> tempfile::TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    let mut config = shape.config();
+    if let Some(window) = window {
+        config["model_type"] = json!("mistral");
+        config["architectures"] = json!(["MistralForCausalLM"]);
+        config["sliding_window"] = json!(window);
+        for key in ["attention_bias", "mlp_bias"] {
+            config.as_object_mut().unwrap().remove(key);
+        }
+    }
+    write_config(dir.path(), &config);
+    let mut tensors = shape.tensors(7);
+    for (_, (shape, values)) in
+        tensors.iter_mut().filter(|(name, _)| name.ends_with("_proj.weight"))
+    {
+        // As in trained models, activations keep their size; else rounding errors grow without end.
+        let scale = 1.0 / (0.3 * (shape[1] as f32).sqrt());
+        values.iter_mut().for_each(|value| *value *= scale);
+    }
+    write_typed(&dir.path().join("model.safetensors"), &tensors, |_| Dtype::BF16);
+    dir
+}
+
+fn tokens(count: usize, vocab: usize, seed: u64) -> Vec<u32> {
+    let mut numbers = Numbers(seed);
+    (0..count).map(|_| numbers.below(vocab) as u32).collect()
+}
+
+/// By position from 1 on: the log-probability of the token there.
+fn by_cpu(dir: &tempfile::TempDir, tokens: &[u32]) -> Vec<f64> {
+    let model = load(dir.path(), LoadFormat::Safetensors, 2, Some(KvDtype::Bf16));
+    let mut run = Runner::new(model, 16, tokens.len(), 1);
+    let part = Part { sequence: 0, tokens, start: 0, wanted: Wanted::All };
+    let rows = run.step(&[part]);
+    let next = rows.iter().zip(&tokens[1..]);
+    next.map(|(row, token)| log_probabilities(row)[*token as usize]).collect()
+}
+
+/// Panics unless each of `output` is, to the CPU, about as likely as the likeliest token there.
+fn assert_greedy(dir: &tempfile::TempDir, prompt: &[u32], output: &[u32]) {
+    let model = load(dir.path(), LoadFormat::Safetensors, 2, Some(KvDtype::Bf16));
+    let all = [prompt, output].concat();
+    let mut run = Runner::new(model, 16, all.len(), 1);
+    let part = Part { sequence: 0, tokens: &all, start: 0, wanted: Wanted::All };
+    let rows = run.step(&[part]);
+    for (i, token) in output.iter().enumerate() {
+        let logprobs = log_probabilities(&rows[prompt.len() - 1 + i]);
+        let best = logprobs.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        let off = best - logprobs[*token as usize];
+        assert!(off < 2.0 * TOLERANCE, "output {i} is {token}, less likely than others by {off}");
+    }
+}
+
+#[test]
+fn greedy_tokens_are_those_of_the_cpu() {
+    let Some(device) = device() else { return };
+    let dir = checkpoint(&BASE, None);
+    let prompts = [tokens(37, 101, 1), tokens(5, 101, 2), tokens(16, 101, 3)];
+    let asked: Vec<_> = prompts.iter().map(|prompt| Asked::greedy(prompt)).collect();
+    let outputs = Gpu::load(device, dir.path(), 16, 3).generate(&asked, 9, true, false);
+    for (prompt, output) in prompts.iter().zip(&outputs) {
+        assert_greedy(&dir, prompt, output);
+    }
+}
+
+#[test]
+fn steps_queued_ahead_and_graphs_change_no_token() {
+    let Some(device) = device() else { return };
+    let dir = checkpoint(&Shape { qwen3: true, ..BASE }, None);
+    let prompts = [tokens(19, 101, 1), tokens(6, 101, 2), tokens(1, 101, 3), tokens(30, 101, 4)];
+    // Numbers of rows that graphs need not pad, as matrix products of other sizes round differently.
+    for sequences in [1, 2, 4] {
+        let asked: Vec<_> = prompts[..sequences].iter().map(|p| Asked::sampled(p)).collect();
+        let run = |ahead, watched| {
+            Gpu::load(device, dir.path(), 16, sequences).generate(&asked, 8, ahead, watched)
+        };
+        let one_by_one = run(false, true);
+        assert_eq!(run(true, true), one_by_one, "queued ahead");
+        assert_eq!(run(false, false), one_by_one, "from graphs");
+        assert_eq!(run(true, false), one_by_one, "from graphs, queued ahead");
+        assert!(one_by_one.iter().all(|output| output.len() == 8));
+    }
+}
+
+#[test]
+fn models_without_kernels_are_refused() {
+    let Some(device) = device() else { return };
+    let cases = [
+        (
+            Shape { head_dim: 32, ..BASE },
+            16,
+            "heads of 32 elements: there are kernels for 64 and 128",
+        ),
+        (BASE, 8, "blocks of 8 tokens: there are kernels for 16, 32 and 64"),
+        (Shape { ffn: 77, ..BASE }, 16, "intermediate_size of 77: multiples of 8 up to 32768"),
+    ];
+    for (shape, block_tokens, reason) in cases {
+        let dir = checkpoint(&shape, None);
+        let refused = Gpu::try_load(device, dir.path(), block_tokens, 1).err();
+        assert_eq!(refused.map(|error| error.to_string()).as_deref(), Some(reason));
+    }
+}
+
+#[test]
+fn log_probabilities_are_those_of_the_cpu() {
+    let Some(device) = device() else { return };
+    let shapes = [
+        (BASE, None, 16),
+        (Shape { qwen3: true, tied: true, vocab: 64, ..BASE }, None, 32),
+        (Shape { biases: true, heads: 6, kv_heads: 1, head_dim: 128, ..BASE }, None, 64),
+        (BASE, Some(20), 16),
+    ];
+    for (shape, window, block_tokens) in shapes {
+        let dir = checkpoint(&shape, window);
+        let tokens = tokens(70, shape.vocab, 3);
+        let theirs = by_cpu(&dir, &tokens);
+        for chunk in [70, 23] {
+            let mut gpu = Gpu::load(device, dir.path(), block_tokens, 1);
+            let ours = gpu.prompt_logprobs(&tokens, chunk);
+            assert_eq!(ours.len(), theirs.len());
+            let off =
+                ours.iter().zip(&theirs).map(|(ours, theirs)| (f64::from(*ours) - theirs).abs());
+            let off: Vec<f64> = off.collect();
+            let mean = off.iter().sum::<f64>() / off.len() as f64;
+            let most = off.iter().copied().fold(0.0, f64::max);
+            assert!(mean < MEAN_TOLERANCE && most < TOLERANCE, "{shape:?} in {chunk}s: {off:.2?}");
+        }
+    }
+}

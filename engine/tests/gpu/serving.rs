@@ -1,0 +1,210 @@
+//! An engine on a GPU.
+
+use std::collections::HashMap;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, channel};
+use std::time::{Duration, Instant};
+
+use baton_engine::gpu::{GpuModel, GpuOptions};
+use baton_engine::model::LoadFormat;
+use baton_engine::{
+    BlockLease, Engine, EngineConfig, EngineEvent, FirstToken, Kind, MemoryLost, Soon, Submission,
+};
+use baton_proto::hash::CacheSalt;
+use baton_proto::ids::{RequestId, TransferId};
+use baton_proto::message::Job;
+use baton_proto::sampling::SamplingParams;
+
+use crate::common::tiny::Shape;
+use crate::support::device;
+use crate::{BASE, assert_greedy, checkpoint, tokens};
+
+/// How long anything may take before a test fails.
+const PATIENCE: Duration = Duration::from_secs(300);
+
+struct Node {
+    engine: Engine,
+    events: Receiver<EngineEvent>,
+}
+
+fn id(request: u32) -> TransferId {
+    TransferId { request: RequestId(request.into()), attempt: 1 }
+}
+
+fn job(request: u32, tokens: Vec<u32>, max_tokens: u32) -> Job {
+    let sampling = SamplingParams { temperature: 0.0, max_tokens, ..SamplingParams::default() };
+    let (prompt_tokens, salt) = (tokens.len(), CacheSalt::default());
+    Job { id: id(request), tokens: tokens.into(), prompt_tokens, sampling, salt, deadline: None }
+}
+
+impl Node {
+    fn start(dir: &Path) -> Option<Self> {
+        let config = EngineConfig {
+            block_tokens: 16,
+            kv_blocks: 20,
+            max_batch_tokens: 64,
+            max_sequences: 4,
+            max_waiting: 16,
+        };
+        let options = GpuOptions {
+            dir,
+            format: LoadFormat::Safetensors,
+            threads: 1,
+            max_model_len: None,
+            kv_dtype: None,
+            block_tokens: config.block_tokens,
+            max_batch_tokens: config.max_batch_tokens,
+            max_sequences: config.max_sequences,
+            on_progress: &mut |_| {},
+        };
+        let model = GpuModel::load(device()?, options).unwrap();
+        let (sink, events) = channel();
+        let sink = Box::new(move |event| drop(sink.send(event)));
+        Some(Self { engine: Engine::start(config, Box::new(model), sink), events })
+    }
+
+    fn submit(&self, job: &Job, kind: Kind) {
+        self.engine.submit(Submission { job: job.clone(), kind, held: false }).unwrap();
+    }
+
+    fn next(&self) -> EngineEvent {
+        self.events.recv_timeout(PATIENCE).expect("something happens")
+    }
+
+    /// The tokens of jobs, once all of them have ended.
+    fn until_ended(&self, jobs: usize) -> HashMap<TransferId, Vec<u32>> {
+        let (mut tokens, mut ended) = (HashMap::new(), 0);
+        while ended < jobs {
+            match self.next() {
+                EngineEvent::Tokens(more) => {
+                    for token in more {
+                        let all: &mut Vec<u32> = tokens.entry(token.id).or_default();
+                        all.push(token.token);
+                    }
+                }
+                EngineEvent::Ended { .. } => ended += 1,
+                EngineEvent::Failed { id, reason, .. } => panic!("{id} failed: {reason}"),
+                _ => {}
+            }
+        }
+        tokens
+    }
+
+    fn lease(&self) -> Arc<BlockLease> {
+        loop {
+            if let EngineEvent::Admitted { lease: Some(lease), .. } = self.next() {
+                return lease;
+            }
+        }
+    }
+
+    /// Nothing is left once the last step has ended, which may be one that nobody waited for.
+    fn idle(&self) {
+        let until = Instant::now() + PATIENCE;
+        loop {
+            let blocks = self.engine.report().blocks;
+            if (blocks.active, blocks.leased) == (0, 0) {
+                return;
+            }
+            assert!(Instant::now() < until, "{blocks:?}");
+            std::thread::yield_now();
+        }
+    }
+}
+
+fn wait<T>(soon: Soon<T>) -> Result<T, MemoryLost> {
+    tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(soon)
+}
+
+#[test]
+fn jobs_of_all_lengths_are_served_together() {
+    let dir = checkpoint(&BASE, None);
+    let Some(node) = Node::start(dir.path()) else { return };
+    let jobs: Vec<_> = [(1, 40, 6), (2, 3, 11), (3, 16, 1), (4, 70, 4), (5, 21, 8), (6, 40, 6)]
+        .map(|(n, length, count)| job(n, tokens(length, 101, u64::from(n)), count))
+        .into();
+    for job in &jobs {
+        node.submit(job, Kind::Local);
+    }
+    let found = node.until_ended(jobs.len());
+    for job in &jobs {
+        assert_eq!(found[&job.id].len(), job.sampling.max_tokens as usize);
+        assert_greedy(&dir, &job.tokens, &found[&job.id]);
+    }
+    node.idle();
+}
+
+#[test]
+fn a_stop_token_ends_a_sequence_although_the_next_step_was_queued() {
+    let dir = checkpoint(&BASE, None);
+    let Some(node) = Node::start(dir.path()) else { return };
+    let free = job(1, tokens(9, 101, 1), 12);
+    node.submit(&free, Kind::Local);
+    let all = node.until_ended(1).remove(&free.id).unwrap();
+    let mut stopped = job(2, tokens(9, 101, 1), 12);
+    stopped.sampling.stop_token_ids = vec![all[5]];
+    node.submit(&stopped, Kind::Local);
+    let first = all.iter().position(|token| *token == all[5]).unwrap();
+    assert_eq!(node.until_ended(1)[&stopped.id], all[..=first]);
+    node.idle();
+}
+
+#[test]
+fn a_cancel_while_steps_are_in_flight_leaves_nothing_behind() {
+    let dir = checkpoint(&BASE, None);
+    let Some(node) = Node::start(dir.path()) else { return };
+    for round in 0..3 {
+        let (long, other) = (2 * round + 1, 2 * round + 2);
+        node.submit(&job(long, tokens(20, 101, 1), 90), Kind::Local);
+        let kept = job(other, tokens(30, 101, 2), 9);
+        node.submit(&kept, Kind::Local);
+        loop {
+            if let EngineEvent::Tokens(tokens) = node.next()
+                && tokens.iter().any(|token| token.id == id(long) && token.position >= round)
+            {
+                break;
+            }
+        }
+        node.engine.cancel(id(long));
+        node.until_ended(2);
+    }
+    node.idle();
+}
+
+#[test]
+fn a_sequence_goes_on_with_blocks_from_another_device() {
+    let dir = checkpoint(&Shape { qwen3: true, ..BASE }, None);
+    let Some(from) = Node::start(dir.path()) else { return };
+    let to = Node::start(dir.path()).unwrap();
+    // Few enough tokens for one chunk, so that both compute the same steps.
+    let job = job(1, tokens(14, 101, 5), 9);
+    to.submit(&job, Kind::Import);
+    let import = to.lease();
+    from.submit(&job, Kind::Export);
+    let export = from.lease();
+    let first = loop {
+        match from.next() {
+            EngineEvent::KvReady { layer, blocks, .. } => {
+                let pieces = wait(export.read(layer, blocks.clone())).unwrap();
+                let bytes = pieces[0].as_ref().to_vec();
+                let mut place = wait(import.place(layer, blocks.clone())).unwrap();
+                place.write(blocks.start, 0, &bytes);
+                wait(place.apply()).unwrap();
+            }
+            EngineEvent::Tokens(tokens) => break tokens[0].token,
+            _ => {}
+        }
+    };
+    drop((import, export));
+    to.engine.imported(job.id, FirstToken { token: first, logprobs: None, finish: None });
+    let rest = to.until_ended(1).remove(&job.id).unwrap();
+    let local = Job { id: id(2), ..job.clone() };
+    from.until_ended(1);
+    from.submit(&local, Kind::Local);
+    let expected = from.until_ended(1).remove(&local.id).unwrap();
+    assert_eq!([vec![first], rest].concat(), expected);
+    assert_greedy(&dir, &job.tokens, &expected);
+    from.idle();
+    to.idle();
+}
