@@ -40,6 +40,17 @@ pub enum LoadFormat {
     Dummy,
 }
 
+/// What computes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DeviceChoice {
+    /// The CPU.
+    Cpu,
+    /// The GPU of this number.
+    Cuda(usize),
+    /// A GPU if there is one that serves the model, else the CPU.
+    Auto,
+}
+
 /// How large the KV cache is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum KvSize {
@@ -47,15 +58,19 @@ pub enum KvSize {
     Blocks(u64),
     /// As many blocks as fit into so many bytes.
     Bytes(u64),
+    /// As many blocks as fit into so many hundredths of the memory that is left.
+    Percent(u8),
 }
 
 impl KvSize {
-    /// The number of blocks, each of `block_bytes` bytes; at least 1.
+    /// The number of blocks, each of `block_bytes` bytes, where `free_bytes` are left; at least 1.
     #[must_use]
-    pub fn blocks(self, block_bytes: usize) -> usize {
+    pub fn blocks(self, block_bytes: usize, free_bytes: u64) -> usize {
+        let fit = |bytes: u64| bytes / block_bytes.max(1) as u64;
         let blocks = match self {
             Self::Blocks(blocks) => blocks,
-            Self::Bytes(bytes) => bytes / block_bytes.max(1) as u64,
+            Self::Bytes(bytes) => fit(bytes),
+            Self::Percent(percent) => fit(free_bytes / 100 * u64::from(percent)),
         };
         usize::try_from(blocks).unwrap_or(usize::MAX).max(1)
     }
@@ -69,12 +84,14 @@ pub struct Config {
     pub model_name: String,
     pub load_format: LoadFormat,
     pub block_tokens: u32,
-    pub kv_size: KvSize,
+    pub kv_size: Option<KvSize>,
     pub kv_dtype: Option<KvDtype>,
-    pub max_batch_tokens: usize,
-    pub max_sequences: usize,
+    pub max_batch_tokens: Option<usize>,
+    pub max_sequences: Option<usize>,
     pub max_waiting: usize,
     pub max_model_len: Option<usize>,
+    pub device: DeviceChoice,
+    pub cuda_libraries: Option<PathBuf>,
     pub threads: usize,
     pub kv_listen: SocketAddr,
     pub kv_advertise: Option<String>,
@@ -106,11 +123,13 @@ impl TryFrom<Settings> for Config {
             block_tokens: block_tokens(given.block_tokens)?,
             kv_size: kv_size(given.kv_blocks, given.kv_memory.as_deref())?,
             kv_dtype: given.kv_dtype.as_deref().map(kv_dtype).transpose()?,
-            max_batch_tokens: positive("max_batch_tokens", given.max_batch_tokens, 512)?,
-            max_sequences: positive("max_sequences", given.max_sequences, 64)?,
+            max_batch_tokens: not_zero("max_batch_tokens", given.max_batch_tokens)?,
+            max_sequences: not_zero("max_sequences", given.max_sequences)?,
             max_waiting: max_waiting(given.max_waiting)?,
             max_model_len: given.max_model_len,
-            threads: positive("threads", given.threads, cores())?,
+            device: device(given.device.as_deref())?,
+            cuda_libraries: given.cuda_libraries,
+            threads: not_zero("threads", given.threads)?.unwrap_or_else(cores),
             kv_listen,
             kv_advertise: given.kv_advertise,
             coordinators: coordinators(given.coordinator)?,
@@ -152,16 +171,13 @@ fn cores() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
 }
 
-fn positive(key: &'static str, value: Option<usize>, default: usize) -> Result<usize, ConfigError> {
-    match value {
-        Some(0) => invalid(key, 0, "at least 1"),
-        value => Ok(value.unwrap_or(default)),
-    }
+fn not_zero(key: &'static str, value: Option<usize>) -> Result<Option<usize>, ConfigError> {
+    if value == Some(0) { invalid(key, 0, "at least 1") } else { Ok(value) }
 }
 
 /// Every waiting request of a decode node may have an offer waiting at its KV endpoint.
 fn max_waiting(value: Option<usize>) -> Result<usize, ConfigError> {
-    match positive("max_waiting", value, 1024)? {
+    match not_zero("max_waiting", value)?.unwrap_or(1024) {
         value if value > MAX_PENDING_OFFERS_PER_PEER => {
             invalid("max_waiting", value, "at most 2048")
         }
@@ -209,19 +225,36 @@ fn block_tokens(value: Option<u32>) -> Result<u32, ConfigError> {
     }
 }
 
-fn kv_size(blocks: Option<u64>, memory: Option<&str>) -> Result<KvSize, ConfigError> {
+fn device(value: Option<&str>) -> Result<DeviceChoice, ConfigError> {
+    let choice = match value.unwrap_or("auto") {
+        "auto" => Some(DeviceChoice::Auto),
+        "cpu" => Some(DeviceChoice::Cpu),
+        "cuda" => Some(DeviceChoice::Cuda(0)),
+        other => other.strip_prefix("cuda:").and_then(|n| n.parse().ok()).map(DeviceChoice::Cuda),
+    };
+    let given = value.unwrap_or_default();
+    choice.map_or_else(|| invalid("device", given, "cpu, cuda, cuda:N or auto"), Ok)
+}
+
+fn kv_size(blocks: Option<u64>, memory: Option<&str>) -> Result<Option<KvSize>, ConfigError> {
     match (blocks, memory) {
         (Some(_), Some(memory)) => invalid("kv_memory", memory, "absent when kv_blocks is set"),
         (Some(0), None) => invalid("kv_blocks", 0, "at least 1"),
-        (Some(blocks), None) => Ok(KvSize::Blocks(blocks)),
-        (None, memory) => {
-            let text = memory.unwrap_or("1GiB");
-            match parse_size(text) {
-                Some(bytes) if bytes > 0 => Ok(KvSize::Bytes(bytes)),
-                _ => invalid("kv_memory", text, "a size such as 512MiB or 4GiB"),
-            }
-        }
+        (Some(blocks), None) => Ok(Some(KvSize::Blocks(blocks))),
+        (None, None) => Ok(None),
+        (None, Some(text)) => match kv_memory(text) {
+            Some(size) => Ok(Some(size)),
+            None => invalid("kv_memory", text, "a size such as 512MiB or 4GiB, or 1% to 100%"),
+        },
     }
+}
+
+fn kv_memory(text: &str) -> Option<KvSize> {
+    if let Some(percent) = text.strip_suffix('%') {
+        let percent = percent.trim().parse().ok();
+        return percent.filter(|percent| (1..=100).contains(percent)).map(KvSize::Percent);
+    }
+    parse_size(text).filter(|bytes| *bytes > 0).map(KvSize::Bytes)
 }
 
 fn kv_dtype(text: &str) -> Result<KvDtype, ConfigError> {
@@ -286,7 +319,7 @@ mod tests {
     fn every_key_is_merged() {
         // A key that `over` forgot would be lost here.
         let text = "model='m'\nmodel_name='n'\nload_format='dummy'\nblock_tokens=32\nkv_blocks=1
-            kv_memory='1'\nkv_dtype='f16'\nmax_batch_tokens=1\nmax_sequences=1\nmax_waiting=1\nmax_model_len=1
+            kv_memory='1'\nkv_dtype='f16'\ndevice='cpu'\ncuda_libraries='c'\nmax_batch_tokens=1\nmax_sequences=1\nmax_waiting=1\nmax_model_len=1
             threads=1\nkv_listen='l'\nkv_advertise='a'\ncoordinator=['c']\nidentity='i'\nstate='s'
             metrics_listen='m'\nprice=2.5\nlog='debug'\nlog_format='json'\ndrain_timeout_s=1";
         let keys = Settings::augment_args(clap::Command::new("")).get_arguments().count();
@@ -308,6 +341,8 @@ mod tests {
         let cases = [
             ("block_tokens = 17", "block_tokens is \"17\"; it must be 16, 32 or 64"),
             ("kv_memory = '4GB'", "kv_memory is \"4GB\"; it must be a size such as 512MiB or 4GiB"),
+            ("kv_memory = '101%'", "kv_memory is \"101%\"; it must be a size"),
+            ("device = 'cuda:x'", "device is \"cuda:x\"; it must be cpu, cuda, cuda:N or auto"),
             ("kv_memory = '1GiB'\nkv_blocks = 2", "it must be absent when kv_blocks is set"),
             ("kv_listen = '0.0.0.0:7000'", "or kv_advertise must be set"),
             ("load_format = 'pickle'", "it must be safetensors or dummy"),
@@ -329,7 +364,8 @@ mod tests {
     fn sizes_and_addresses() {
         assert_eq!(parse_size("3KiB"), Some(3072));
         assert_eq!(parse_size("99999999TiB"), None);
-        assert_eq!(KvSize::Bytes(100).blocks(30), 3);
+        assert_eq!(KvSize::Bytes(100).blocks(30, 0), 3);
+        assert_eq!(KvSize::Percent(50).blocks(30, 1000), 16);
         let config = given("kv_listen = '0.0.0.0:0'\nkv_advertise = 'node-7'").expect("legal");
         let bound = "0.0.0.0:7100".parse().expect("legal");
         assert_eq!(config.kv_address(bound), "node-7:7100");

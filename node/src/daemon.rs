@@ -4,8 +4,6 @@ use std::io::Write;
 use std::process::ExitCode;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use baton_engine::model::{LoadError, Model};
-use baton_engine::{EngineConfig, HostExecutor};
 use baton_identity::{Identity, Part};
 use baton_kvtransfer::{BindError, Endpoint, Timing};
 use baton_proto::ids::{NodeId, Role};
@@ -15,6 +13,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use crate::config::{Config, ConfigError};
 use crate::driver::Event;
 use crate::epoch::next_epoch;
+use crate::load::{LoadFailure, Loaded};
 use crate::node::{Node, Setup};
 use crate::settings::Settings;
 use crate::telemetry;
@@ -39,15 +38,11 @@ enum StartError {
     #[error("cannot serve metrics: {0}")]
     Metrics(std::io::Error),
     #[error("{0}")]
-    Load(#[from] LoadError),
+    Load(#[from] LoadFailure),
     #[error("cannot watch for signals: {0}")]
     Signals(std::io::Error),
     #[error("the engine failed")]
     Engine,
-    #[error(
-        "the KV cache of {needed} bytes is larger than this machine's memory of {memory}; set kv_blocks or kv_memory lower"
-    )]
-    KvMemory { needed: u64, memory: u64 },
 }
 
 /// The `main` of a daemon: runs a node that begins as `role` until it is told to stop. Exit status 2: the configuration is wrong; 1: the node could not start, or its
@@ -131,7 +126,7 @@ async fn start(config: Config, role: Role) -> Result<Node, StartError> {
         None => None,
     };
 
-    let (model, config) = load(config).await?;
+    let (loaded, config) = load(config).await?;
     let setup = Setup {
         role,
         identity,
@@ -139,11 +134,11 @@ async fn start(config: Config, role: Role) -> Result<Node, StartError> {
         endpoint,
         kv_address: kv_address.clone(),
         model_name: config.model_name.clone(),
-        engine: engine_config(&config, &model)?,
+        engine: loaded.engine,
         price: config.price,
         coordinators: config.coordinators,
     };
-    let node = Node::start(setup, Box::new(HostExecutor::new(model)));
+    let node = Node::start(setup, loaded.executor);
     if let Some(listener) = metrics {
         tokio::spawn(telemetry::serve_metrics(listener, node.figures()));
     }
@@ -152,34 +147,10 @@ async fn start(config: Config, role: Role) -> Result<Node, StartError> {
     Ok(node)
 }
 
-async fn load(config: Config) -> Result<(Model, Config), StartError> {
+async fn load(config: Config) -> Result<(Loaded, Config), StartError> {
     let loading = tokio::task::spawn_blocking(move || (crate::load::load(&config), config));
-    let (model, config) = loading.await.expect("loading returns its errors");
-    Ok((model?, config))
-}
-
-fn engine_config(config: &Config, model: &Model) -> Result<EngineConfig, StartError> {
-    let geometry = baton_engine::Forward::geometry(model, config.block_tokens);
-    let kv_blocks = config.kv_size.blocks(geometry.block_bytes());
-    let needed = (kv_blocks as u64).saturating_mul(geometry.block_bytes() as u64);
-    if let Some(memory) = machine_memory().filter(|&memory| needed > memory) {
-        return Err(StartError::KvMemory { needed, memory });
-    }
-    Ok(EngineConfig {
-        block_tokens: config.block_tokens as usize,
-        kv_blocks,
-        max_batch_tokens: config.max_batch_tokens,
-        max_sequences: config.max_sequences,
-        max_waiting: config.max_waiting,
-    })
-}
-
-/// Bytes of memory, if the system says.
-fn machine_memory() -> Option<u64> {
-    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let total = text.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;
-    let kib: u64 = total.trim().strip_suffix("kB")?.trim().parse().ok()?;
-    Some(kib * 1024)
+    let (loaded, config) = loading.await.expect("loading returns its errors");
+    Ok((loaded?, config))
 }
 
 /// SIGTERM and SIGINT.

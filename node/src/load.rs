@@ -1,11 +1,13 @@
-//! Loading the model, with progress for people on standard error.
+//! Loading the model to what computes it, with progress for people on standard error.
 
 use std::io::Write;
 use std::time::{Duration, Instant};
 
+use baton_engine::gpu::{self, GpuLoadError, GpuModel, GpuOptions, Unavailable};
 use baton_engine::model::{LoadError, LoadFormat, LoadOptions, LoadProgress, Model};
+use baton_engine::{EngineConfig, Executor, HostExecutor};
 
-use crate::config::{self, Config};
+use crate::config::{self, Config, DeviceChoice, KvSize};
 
 /// The seed of made-up weights: equal on all nodes, which then can exchange KV.
 const DUMMY_SEED: u64 = 0;
@@ -13,29 +15,144 @@ const DUMMY_SEED: u64 = 0;
 /// Least time between two lines of progress.
 const PROGRESS_PAUSE: Duration = Duration::from_millis(500);
 
+/// What is ready to compute.
+pub(crate) struct Loaded {
+    pub(crate) executor: Box<dyn Executor>,
+    pub(crate) engine: EngineConfig,
+}
+
+/// Why there is nothing to compute with.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum LoadFailure {
+    #[error(transparent)]
+    Model(#[from] LoadError),
+    #[error(transparent)]
+    Gpu(#[from] GpuLoadError),
+    #[error("no GPU: {0}")]
+    NoGpu(#[from] Unavailable),
+    #[error(
+        "the KV cache of {needed} bytes is larger than the memory of {memory}; set kv_blocks or kv_memory lower"
+    )]
+    KvMemory { needed: u64, memory: u64 },
+}
+
+/// What depends on the device, where the configuration says nothing.
+struct Defaults {
+    max_batch_tokens: usize,
+    max_sequences: usize,
+    kv_size: KvSize,
+}
+
+const ON_CPU: Defaults =
+    Defaults { max_batch_tokens: 512, max_sequences: 64, kv_size: KvSize::Bytes(1 << 30) };
+const ON_GPU: Defaults =
+    Defaults { max_batch_tokens: 8192, max_sequences: 256, kv_size: KvSize::Percent(90) };
+
 /// Loads the configured model. Blocks for as long as that takes.
-pub(crate) fn load(config: &Config) -> Result<Model, LoadError> {
-    let begun = Instant::now();
-    let mut shown = begun;
-    Model::load(LoadOptions {
-        dir: &config.model,
-        format: match config.load_format {
-            config::LoadFormat::Safetensors => LoadFormat::Safetensors,
-            config::LoadFormat::Dummy => LoadFormat::Dummy { seed: DUMMY_SEED },
+pub(crate) fn load(config: &Config) -> Result<Loaded, LoadFailure> {
+    match config.device {
+        DeviceChoice::Cpu => on_cpu(config),
+        DeviceChoice::Cuda(ordinal) => on_gpu(config, ordinal),
+        DeviceChoice::Auto => match on_gpu(config, 0) {
+            Err(LoadFailure::NoGpu(reason)) => {
+                tracing::info!("computing on the CPU: {reason}");
+                on_cpu(config)
+            }
+            Err(LoadFailure::Gpu(GpuLoadError::Unsupported(reason))) => {
+                tracing::info!("computing on the CPU: the GPU has no kernels for {reason}");
+                on_cpu(config)
+            }
+            other => other,
         },
+    }
+}
+
+fn on_cpu(config: &Config) -> Result<Loaded, LoadFailure> {
+    let model = Model::load(LoadOptions {
+        dir: &config.model,
+        format: format(config),
         threads: config.threads,
         max_model_len: config.max_model_len,
         kv_dtype: config.kv_dtype,
-        on_progress: &mut |LoadProgress { done_bytes, total_bytes }| {
-            if done_bytes == total_bytes || shown.elapsed() >= PROGRESS_PAUSE {
-                shown = Instant::now();
-                let percent = percent(done_bytes, total_bytes);
-                let line = line(percent, done_bytes, begun.elapsed());
-                // Nobody may be reading.
-                let _ = writeln!(std::io::stderr(), "{line}");
-            }
+        on_progress: &mut progress(),
+    })?;
+    let executor = Box::new(HostExecutor::new(model));
+    let memory = machine_memory().unwrap_or(u64::MAX);
+    Ok(Loaded { engine: engine_config(config, &ON_CPU, &*executor, memory)?, executor })
+}
+
+fn on_gpu(config: &Config, ordinal: usize) -> Result<Loaded, LoadFailure> {
+    let device = gpu::open(ordinal, config.cuda_libraries.as_slice())?;
+    tracing::info!("computing on {device:?}");
+    let model = GpuModel::load(
+        &device,
+        GpuOptions {
+            dir: &config.model,
+            format: format(config),
+            threads: config.threads,
+            max_model_len: config.max_model_len,
+            kv_dtype: config.kv_dtype,
+            block_tokens: config.block_tokens as usize,
+            max_batch_tokens: config.max_batch_tokens.unwrap_or(ON_GPU.max_batch_tokens),
+            max_sequences: config.max_sequences.unwrap_or(ON_GPU.max_sequences),
+            on_progress: &mut progress(),
         },
+    )?;
+    let memory = model.free_bytes().map_err(GpuLoadError::from)? as u64;
+    let executor = Box::new(model);
+    Ok(Loaded { engine: engine_config(config, &ON_GPU, &*executor, memory)?, executor })
+}
+
+fn format(config: &Config) -> LoadFormat {
+    match config.load_format {
+        config::LoadFormat::Safetensors => LoadFormat::Safetensors,
+        config::LoadFormat::Dummy => LoadFormat::Dummy { seed: DUMMY_SEED },
+    }
+}
+
+fn engine_config(
+    config: &Config,
+    defaults: &Defaults,
+    executor: &dyn Executor,
+    memory: u64,
+) -> Result<EngineConfig, LoadFailure> {
+    let geometry = executor.geometry(config.block_tokens);
+    let size = config.kv_size.unwrap_or(defaults.kv_size);
+    let kv_blocks = size.blocks(geometry.block_bytes(), memory);
+    let needed = (kv_blocks as u64).saturating_mul(geometry.block_bytes() as u64);
+    if needed > memory {
+        return Err(LoadFailure::KvMemory { needed, memory });
+    }
+    Ok(EngineConfig {
+        block_tokens: config.block_tokens as usize,
+        kv_blocks,
+        max_batch_tokens: config.max_batch_tokens.unwrap_or(defaults.max_batch_tokens),
+        max_sequences: config.max_sequences.unwrap_or(defaults.max_sequences),
+        max_waiting: config.max_waiting,
     })
+}
+
+/// Bytes of memory, if the system says.
+fn machine_memory() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let total = text.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;
+    let kib: u64 = total.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    Some(kib * 1024)
+}
+
+/// Writes a line now and then.
+fn progress() -> impl FnMut(LoadProgress) {
+    let begun = Instant::now();
+    let mut shown = begun;
+    move |LoadProgress { done_bytes, total_bytes }| {
+        if done_bytes == total_bytes || shown.elapsed() >= PROGRESS_PAUSE {
+            shown = Instant::now();
+            let percent = percent(done_bytes, total_bytes);
+            let line = line(percent, done_bytes, begun.elapsed());
+            // Nobody may be reading.
+            let _ = writeln!(std::io::stderr(), "{line}");
+        }
+    }
 }
 
 fn percent(done: usize, total: usize) -> usize {

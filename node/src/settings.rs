@@ -27,17 +27,18 @@ pub struct Settings {
     /// Size of the KV cache in blocks. Default: what fits into kv-memory.
     #[arg(long, env = "BATON_KV_BLOCKS", value_name = "N")]
     pub kv_blocks: Option<u64>,
-    /// Size of the KV cache in bytes, e.g. 512MiB or 4GiB; not together with kv-blocks. Default: 1GiB.
+    /// Size of the KV cache in bytes, e.g. 512MiB or 4GiB, or as a share of a GPU's memory that the
+    /// model leaves, e.g. 80%; not together with kv-blocks. Default: 1GiB, on a GPU 90%.
     #[arg(long, env = "BATON_KV_MEMORY", value_name = "SIZE")]
     pub kv_memory: Option<String>,
-    /// Element type of the KV cache: f32, bf16 or f16; the same on all nodes of a model.
-    /// Default: the type of the weights.
+    /// Element type of the KV cache: f32, bf16 or f16, on a GPU bf16; the same on all nodes of a
+    /// model. Default: the type of the weights.
     #[arg(long, env = "BATON_KV_DTYPE", value_name = "TYPE")]
     pub kv_dtype: Option<String>,
-    /// Most tokens computed in one step. Default: 512.
+    /// Most tokens computed in one step. Default: 512, on a GPU 8192.
     #[arg(long, env = "BATON_MAX_BATCH_TOKENS", value_name = "N")]
     pub max_batch_tokens: Option<usize>,
-    /// Most sequences computed at a time. Default: 64.
+    /// Most sequences computed at a time. Default: 64, on a GPU 256.
     #[arg(long, env = "BATON_MAX_SEQUENCES", value_name = "N")]
     pub max_sequences: Option<usize>,
     /// Most sequences that wait; further ones are refused. Default: 1024.
@@ -46,7 +47,15 @@ pub struct Settings {
     /// Most tokens of a sequence, prompt and output. Default: the model's own limit.
     #[arg(long, env = "BATON_MAX_MODEL_LEN", value_name = "N")]
     pub max_model_len: Option<usize>,
-    /// Threads that compute. Default: one per CPU core.
+    /// What computes: `cpu`, `cuda` or `cuda:N` for a GPU, or `auto` for the first GPU if there is
+    /// one that serves the model, else the CPU. Default: auto.
+    #[arg(long, env = "BATON_DEVICE", value_name = "DEVICE")]
+    pub device: Option<String>,
+    /// Folder with the libraries of CUDA, libcublasLt.so.13 above all. Default: those of the active
+    /// Python environment, then those of the system.
+    #[arg(long, env = "BATON_CUDA_LIBRARIES", value_name = "DIR")]
+    pub cuda_libraries: Option<PathBuf>,
+    /// Threads that compute, or read the weights for a GPU. Default: one per CPU core.
     #[arg(long, env = "BATON_THREADS", value_name = "N")]
     pub threads: Option<usize>,
     /// Where KV transfers are received, over UDP; port 0 takes a free one. Default: 127.0.0.1:0.
@@ -124,6 +133,8 @@ impl Settings {
             max_sequences: self.max_sequences.or(other.max_sequences),
             max_waiting: self.max_waiting.or(other.max_waiting),
             max_model_len: self.max_model_len.or(other.max_model_len),
+            device: self.device.or(other.device),
+            cuda_libraries: self.cuda_libraries.or(other.cuda_libraries),
             threads: self.threads.or(other.threads),
             kv_listen: self.kv_listen.or(other.kv_listen),
             kv_advertise: self.kv_advertise.or(other.kv_advertise),
