@@ -24,14 +24,15 @@ int from_environment(const char* name, int otherwise) {
   return value ? atoi(value) : otherwise;
 }
 
-int devices() { return from_environment("BATON_EMULATOR_DEVICES", 1); }
+int devices() { return from_environment("BATON_EMULATOR_DEVICES", 4); }
 int capability() { return from_environment("BATON_EMULATOR_CAPABILITY", 90); }
 
 // CUdevice_attribute
 enum { MAX_THREADS = 1, WARP_SIZE = 10, SM_COUNT = 16, CAPABILITY_MAJOR = 75, CAPABILITY_MINOR = 76, SHARED_OPTIN = 97 };
 
 thread_local void* current_context = nullptr;
-void* const CONTEXT = (void*)0x10;
+// A context is this and its device's number.
+constexpr uintptr_t CONTEXT = 0x10;
 
 struct ErrorName {
   Result code;
@@ -101,8 +102,8 @@ DRIVER_API cuDeviceGetAttribute(int* value, int attribute, int) {
   }
   return SUCCESS;
 }
-DRIVER_API cuDevicePrimaryCtxRetain(void** context, int) {
-  *context = CONTEXT;
+DRIVER_API cuDevicePrimaryCtxRetain(void** context, int device) {
+  *context = (void*)(CONTEXT + device);
   return SUCCESS;
 }
 DRIVER_API cuDevicePrimaryCtxRelease_v2(int) { return SUCCESS; }
@@ -119,6 +120,10 @@ DRIVER_API cuCtxSynchronize() {
   DRIVER_ENTER;
   if (capturing_thread()) return CAPTURE_UNSUPPORTED;
   return wait_for_all(locked);
+}
+// For the rest of the stand-ins: the device of the calling thread, or -1.
+extern "C" __attribute__((visibility("default"))) int emulator_current_device() {
+  return current_context ? (int)((uintptr_t)current_context - CONTEXT) : -1;
 }
 DRIVER_API cuGetErrorName(Result code, const char** name) {
   *name = describe(code).name;

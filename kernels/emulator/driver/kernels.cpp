@@ -8,6 +8,9 @@
 
 using namespace driver;
 
+extern "C" int emulator_current_device();
+extern "C" int emulator_memory_device(uint64_t address);
+
 std::map<std::string, emulator::Kernel>& emulator::kernels() {
   static std::map<std::string, Kernel> all;
   return all;
@@ -38,6 +41,17 @@ struct Parameters {
     }
   }
 };
+
+// Whether an address among the parameters is of another device's memory, which a kernel cannot reach: no access between
+// devices is enabled.
+bool reaches_elsewhere(const emulator::Kernel& kernel, void** parameters) {
+  for (size_t i = 0; i < kernel.parameter_bytes.size(); i++) {
+    if (kernel.parameter_bytes[i] != sizeof(uint64_t)) continue;
+    int device = emulator_memory_device(*(uint64_t*)parameters[i]);
+    if (device >= 0 && device != emulator_current_device()) return true;
+  }
+  return false;
+}
 
 Result run(const emulator::Launch& launch) {
   std::string failure = emulator::launch(launch);
@@ -91,6 +105,10 @@ DRIVER_API cuLaunchKernel(void* function_handle, unsigned grid_x, unsigned grid_
   uint64_t threads = (uint64_t)block_x * block_y * block_z;
   if (!threads || threads > 1024 || block_z > 64 || shared_bytes > function.shared_allowed) return INVALID_VALUE;
   if (!grid_x || !grid_y || !grid_z || grid_y > 65535 || grid_z > 65535) return INVALID_VALUE;
+  if (reaches_elsewhere(*function.kernel, parameters)) {
+    fprintf(stderr, "emulator: %s: memory of another device\n", function.kernel->name);
+    return enqueue(*stream, [] { return ILLEGAL_ADDRESS; });
+  }
   auto values = std::make_shared<Parameters>(*function.kernel, parameters);
   const emulator::Kernel& kernel = *function.kernel;
   emulator::Launch launch = {kernel.name, {grid_x, grid_y, grid_z}, {block_x, block_y, block_z}, shared_bytes, [values, &kernel] { kernel.call(values->addresses.data()); }, schedule};

@@ -10,6 +10,8 @@
 
 using namespace driver;
 
+extern "C" int emulator_current_device();
+
 namespace {
 
 constexpr size_t PAGE = 4096;
@@ -20,7 +22,7 @@ constexpr unsigned char POISON = 0xff;       // NaN in every floating-point type
 // An allocation is a file in memory of its own, between two inaccessible pages, so that wild accesses fault,
 // freed memory is gone, and other processes can map it.
 struct Allocation {
-  int file = -1;
+  int file = -1, device = -1;
   char* map = nullptr;  // with both guard pages
   size_t file_bytes = 0, bytes = 0;
   char* start() const { return map + PAGE + offset(); }
@@ -30,7 +32,8 @@ struct Allocation {
 struct Memory {
   std::map<uint64_t, Allocation> allocations;  // by start
   std::map<uintptr_t, size_t> pinned;
-  size_t used = 0, capacity = CAPACITY;
+  std::map<int, size_t> used;  // by device
+  size_t capacity = CAPACITY;  // of each
   Memory() {
     if (const char* bytes = getenv("BATON_EMULATOR_MEMORY")) capacity = strtoull(bytes, nullptr, 10);
   }
@@ -79,7 +82,7 @@ bool driver::is_device_memory(uint64_t address, size_t bytes) {
 DRIVER_API cuMemGetInfo_v2(size_t* available, size_t* total) {
   DRIVER_ENTER;
   *total = memory().capacity;
-  *available = *total - memory().used;
+  *available = *total - memory().used[emulator_current_device()];
   return SUCCESS;
 }
 DRIVER_API cuDeviceTotalMem_v2(size_t* total, int) {
@@ -91,8 +94,10 @@ DRIVER_API cuMemAlloc_v2(uint64_t* address, size_t bytes) {
   DRIVER_ENTER;
   if (!bytes) return INVALID_VALUE;
   if (capturing_thread()) return CAPTURE_UNSUPPORTED;
-  if (memory().used + bytes > memory().capacity) return OUT_OF_MEMORY;
   Allocation a;
+  a.device = emulator_current_device();
+  if (a.device < 0) return INVALID_CONTEXT;
+  if (memory().used[a.device] + bytes > memory().capacity) return OUT_OF_MEMORY;
   a.bytes = bytes;
   a.file_bytes = (bytes + PAGE - 1) / PAGE * PAGE;
   a.file = memfd_create("baton-emulator", MFD_CLOEXEC);
@@ -100,7 +105,7 @@ DRIVER_API cuMemAlloc_v2(uint64_t* address, size_t bytes) {
   memset(a.map + PAGE, POISON, a.file_bytes);
   *address = (uint64_t)a.start();
   memory().allocations[*address] = a;
-  memory().used += bytes;
+  memory().used[a.device] += bytes;
   return SUCCESS;
 }
 DRIVER_API cuMemFree_v2(uint64_t address) {
@@ -115,7 +120,7 @@ DRIVER_API cuMemFree_v2(uint64_t address) {
       fprintf(stderr, "emulator: something wrote past the end of %zu bytes of device memory\n", a.bytes);
       abort();
     }
-  memory().used -= a.bytes;
+  memory().used[a.device] -= a.bytes;
   memory().allocations.erase(found);
   release(a);
   return SUCCESS;
@@ -230,6 +235,7 @@ DRIVER_API cuIpcOpenMemHandle_v2(uint64_t* address, IpcHandleBytes handle, unsig
   char path[64];
   snprintf(path, sizeof path, "/proc/%d/fd/%d", contents.process, contents.file);
   Allocation a;
+  a.device = emulator_current_device();
   a.bytes = contents.bytes;
   a.file_bytes = (a.bytes + PAGE - 1) / PAGE * PAGE;
   a.file = open(path, O_RDWR | O_CLOEXEC);
@@ -248,6 +254,13 @@ DRIVER_API cuIpcCloseMemHandle(uint64_t address) {
   return SUCCESS;
 }
 
+// The device whose memory this is, or -1.
+extern "C" __attribute__((visibility("default"))) int emulator_memory_device(uint64_t address) {
+  auto locked = lock();
+  auto found = containing(memory().allocations, address);
+  bool inside = found != memory().allocations.end() && address < found->first + found->second.bytes;
+  return inside ? found->second.device : -1;
+}
 extern "C" __attribute__((visibility("default"))) int emulator_is_device_memory(uint64_t address, size_t bytes) {
   auto locked = lock();
   return is_device_memory(address, bytes);

@@ -6,6 +6,8 @@
 
 using namespace driver;
 
+extern "C" int emulator_current_device();
+
 namespace driver {
 namespace {
 
@@ -13,6 +15,14 @@ std::map<void*, std::shared_ptr<Stream>>& streams() {
   static std::map<void*, std::shared_ptr<Stream>> all;
   return all;
 }
+
+// Events are recorded by streams of their own device only.
+struct OwnedStream : Stream {
+  int device = emulator_current_device();
+};
+struct OwnedEvent : Event {
+  int device = emulator_current_device();
+};
 
 // The capture that this thread began.
 thread_local std::weak_ptr<Capture> thread_capture;
@@ -31,7 +41,7 @@ std::shared_ptr<Stream> find_stream(void* handle) {
   auto found = streams().find(handle);
   if (found != streams().end()) return found->second;
   if (handle) return nullptr;
-  return streams()[nullptr] = std::make_shared<Stream>();
+  return streams()[nullptr] = std::make_shared<OwnedStream>();
 }
 
 bool capturing_thread() { return !thread_capture.expired(); }
@@ -86,7 +96,7 @@ Result wait_for_all(std::unique_lock<std::recursive_mutex>& locked) {
 
 DRIVER_API cuStreamCreate(void** handle, unsigned) {
   DRIVER_ENTER;
-  auto stream = std::make_shared<Stream>();
+  auto stream = std::make_shared<OwnedStream>();
   *handle = stream.get();
   streams()[*handle] = stream;
   return SUCCESS;
@@ -135,18 +145,19 @@ DRIVER_API cuStreamWaitEvent(void* handle, void* event_handle, unsigned) {
 }
 
 DRIVER_API cuEventCreate(void** handle, unsigned) {
-  *handle = new Event;
+  *handle = new OwnedEvent;
   return SUCCESS;
 }
 DRIVER_API cuEventDestroy_v2(void* handle) {
-  delete (Event*)handle;
+  delete (OwnedEvent*)handle;
   return SUCCESS;
 }
 DRIVER_API cuEventRecord(void* handle, void* stream_handle) {
   DRIVER_ENTER;
   auto stream = find_stream(stream_handle);
   if (!stream) return INVALID_HANDLE;
-  Event& event = *(Event*)handle;
+  OwnedEvent& event = *(OwnedEvent*)handle;
+  if (event.device != static_cast<OwnedStream&>(*stream).device) return INVALID_HANDLE;
   event.stream = stream;
   event.capture = stream->capture;
   event.captured = stream->captured;

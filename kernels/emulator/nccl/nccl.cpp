@@ -1,4 +1,4 @@
-// A libnccl.so.2 whose ranks are processes of one machine, with sockets between them: what kernels/src/cuda/nccl uses.
+// A libnccl.so.2 whose ranks are processes or devices of one machine, with sockets between them: what kernels/src/cuda/nccl uses.
 #include <unistd.h>
 #include <climits>
 #include <cstdio>
@@ -12,6 +12,9 @@ using namespace nccl;
 // Of the stand-in driver. Work is asked for again as long as it gives NOT_READY.
 extern "C" int emulator_enqueue(void* stream, int (*work)(void*), void (*release)(void*), void* data);
 extern "C" int emulator_is_device_memory(uint64_t address, size_t bytes);
+extern "C" int emulator_current_device();
+extern "C" int emulator_memory_device(uint64_t address);
+extern "C" int cuStreamIsCapturing(void* stream, int* status);
 
 namespace {
 
@@ -26,7 +29,12 @@ struct Config {
   int blocking;
 };
 
-typedef std::shared_ptr<Communicator> Handle;
+// A rank and its device.
+struct Member : Communicator {
+  int device = -1;
+  using Communicator::Communicator;
+};
+typedef std::shared_ptr<Member> Handle;
 
 size_t element_bytes(int type) {
   static const size_t bytes[] = {1, 1, 4, 4, 8, 8, 2, 4, 8, 2};
@@ -45,7 +53,8 @@ struct Reduction {
 // Everything between a group's start and its end, of one communicator and stream.
 struct Group {
   Handle communicator;
-  uint64_t number;
+  bool captured;    // for a graph, which may run it many times, in its place in the stream
+  uint64_t number;  // otherwise: its place among all of the communicator
   std::vector<Transfer> transfers;
   std::vector<std::pair<const char*, size_t>> to_self;  // sends to its own rank, and where they go
   std::vector<std::pair<char*, size_t>> from_self;
@@ -69,7 +78,7 @@ int run(void* data) {
   Group& group = *(Group*)data;
   Communicator& c = *group.communicator;
   if (c.aborted) return WORK_DONE;
-  if (c.done != group.number || c.state != SUCCESS) return WORK_NOT_READY;
+  if ((!group.captured && c.done != group.number) || c.state != SUCCESS) return WORK_NOT_READY;
   for (size_t i = 0; i < group.to_self.size(); i++) memmove(group.from_self[i].first, group.to_self[i].first, group.to_self[i].second);
   Progress progress = advance(c, group.transfers);
   // As on a device, work whose peer is gone goes on until the communicator is aborted.
@@ -77,7 +86,7 @@ int run(void* data) {
   if (progress != Progress::done) return WORK_NOT_READY;
   for (auto& reduction : group.reductions) reduce(*reduction, c.rank, c.ranks);
   for (Transfer& t : group.transfers) t.moved = 0;  // a graph may run it again
-  c.done++;
+  if (!group.captured) c.done++;
   return WORK_DONE;
 }
 
@@ -97,9 +106,12 @@ Result submit(void* stream, std::unique_ptr<Group> group) {
   if (group->to_self.size() != group->from_self.size()) return INVALID_USAGE;  // to itself only with its receipt
   for (size_t i = 0; i < group->to_self.size(); i++)
     if (group->to_self[i].second != group->from_self[i].second) return INVALID_USAGE;
+  int capturing = 0;
+  cuStreamIsCapturing(stream, &capturing);
+  group->captured = capturing;
   {
     std::lock_guard<std::mutex> locked(mutex);
-    group->number = group->communicator->groups++;
+    if (!capturing) group->number = group->communicator->groups++;
   }
   return emulator_enqueue(stream, run, [](void* group) { delete (Group*)group; }, group.release()) ? UNHANDLED_CUDA_ERROR : SUCCESS;
 }
@@ -126,7 +138,10 @@ Result operation(void* handle, void* stream, Add add) {
   return end_group();
 }
 
-bool on_device(const void* p, size_t bytes) { return emulator_is_device_memory((uint64_t)p, bytes); }
+// Whether it is memory of the communicator's device.
+bool on_device(void* handle, const void* p, size_t bytes) {
+  return emulator_is_device_memory((uint64_t)p, bytes) && emulator_memory_device((uint64_t)p) == (*(Handle*)handle)->device;
+}
 
 void add_transfer(Group& group, int peer, bool sends, const void* data, size_t bytes) {
   if (peer != group.communicator->rank) group.transfers.push_back({peer, sends, (char*)data, bytes});
@@ -136,7 +151,7 @@ void add_transfer(Group& group, int peer, bool sends, const void* data, size_t b
 
 Result transfer(const void* data, size_t count, int type, int peer, bool sends, void* handle, void* stream) {
   size_t bytes = count * element_bytes(type);
-  if (!element_bytes(type) || peer < 0 || peer >= (*(Handle*)handle)->ranks || !on_device(data, bytes)) return INVALID_ARGUMENT;
+  if (!element_bytes(type) || peer < 0 || peer >= (*(Handle*)handle)->ranks || !on_device(handle, data, bytes)) return INVALID_ARGUMENT;
   return operation(handle, stream, [&](Group& group) { add_transfer(group, peer, sends, data, bytes); });
 }
 
@@ -176,7 +191,8 @@ NCCL_API ncclGetUniqueId(UniqueId* id) {
 
 NCCL_API ncclCommInitRankConfig(void** handle, int ranks, UniqueId id, int rank, const Config* config) {
   if (rank < 0 || rank >= ranks || (config && config->magic != CONFIG_MAGIC)) return INVALID_ARGUMENT;
-  auto communicator = std::make_shared<Communicator>(id.bytes, rank, ranks);
+  auto communicator = std::make_shared<Member>(id.bytes, rank, ranks);
+  communicator->device = emulator_current_device();
   *handle = new Handle(communicator);
   if (config && config->blocking == 0) return IN_PROGRESS;
   while (communicator->state == IN_PROGRESS) {
@@ -184,6 +200,28 @@ NCCL_API ncclCommInitRankConfig(void** handle, int ranks, UniqueId id, int rank,
     usleep(100);
   }
   return communicator->state;
+}
+// Of this process' devices.
+NCCL_API ncclCommInitAll(void** handles, int ranks, const int* devices) {
+  UniqueId id;
+  if (Result result = ncclGetUniqueId(&id)) return result;
+  std::vector<Handle> all;
+  for (int rank = 0; rank < ranks; rank++) {
+    for (int other = 0; other < rank; other++)
+      if (devices[other] == devices[rank]) return INVALID_USAGE;
+    all.push_back(std::make_shared<Member>(id.bytes, rank, ranks));
+    all.back()->device = devices[rank];
+  }
+  for (bool all_here = false; !all_here;) {
+    all_here = true;
+    for (const Handle& c : all) {
+      c->connect();
+      if (c->state == SYSTEM_ERROR) return SYSTEM_ERROR;
+      all_here &= c->state == SUCCESS;
+    }
+  }
+  for (int rank = 0; rank < ranks; rank++) handles[rank] = new Handle(all[rank]);
+  return SUCCESS;
 }
 NCCL_API ncclCommGetAsyncError(void* handle, Result* state) {
   std::lock_guard<std::mutex> locked(mutex);
@@ -221,7 +259,7 @@ NCCL_API ncclRecv(void* data, size_t count, int type, int peer, void* handle, vo
 NCCL_API ncclAllReduce(const void* from, void* to, size_t count, int type, int reduction, void* handle, void* stream) {
   size_t bytes = count * element_bytes(type);
   bool known = (type == FLOAT32 || type == BFLOAT16) && reduction == SUM;
-  if (!known || !on_device(from, bytes) || !on_device(to, bytes)) return INVALID_ARGUMENT;
+  if (!known || !on_device(handle, from, bytes) || !on_device(handle, to, bytes)) return INVALID_ARGUMENT;
   return operation(handle, stream, [&](Group& group) {
     auto r = std::make_unique<Reduction>();
     r->own = (const char*)from;
@@ -241,7 +279,7 @@ NCCL_API ncclAllReduce(const void* from, void* to, size_t count, int type, int r
 NCCL_API ncclAllGather(const void* from, void* to, size_t count, int type, void* handle, void* stream) {
   size_t bytes = count * element_bytes(type);
   int ranks = (*(Handle*)handle)->ranks;
-  if (!bytes || !on_device(from, bytes) || !on_device(to, bytes * ranks)) return INVALID_ARGUMENT;
+  if (!bytes || !on_device(handle, from, bytes) || !on_device(handle, to, bytes * ranks)) return INVALID_ARGUMENT;
   return operation(handle, stream, [&](Group& group) {
     for (int peer = 0; peer < ranks; peer++) {
       add_transfer(group, peer, true, from, bytes);

@@ -258,6 +258,13 @@ impl<T: Element> Pinned<T> {
         Ok(unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr(), self.len) })
     }
 
+    /// As kernels of any device reach it, over the bus. Neither they nor the host wait for each
+    /// other: events say who is next.
+    #[must_use]
+    pub fn on_devices(&self) -> Slice<'_, T> {
+        Slice { address: self.start.as_ptr().addr() as u64, len: self.len, buffer: PhantomData }
+    }
+
     /// Where a part of it begins.
     ///
     /// # Panics

@@ -98,6 +98,7 @@ functions! {
     error: c"ncclGetErrorString", (c_int) -> *const c_char;
     unique_id: c"ncclGetUniqueId", (*mut RawId) -> c_int;
     join: c"ncclCommInitRankConfig", (*mut Handle, c_int, RawId, c_int, *mut Config) -> c_int;
+    join_all: c"ncclCommInitAll", (*mut Handle, c_int, *const c_int) -> c_int;
     state: c"ncclCommGetAsyncError", (Handle, *mut c_int) -> c_int;
     finalize: c"ncclCommFinalize", (Handle) -> c_int;
     destroy: c"ncclCommDestroy", (Handle) -> c_int;

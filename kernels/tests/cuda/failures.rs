@@ -154,6 +154,6 @@ fn probing_lists_devices() {
     if let Some(paths) = emulator().filter(|_| testing::test_device().unwrap().emulator.is_some()) {
         let report = probe(&paths).to_string();
         let expected = "\ndevice 0: emulator, compute capability 9.0, 4.0 GiB, 3 multiprocessors";
-        assert!(report.ends_with(expected), "{report}");
+        assert!(report.contains(expected), "{report}");
     }
 }

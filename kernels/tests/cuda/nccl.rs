@@ -1,10 +1,13 @@
-//! Ranks of a communicator. Each is a process, as NCCL wants a device for each in one process.
+//! Ranks of a communicator: processes, or devices of one process, as NCCL wants a device for each in
+//! one process.
 
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use baton_kernels::cuda::testing::{self, TestDevice};
-use baton_kernels::cuda::{Buffer, Communicator, Libraries, Nccl, NcclError, Stream};
+use baton_kernels::cuda::{
+    Buffer, Communicator, Device, DeviceError, Event, Libraries, Nccl, NcclError, Stream,
+};
 use half::bf16;
 
 use crate::child;
@@ -154,4 +157,78 @@ fn ranks_that_do_not_come_are_not_waited_for() {
     let joined = Communicator::join(&nccl, &device.device, &id, (0, 2), Instant::now());
     let error = joined.err().expect("nobody else came");
     assert!(matches!(error, NcclError::TimedOut { .. }), "{error}");
+}
+
+/// The emulator's devices, which are several.
+fn devices(ranks: usize) -> Option<(Vec<Stream>, Vec<Communicator>)> {
+    let (device, nccl) = nccl()?;
+    let libraries = Libraries::find(&device.paths).unwrap();
+    if Device::count(&libraries).unwrap() < ranks {
+        eprintln!("skipped: needs {ranks} devices");
+        return None;
+    }
+    let devices: Vec<_> = (0..ranks).map(|i| Device::open(&libraries, i).unwrap()).collect();
+    let communicators = Communicator::of_devices(&nccl, &devices).unwrap();
+    Some((devices.iter().map(|device| Stream::new(device).unwrap()).collect(), communicators))
+}
+
+/// Calls `work` for every rank at once, each on a thread of its own.
+fn on_all<T: Send>(
+    ranks: Vec<(&Stream, &mut Communicator)>,
+    work: impl Fn(&Stream, &mut Communicator) -> T + Sync,
+) -> Vec<T> {
+    let work = &work;
+    std::thread::scope(|scope| {
+        let start = |(stream, own)| scope.spawn(move || work(stream, own));
+        let threads: Vec<_> = ranks.into_iter().map(start).collect();
+        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+    })
+}
+
+/// A graph adds up what there is when it is replayed.
+#[test]
+fn devices_of_one_process_add_up_in_graphs_and_outside() {
+    let Some((streams, mut communicators)) = devices(RANKS) else { return };
+    let found = on_all(streams.iter().zip(&mut communicators).collect(), |stream, own| {
+        let buffer = stream.buffer(&vec![own.rank() as f32 + 1.0; LEN]).unwrap();
+        let add = |stream: &Stream| own.all_reduce(stream, buffer.all()).unwrap();
+        add(stream);
+        stream.synchronize().unwrap();
+        let add = |stream: &Stream| {
+            add(stream);
+            Ok::<_, DeviceError>(())
+        };
+        let graph = stream.capture(add).unwrap();
+        for _ in 0..2 {
+            stream.replay(&graph).unwrap();
+        }
+        add(stream).unwrap();
+        stream.read(buffer.all()).unwrap()
+    });
+    // 1 + 2 + 3, and three times as much after each of three more.
+    assert!(found.iter().flatten().all(|value| *value == 6.0 * 27.0), "{:?}", found[0][0]);
+}
+
+#[test]
+fn memory_of_another_device_is_refused() {
+    let Some((streams, mut communicators)) = devices(2) else { return };
+    let elsewhere = streams[1].buffer(&[1.0_f32; 8]).unwrap();
+    let error = communicators[0].all_reduce(&streams[0], elsewhere.all()).unwrap_err();
+    assert!(matches!(error, NcclError::Refused { .. }), "{error}");
+    communicators.clear();
+}
+
+/// Those who wait get free when all communicators are dropped.
+#[test]
+fn a_device_that_does_not_take_part_holds_up_nobody_forever() {
+    let Some((streams, mut communicators)) = devices(2) else { return };
+    let data = streams[0].buffer(&[1.0_f32; 8]).unwrap();
+    communicators[0].all_reduce(&streams[0], data.all()).unwrap();
+    let added = Event::new(streams[0].device()).unwrap();
+    added.record(&streams[0]).unwrap();
+    for _ in 0..10 {
+        assert!(!added.is_done().unwrap());
+    }
+    communicators.clear();
+    streams[0].synchronize().unwrap();
 }
