@@ -2,7 +2,9 @@
 //!
 //! A node computes prompts one after the other, so its queue is the time until it will be through
 //! with those that it was given: known from what was sent to it, corrected each time it ends one,
-//! and by what its reports show beyond that, which others gave it.
+//! and by what its reports show beyond that, which others gave it. A prompt that has nearly had its
+//! predicted time is not believed to be nearly done: the node's predictions are as wrong as they
+//! were lately. Else the next request would be sent to it too early, and be stuck there.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -16,6 +18,9 @@ pub const REPORT_LAG: Duration = Duration::from_millis(50);
 const REPORT_LAG_MS: f64 = REPORT_LAG.as_millis() as f64;
 /// Promises of this age are in the reports to every coordinator.
 const SHARED_MS: f64 = 1000.0;
+
+/// How much the last prediction counts in how wrong they are.
+const ERROR_WEIGHT: f64 = 0.05;
 
 /// One attempt's demand on one node. Times are milliseconds of the caller's clock.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -44,10 +49,14 @@ struct Promised {
 #[derive(Clone, Debug, Default)]
 pub(super) struct Load {
     promised: BTreeMap<TransferId, Promised>,
-    /// When it will have computed all prompts promised.
-    busy_until: f64,
-    /// When it last ended one, or got the first after being idle.
+    /// Whose prompt it computes, since when, and the time predicted for that.
+    running: Option<TransferId>,
     since: f64,
+    running_ms: f64,
+    /// Predicted time of the prompts that it computes after that.
+    behind_ms: f64,
+    /// Share of a predicted time by which predictions were wrong lately, on average; at most 1.
+    error: f64,
     /// Prompts promised and not computed.
     prompts: u32,
     /// Predicted time of work that others gave it, at the last report.
@@ -73,11 +82,13 @@ impl Load {
     pub(super) fn promise(&mut self, id: TransferId, work: Work, now: f64) {
         let computing = work.prefill_ms > 0.0;
         if computing {
-            if self.prompts == 0 {
-                self.since = now;
-            }
             self.prompts += 1;
-            self.busy_until = self.busy_until.max(now) + work.prefill_ms;
+            match self.running {
+                Some(_) => self.behind_ms += work.prefill_ms,
+                None => {
+                    (self.running, self.since, self.running_ms) = (Some(id), now, work.prefill_ms)
+                }
+            }
         }
         self.new_sequences += 1;
         self.new_blocks += work.blocks;
@@ -94,20 +105,37 @@ impl Load {
 
     /// The node has computed the attempt's prompt. Returns what was promised, the first time.
     pub(super) fn prefilled(&mut self, id: TransferId, now: f64) -> Option<Work> {
+        if self.running == Some(id) {
+            let error = ((now - self.since) / self.running_ms - 1.0).abs().min(1.0);
+            self.error += ERROR_WEIGHT * (error - self.error);
+        }
+        self.through(id, now)
+    }
+
+    /// The node does not compute the attempt's prompt any more.
+    fn through(&mut self, id: TransferId, now: f64) -> Option<Work> {
         let promised = self.promised.get_mut(&id).filter(|promised| promised.computing)?;
         promised.computing = false;
         let work = promised.work;
         self.prompts -= 1;
+        if self.running != Some(id) {
+            self.behind_ms -= work.prefill_ms;
+            return Some(work);
+        }
+        let left = self.promised.iter().filter(|(_, promised)| promised.computing);
+        let next = left.clone().min_by(|(_, one), (_, other)| one.sent.total_cmp(&other.sent));
+        // Whatever the last one took, the next starts now.
         self.since = now;
-        // Whatever the last one took, the others start now.
-        let left = self.promised.values().filter(|p| p.computing).map(|p| p.work.prefill_ms);
-        self.busy_until = now + left.sum::<f64>();
+        self.running = next.map(|(&id, _)| id);
+        self.running_ms = next.map_or(0.0, |(_, promised)| promised.work.prefill_ms);
+        let all: f64 = left.map(|(_, promised)| promised.work.prefill_ms).sum();
+        self.behind_ms = all - self.running_ms;
         Some(work)
     }
 
     /// The node has nothing to do with the attempt any more.
     pub(super) fn ended(&mut self, id: TransferId, now: f64) {
-        self.prefilled(id, now);
+        self.through(id, now);
         if let Some(promised) = self.promised.remove(&id)
             && !promised.reported
         {
@@ -159,13 +187,15 @@ impl Load {
     #[must_use]
     pub(super) fn queue_ms(&self, now: f64) -> f64 {
         let foreign = (self.foreign_ms - (now - self.report_at)).max(0.0);
-        if self.prompts == 0 {
+        if self.running.is_none() {
             return foreign;
         }
-        let left = self.busy_until - now;
+        let ran = now - self.since;
+        let left = self.running_ms - ran;
         // What takes longer than predicted takes, as a rule, as long again as it is late.
-        let late = (-left).clamp(0.0, (now - self.since).max(0.0));
-        left.max(late) + foreign
+        let late = (-left).min(ran);
+        let unsure = self.error * self.running_ms;
+        left.max(late).max(unsure) + self.behind_ms.max(0.0) + foreign
     }
 
     /// Prompts promised and not computed.
@@ -230,6 +260,33 @@ mod tests {
         load.ended(id(1), 160.0);
         assert_eq!(load.queue_ms(160.0), 0.0);
         assert!(load.is_empty());
+    }
+
+    #[test]
+    fn a_node_whose_predictions_are_wrong_is_not_believed_to_be_nearly_done() {
+        let mut load = Load::idle(100);
+        for n in 0..100_u32 {
+            let start = f64::from(n) * 1000.0;
+            load.promise(id(n.into()), work(100.0), start);
+            load.prefilled(id(n.into()), start + if n % 2 == 0 { 50.0 } else { 150.0 });
+        }
+        load.promise(id(100), work(100.0), 100_000.0);
+        load.promise(id(101), work(30.0), 100_000.0);
+        assert_eq!(load.queue_ms(100_020.0), 110.0, "80 and 30");
+        let unsure = load.queue_ms(100_090.0);
+        assert!((75.0..85.0).contains(&unsure), "half of 100, and 30: {unsure}");
+        // One that was stopped says nothing of predictions, and its successor begins.
+        load.ended(id(100), 100_090.0);
+        assert_eq!(load.queue_ms(100_090.0), 30.0);
+    }
+
+    #[test]
+    fn one_that_waits_and_is_stopped_takes_no_time_from_the_one_that_runs() {
+        let mut load = Load::idle(100);
+        load.promise(id(1), work(100.0), 0.0);
+        load.promise(id(2), work(50.0), 0.0);
+        load.ended(id(2), 60.0);
+        assert_eq!(load.queue_ms(60.0), 40.0);
     }
 
     #[test]
