@@ -71,16 +71,48 @@ fn kernels() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("cuda")
 }
 
-/// Runs tests of this binary on an emulator with a changed kernel.
-fn start(source: &str, text: String, tests: &str) -> Child {
-    let emulator = Emulator { changed: vec![(source.to_owned(), text)] };
-    let folder = build_emulator(&emulator).unwrap();
-    let mut command = Command::new(std::env::current_exe().unwrap());
+/// The text of a kernel's file with the headers that it includes, one file of them changed, except
+/// those that the emulator has its own of.
+fn flatten(name: &str, changed: (&str, &str), seen: &mut Vec<String>) -> String {
+    let read = || fs::read_to_string(kernels().join(name)).unwrap();
+    let text = if changed.0 == name { changed.1.to_owned() } else { read() };
+    let mut flat = String::new();
+    for line in text.lines() {
+        let header = line.strip_prefix("#include \"").and_then(|rest| rest.strip_suffix('"'));
+        match header {
+            Some(header) if !EMULATED.contains(&header) => {
+                if !seen.iter().any(|other| other == header) {
+                    seen.push(header.to_owned());
+                    flat += &flatten(header, changed, seen);
+                }
+            }
+            _ => flat += line,
+        }
+        flat += "\n";
+    }
+    flat
+}
+
+/// Headers whose contents are not those of the emulator.
+const EMULATED: &[&str] = &["ptx.cuh", "hopper.cuh"];
+
+/// Tests of this binary, or of another one, on an emulator. The compiler's output if it has none.
+fn tests(filter: &str, emulator: &Emulator) -> Result<Command, String> {
+    let own = || std::env::current_exe().unwrap().into_os_string();
+    let mut command = Command::new(std::env::var_os("BATON_FAULTS_TESTS").unwrap_or_else(own));
     // Not these, which would start themselves.
-    command.args([tests, "--skip", "faults::", "--test-threads", "1"]);
-    command.env(EMULATOR_FOLDER, folder);
+    command.args([filter, "--skip", "faults::", "--test-threads", "1"]);
+    command.env(EMULATOR_FOLDER, build_emulator(emulator)?);
     command.env("BATON_TEST_DEVICE", "emulator");
-    command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap()
+    Ok(command)
+}
+
+/// Starts tests with a file changed, of those that a kernel is made of.
+fn start(source: &str, changed: (&str, &str), filter: &str) -> Result<Child, String> {
+    let text = flatten(source, changed, &mut Vec::new());
+    let emulator = Emulator { changed: vec![(source.to_owned(), text)] };
+    let mut command = tests(filter, &emulator)?;
+    Ok(command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap())
 }
 
 /// Whether tests fail. Ones that do not end are stopped.
@@ -114,14 +146,11 @@ fn planted_faults_are_found() {
         return;
     }
     for Fault { source, file, from, to, tests } in FAULTS {
-        let read = |name: &str| fs::read_to_string(kernels().join(name)).unwrap();
-        let changed = read(file).replacen(from, to, 1);
-        assert_ne!(changed, read(file), "{file} has no {from:?} any more");
-        let text = match source == file {
-            true => changed,
-            false => read(source).replace(&format!("#include \"{file}\""), &changed),
-        };
-        assert!(fail(start(source, text, tests)), "{tests} passes without {from:?} in {file}");
+        let text = fs::read_to_string(kernels().join(file)).unwrap();
+        let changed = text.replacen(from, to, 1);
+        assert_ne!(changed, text, "{file} has no {from:?} any more");
+        let found = fail(start(source, (file, &changed), tests).unwrap());
+        assert!(found, "{tests} passes without {from:?} in {file}");
     }
 }
 
@@ -154,14 +183,41 @@ fn without(text: &str, index: usize) -> Option<(String, usize)> {
 
 /// The module of tests for a kernel's file, or all of them.
 fn tests_of(source: &str) -> &'static str {
-    let modules =
-        ["attention::", "blocks::", "norm::", "quantize::", "rope::", "sampling::", "tile::"];
+    let modules = ["attention::", "blocks::", "norm::", "quantize::", "rope::", "tile::"];
     let module = modules.iter().find(|module| source.contains(module.trim_end_matches("::")));
     module.copied().unwrap_or_default()
 }
 
-/// Removes each of them from each kernel, in turn. Takes minutes:
+/// Files of kernels with a given extension, by name.
+fn names(extension: &str) -> Vec<String> {
+    let files = fs::read_dir(kernels()).unwrap().map(|entry| entry.unwrap().path());
+    let files = files.filter(|file| file.extension().is_some_and(|found| found == extension));
+    let mut names: Vec<_> =
+        files.map(|file| file.file_name().unwrap().to_string_lossy().into_owned()).collect();
+    names.sort();
+    names
+}
+
+/// Each file with a kernel that it is part of.
+fn files() -> Vec<(String, String)> {
+    let sources = names("cu");
+    let with = |header: &String| {
+        let included = |source: &&String| {
+            let mut seen = Vec::new();
+            flatten(source, ("", ""), &mut seen);
+            seen.contains(header)
+        };
+        Some((header.clone(), sources.iter().find(included)?.clone()))
+    };
+    let headers = names("cuh").into_iter().filter_map(|header| with(&header)).collect::<Vec<_>>();
+    let own = sources.iter().map(|source| (source.clone(), source.clone()));
+    own.chain(headers).collect()
+}
+
+/// Removes each of them from each file, in turn. Takes minutes:
 /// `cargo test -p baton-kernels --test cuda -- --ignored --nocapture every_wait_matters`
+///
+/// `BATON_FAULTS_IN=norm` looks at some files only; `BATON_FAULTS_TESTS` is another binary of tests.
 #[test]
 #[ignore = "takes minutes"]
 fn every_wait_matters() {
@@ -170,19 +226,23 @@ fn every_wait_matters() {
     }
     let only = std::env::var("BATON_FAULTS_IN").unwrap_or_default();
     let mut missed = Vec::new();
-    let files = fs::read_dir(kernels()).unwrap().map(|entry| entry.unwrap().path());
-    let mut files: Vec<_> = files.filter(|f| f.extension().is_some_and(|e| e == "cu")).collect();
-    files.sort();
-    for file in files.iter().filter(|file| file.to_string_lossy().contains(&only)) {
-        let name = file.file_name().unwrap().to_str().unwrap();
-        let text = fs::read_to_string(file).unwrap();
+    for (file, source) in files().iter().filter(|(file, _)| file.contains(&only)) {
+        let text = fs::read_to_string(kernels().join(file)).unwrap();
         let lines: Vec<_> = text.lines().collect();
+        let sound = tests(tests_of(source), &Emulator::default());
+        let sound = sound.unwrap().output().unwrap();
+        let passed = String::from_utf8_lossy(&sound.stdout).into_owned();
+        let some = sound.status.success() && !passed.contains(" 0 passed");
+        assert!(some, "tests of {source} pass before anything is changed:\n{passed}");
         for (changed, line) in (0..).map_while(|index| without(&text, index)) {
             if lines[line].contains(EXCUSE) {
                 continue;
             }
-            let found = fail(start(name, changed, tests_of(name)));
-            let place = format!("{name}:{}: {}", line + 1, lines[line].trim());
+            let Ok(child) = start(source, (file, &changed), tests_of(source)) else {
+                continue; // it does not compile without
+            };
+            let found = fail(child);
+            let place = format!("{file}:{}: {}", line + 1, lines[line].trim());
             println!("{} {place}", if found { "found " } else { "missed" });
             if !found {
                 missed.push(place);
