@@ -137,12 +137,13 @@ void prepare_threads(int count) {
 enum class Turn { waits, paused, ran };
 
 // Lets a thread run until it waits.
-Turn take_turn(Thread& t) {
+Turn take_turn(Thread& t, std::mt19937& random) {
   if (t.turns > 0) {
     t.turns--;
     return Turn::paused;
   }
   if (t.ready && !t.ready(t.watched, t.value)) return Turn::waits;
+  if (block.schedule.order > 1 && random() % 4 == 0) return Turn::paused;  // left behind by its warp
   t.ready = nullptr;
   block.current = &t;
   switch_stack(&scheduler_stack, t.stack_pointer);
@@ -151,18 +152,20 @@ Turn take_turn(Thread& t) {
 }
 
 // Runs a warp until all its lanes wait for something outside it. True if any got further.
-bool run_warp(int warp, const std::vector<int>& lanes) {
-  bool progress = false, again = true;
+// In a shuffled order other warps get their turns between, and some lanes are left behind.
+bool run_warp(int warp, const std::vector<int>& lanes, std::mt19937& random) {
+  bool progress = false, again = true, shuffled = block.schedule.order > 1;
   while (again) {
     again = false;
     for (int lane : lanes) {
       int i = warp * WARP + lane;
       if (i >= (int)block.threads.size() || block.threads[i].finished) continue;
-      Turn turn = take_turn(block.threads[i]);
+      Turn turn = take_turn(block.threads[i], random);
       if (!block.failure.empty()) return true;
       again |= turn == Turn::ran;
       progress |= turn != Turn::waits;
     }
+    again &= !shuffled;
   }
   return progress;
 }
@@ -176,9 +179,11 @@ void report_deadlock() {
     block.failure += " " + std::to_string(threads.size()) + " threads from " + std::to_string(threads[0]) + " on wait for " + what + ";";
 }
 
-void do_bulk_copy() {
-  auto copy = std::move(block.bulk_copies.front());
-  block.bulk_copies.pop_front();
+void do_bulk_copy(std::mt19937& random) {
+  // In any order, as hardware promises none.
+  auto at = block.bulk_copies.begin() + (block.schedule.order > 1 ? random() % block.bulk_copies.size() : 0);
+  auto copy = std::move(*at);
+  block.bulk_copies.erase(at);
   try {
     copy();
   } catch (const LateFailure& failure) {
@@ -196,11 +201,11 @@ void run_block(std::mt19937& random) {
   while (block.alive && block.failure.empty()) {
     bool progress = false;
     for (int warp : warps) {
-      progress |= run_warp(warp, lanes);
+      progress |= run_warp(warp, lanes, random);
       if (!block.failure.empty()) return;
     }
     if (!progress && !block.bulk_copies.empty()) {
-      do_bulk_copy();
+      do_bulk_copy(random);
       progress = true;
     }
     if (!progress) report_deadlock();

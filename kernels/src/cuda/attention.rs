@@ -2,8 +2,9 @@
 //!
 //! A step's rows are given as [`QueryRows`], runs of rows of one sequence. Long runs go to
 //! [`prefill_attention`], which multiplies tiles of 128 rows; single rows and short runs go to
-//! [`decode_attention`], which reads keys and values once for as many tokens as fit 16 rows
-//! ([`prefers_prefill`]). Both compute, for each row and head,
+//! [`decode_attention`], which reads keys and values once for as many tokens as fit 16 rows; so do
+//! long runs where there is no other kernel, over e4m3 caches and on other devices than Hopper
+//! ([`prefers_prefill`] decides). Both compute, for each row and head,
 //! `softmax(q kᵀ scale) v` over the keys up to the row's own position, sums in f32, weights rounded
 //! to bf16 (f16 over e4m3 caches).
 
@@ -17,8 +18,10 @@ pub use prefill::{prefill_attention, prefill_tiles};
 
 use half::bf16;
 
+use super::device::Device;
 use super::error::DeviceError;
-use super::kv::{HeadShape, PagedKv};
+use super::images::Target;
+use super::kv::{HeadShape, KvElements, PagedKv};
 use super::memory::Slice;
 
 /// Consecutive rows of a batch that are consecutive tokens of one sequence. Their keys and values,
@@ -54,10 +57,17 @@ pub struct AttentionInput<'a> {
 /// and computes its keys one after another. An estimate, to be replaced by a measurement.
 const SHORT_ROWS: usize = 64;
 
-/// Whether a run of so many rows is for [`prefill_attention`]. The device must have it.
+/// Whether a run of so many rows is for [`prefill_attention`]: it is long, and the device has the
+/// kernel. [`decode_attention`] computes runs of any length, several times slower.
 #[must_use]
-pub fn prefers_prefill(rows: usize, shape: &HeadShape) -> bool {
-    rows * shape.group() > SHORT_ROWS
+pub fn prefers_prefill(
+    device: &Device,
+    shape: &HeadShape,
+    elements: KvElements,
+    rows: usize,
+) -> bool {
+    let exists = device.target() == Target::Hopper && elements == KvElements::Bf16;
+    exists && rows * shape.group() > SHORT_ROWS
 }
 
 impl AttentionInput<'_> {

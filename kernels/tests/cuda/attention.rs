@@ -254,5 +254,7 @@ fn what_has_no_kernel_is_refused() {
     let plan = (items.all(), shares.all());
     let result = decode_attention(&stream, there.out.all(), &case.input(&there), plan, &scratch);
     assert!(matches!(result, Err(DeviceError::Unsupported(_))), "{result:?}");
-    assert!(prefers_prefill(512, shape) && !prefers_prefill(1, shape));
+    let prefers = |elements, rows| prefers_prefill(stream.device(), shape, elements, rows);
+    assert!(!prefers(E4M3, 512) && !prefers(BF16, 1));
+    assert_eq!(prefers(BF16, 512), has_prefill());
 }
