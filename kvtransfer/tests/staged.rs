@@ -210,6 +210,20 @@ async fn a_cancel_leaves_late_copies_alone() {
 }
 
 #[tokio::test]
+async fn a_slot_that_comes_too_late_goes_back() {
+    let pair = Pair::new();
+    let (reads, sink) = (Copies::new(MANY), StagedSink::new(0, MANY));
+    let (_, _send, receive) = begin(&pair, transfer(1), &reads, &sink);
+    sink.slots.wait_asked(1).await;
+    receive.cancel();
+    sink.slots.permits.add_permits(1);
+    assert_eq!(receive.outcome().await, Err(ReceiveError::Cancelled));
+    while Arc::strong_count(&sink) > 1 {
+        tokio::task::yield_now().await;
+    }
+}
+
+#[tokio::test]
 async fn memory_that_fails_ends_the_transfer_at_both_ends() {
     let pair = Pair::new();
     for n in 0..3 {

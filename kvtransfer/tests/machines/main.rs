@@ -6,6 +6,7 @@ mod world;
 
 use std::time::Duration;
 
+use baton_kvtransfer::frame::Frame;
 use baton_kvtransfer::limits::MAX_RETRIES;
 use baton_kvtransfer::{ReceiveError, SendError, Timing, Transport};
 use proptest::collection::vec;
@@ -271,6 +272,32 @@ fn who_cannot_read_the_senders_memory_gets_the_bytes() {
     let sent = world.sender.outcome().unwrap().as_ref().unwrap();
     assert_eq!(sent.transport, Transport::Quic);
     assert_eq!(world.sent, 2 * world.wanted(), "also what was copied");
+}
+
+#[test]
+fn what_could_not_be_read_is_not_tried_again_over_the_next_connection() {
+    let mut world = direct(2, 0);
+    (0..LAYERS).for_each(|_| world.apply(Step::Unreadable));
+    for step in [Step::Cut, Step::SenderNotices, Step::ReceiverNotices, Step::Connect] {
+        world.apply(step);
+    }
+    assert!(world.settle());
+    assert_eq!(world.sender.outcome().unwrap().as_ref().unwrap().transport, Transport::Quic);
+}
+
+#[test]
+fn questions_and_answers_come_at_their_time_or_end_the_transfer() {
+    let id = world::manifest(1).transfer;
+    let mut world = direct(2, 0);
+    world.receiver.handle_frame(world.now, world.links, Frame::Held(id));
+    assert!(matches!(world.receiver.outcome(), Some(Err(ReceiveError::Protocol(_)))));
+    for mut world in [granted(2, 0), World::with_sink(2, 0, Sink::Direct)] {
+        for step in [Step::Reserve, Step::Connect, Step::ToReceiver(0), Step::ToSender(0)] {
+            world.apply(step);
+        }
+        world.sender.handle_frame(world.now, world.links, Frame::Read(id));
+        assert!(matches!(world.sender.outcome(), Some(Err(SendError::Protocol(_)))));
+    }
 }
 
 #[test]
