@@ -1,7 +1,7 @@
 //! A node's end of all its KV transfers under virtual time: the real `Sender`, `Receiver` and
 //! `Inbox`, with modelled connections. Mirrors what kvtransfer does over QUIC.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::time::Instant;
 
 use baton_kvtransfer::frame::{FirstToken, Manifest, UnitHeader};
@@ -44,6 +44,10 @@ pub(crate) struct Endpoint {
     dialers: BTreeMap<usize, Dialer>,
     links_in: BTreeMap<WireId, LinkIn>,
     last_stream: u64,
+    /// Copies from neighbours that have begun, in order.
+    copies: VecDeque<Copy>,
+    copied_by: Option<Instant>,
+    last_inbound: u64,
     /// What the node has not heard yet.
     pub(crate) happened: Vec<Happened>,
 }
@@ -61,7 +65,22 @@ struct Outbound {
     armed: Option<Instant>,
 }
 
+/// A unit that is copied from a neighbour's memory.
+#[derive(Debug)]
+pub(crate) struct Copy {
+    id: TransferId,
+    /// Which receiver of that transfer.
+    inbound: u64,
+    pub(crate) from: usize,
+    /// Which life of it.
+    pub(crate) epoch: Epoch,
+    pub(crate) layer: u32,
+    first: u32,
+    pub(crate) blocks: Vec<u32>,
+}
+
 struct Inbound {
+    number: u64,
     machine: Receiver,
     wire: Option<WireId>,
     /// The offer has been told.
@@ -90,6 +109,9 @@ impl Endpoint {
             dialers: BTreeMap::new(),
             links_in: BTreeMap::new(),
             last_stream: 0,
+            copies: VecDeque::new(),
+            copied_by: None,
+            last_inbound: 0,
             happened: Vec::new(),
         }
     }
@@ -102,6 +124,11 @@ impl Endpoint {
 
     fn timer(&self, net: &mut Net, at: Instant, what: NodeTimer) {
         net.timeline.at(at, Event::Node { node: self.node, life: self.epoch.0, what });
+    }
+
+    /// Whether blocks of a transfer are being copied from a neighbour.
+    pub(crate) fn copies(&self, id: TransferId) -> bool {
+        self.copies.iter().any(|copy| copy.id == id)
     }
 
     /// Sends blocks that are leased to the transfer until its end.
@@ -163,8 +190,16 @@ impl Endpoint {
         });
         match machine {
             Ok((machine, offer)) => {
-                let inbound =
-                    Inbound { machine, wire: None, told: false, leased: false, armed: None };
+                self.last_inbound += 1;
+                let number = self.last_inbound;
+                let inbound = Inbound {
+                    number,
+                    machine,
+                    wire: None,
+                    told: false,
+                    leased: false,
+                    armed: None,
+                };
                 self.inbound.insert(id, inbound);
                 match offer {
                     Some((link, offer)) => self.take_offer(&link, offer, around),
@@ -226,7 +261,11 @@ impl Endpoint {
     pub(crate) fn departed(&mut self, id: TransferId, around: &mut Around<'_>) {
         let Some(outbound) = self.outbound.get_mut(&id) else { return };
         let Some((header, wire)) = outbound.unit.take() else { return };
-        if outbound.wire == Some(wire) {
+        let run = header.pieces.run;
+        if outbound.wire == Some(wire) && header.transport != Transport::Quic {
+            let blocks = run.range().map(|ordinal| around.engine.block(id, ordinal)).collect();
+            around.net.send(wire, 0, outbound.stream, Message::References(header, blocks));
+        } else if outbound.wire == Some(wire) {
             let pieces = pieces(&header, around.engine);
             assert_eq!(
                 checksum(&header, &pieces),
@@ -265,15 +304,15 @@ impl Endpoint {
         }
         let Some(run) = outbound.machine.poll_unit(around.net.now()) else { return };
         let piece_bytes = outbound.machine.manifest().geometry.piece_bytes();
-        let length = run.run.count * piece_bytes as u32;
-        let mut header = UnitHeader {
-            transfer: id,
-            pieces: run,
-            transport: Transport::Quic,
-            length,
-            checksum: 0,
+        let transport = outbound.machine.transport();
+        let length = match transport {
+            Transport::Quic => run.run.count * piece_bytes as u32,
+            Transport::Ipc => run.run.count * size_of::<u32>() as u32,
         };
-        header.checksum = checksum(&header, &pieces(&header, around.engine));
+        let mut header = UnitHeader { transfer: id, pieces: run, transport, length, checksum: 0 };
+        if transport == Transport::Quic {
+            header.checksum = checksum(&header, &pieces(&header, around.engine));
+        }
         outbound.unit = Some((header, wire));
         let departure = around.net.departure(self.node, length.into());
         self.timer(around.net, departure, NodeTimer::Departed(id));
@@ -302,10 +341,12 @@ impl Endpoint {
             self.happened.push(Happened::Offered(id));
         }
         if let Some((outcome, farewell)) = ended {
-            if inbound.leased {
+            let (leased, number) = (inbound.leased, inbound.number);
+            self.inbound.remove(&id);
+            // Copies keep the lease until they have ended.
+            if leased && !self.copies.iter().any(|copy| copy.inbound == number) {
                 self.happened.push(Happened::Returned(id));
             }
-            self.inbound.remove(&id);
             self.inbox.close(id, farewell);
             return self.happened.push(Happened::Received(id, outcome));
         }

@@ -185,6 +185,16 @@ impl Engine {
         self.memory.piece(layer, lease.blocks[ordinal])
     }
 
+    /// Where the blocks of a transfer are in memory.
+    pub(crate) fn block(&self, id: TransferId, ordinal: u32) -> u32 {
+        self.leases.get(&id).expect("what is sent is leased").blocks[ordinal as usize]
+    }
+
+    /// What lies in memory, whoever owns it now.
+    pub(crate) fn look(&self, layer: u32, block: u32) -> Piece {
+        self.memory.piece(layer as usize, block)
+    }
+
     /// Writes one layer of an imported block, if the lease still allows it.
     pub(crate) fn write(&mut self, id: TransferId, layer: u32, ordinal: u32, piece: Piece) {
         let lease = self.leases.get(&id).expect("what is received is leased");

@@ -36,7 +36,7 @@ use coordinator::Coordinator;
 use engine::Device;
 use faults::Fault;
 use log::note;
-use memory::request_id;
+use memory::{Piece, request_id};
 use net::{Close, Message, Net, Party, Presence, WireId};
 use node::{Node, NodeSpec};
 
@@ -95,6 +95,8 @@ pub(crate) enum NodeTimer {
     Receiver(TransferId),
     /// A payload unit has left.
     Departed(TransferId),
+    /// A copy from a neighbour's memory has ended.
+    Copied,
     /// The worker's deadline.
     Worker,
     /// A KV dial had the time to succeed.
@@ -280,8 +282,21 @@ impl World {
         let Some(process) = process.filter(|process| process.life == life) else { return };
         match what {
             NodeTimer::Join { coordinator, attempt } => self.dial(node, coordinator, attempt),
+            NodeTimer::Copied => self.copied(node),
             what => process.due(what, &mut self.net, &self.names),
         }
+    }
+
+    /// A copy sees what is in its source's memory when it ends, or what a process left there.
+    fn copied(&mut self, node: usize) {
+        let Some(copy) = self.nodes[node].as_mut().and_then(Node::take_copy) else { return };
+        let source = self.nodes[copy.from].as_ref().filter(|from| from.life == copy.epoch.0);
+        let look = |&block: &u32| source.map_or(Piece::TORN, |from| from.look(copy.layer, block));
+        let pieces: Vec<Piece> = copy.blocks.iter().map(look).collect();
+        let readable = self.net.random.f64() >= self.net.quality.unreadable;
+        self.kv(node, |endpoint, around| {
+            endpoint.copied(&copy, readable.then_some(&pieces[..]), around);
+        });
     }
 
     fn dial(&mut self, node: usize, coordinator: usize, attempt: u32) {

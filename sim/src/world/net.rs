@@ -50,6 +50,8 @@ pub(crate) enum Message {
     UnitBegins(UnitHeader),
     /// KV connection, payload stream: the last byte.
     UnitEnds(UnitHeader, Vec<Piece>),
+    /// KV connection, payload stream: a unit of references to the sender's blocks.
+    References(UnitHeader, Vec<u32>),
     /// The other end has closed.
     Closed(Close),
 }
@@ -97,6 +99,12 @@ pub(crate) struct Quality {
     pub(crate) bytes_per_second: f64,
     /// Share of the payload units that arrive damaged.
     pub(crate) damage: f64,
+    /// Nodes with even numbers share a machine, and so do those with odd ones.
+    pub(crate) neighbours: bool,
+    /// Most time that a copy from a neighbour's memory takes.
+    pub(crate) copy: Duration,
+    /// Share of those copies that fail.
+    pub(crate) unreadable: f64,
 }
 
 /// See the module's description.

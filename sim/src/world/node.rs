@@ -12,9 +12,10 @@ use baton_node::worker::{Action, Input, News as NodeNews, StreamId, Transfer, Wo
 use baton_proto::ids::{Epoch, NodeId, Role, TransferId};
 use baton_proto::message::{Command, Hello, NodeEvent};
 
-use super::endpoint::{Around, Endpoint, Happened};
+use super::endpoint::{Around, Copy, Endpoint, Happened};
 use super::engine::{Device, Engine, News};
 use super::log::note;
+use super::memory::Piece;
 use super::net::{Message, Net, WireId};
 use super::{Event, NodeTimer};
 
@@ -159,6 +160,16 @@ impl Node {
         self.settle(net, names);
     }
 
+    /// The oldest copy from a neighbour's memory, which has just ended.
+    pub(crate) fn take_copy(&mut self) -> Option<Copy> {
+        self.endpoint.take_copy()
+    }
+
+    /// What lies in its memory.
+    pub(crate) fn look(&self, layer: u32, block: u32) -> Piece {
+        self.engine.look(layer, block)
+    }
+
     pub(crate) fn due(&mut self, what: NodeTimer, net: &mut Net, names: &[NodeId]) {
         let endpoint = &mut self.endpoint;
         let mut around = Around { net, engine: &mut self.engine, names };
@@ -180,7 +191,7 @@ impl Node {
                 self.worker.handle_timeout(net.now());
                 self.act(net, names);
             }
-            NodeTimer::Join { .. } => unreachable!("the world dials"),
+            NodeTimer::Join { .. } | NodeTimer::Copied => unreachable!("the world dials"),
         }
         self.settle(net, names);
     }
@@ -194,7 +205,9 @@ impl Node {
         self.engine.turn(net.now(), &mut news);
         let scheduler = &self.engine.scheduler;
         for id in std::mem::take(&mut self.unwanted) {
-            assert!(!scheduler.knows(id), "{id} goes on, which nobody wants any more");
+            // Copies that have begun keep the blocks.
+            let goes_on = scheduler.knows(id) && !self.endpoint.copies(id);
+            assert!(!goes_on, "{id} goes on, which nobody wants any more");
         }
         self.owners.retain(|id, _| scheduler.knows(*id));
         self.take_news(news, net);

@@ -192,6 +192,9 @@ impl Scenario {
             jitter: Duration::from_millis(one_of(dice, &[0, 0, 1, 10, 100])),
             bytes_per_second: geometry.piece_bytes() as f64 / piece_seconds,
             damage: if gentle { 0.0 } else { one_of(dice, &[0.0, 0.0, 0.1]) },
+            neighbours: one_of(dice, &[false, false, true]),
+            copy: Duration::from_millis(one_of(dice, &[0, 5, 300])),
+            unreadable: one_of(dice, &[0.0, 0.0, 0.2]),
         };
         let meddling = Meddling {
             pulls: one_of(dice, &[0.0, 0.0, 0.3, 0.8]),

@@ -134,6 +134,9 @@ fn world(settings: &Settings, block_tokens: u32, room: usize) -> World {
         jitter: Duration::ZERO,
         bytes_per_second: gbps * 1e9 / 8.0,
         damage: 0.0,
+        neighbours: false,
+        copy: Duration::ZERO,
+        unreadable: 0.0,
     };
     let (kv_blocks, vocab_size) = (settings.cache_blocks, VOCAB as usize);
     let info = EngineInfo {

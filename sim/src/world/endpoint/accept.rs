@@ -5,7 +5,8 @@ use baton_kvtransfer::inbox::{Origin, Routed};
 use baton_kvtransfer::{LinkId, Transport};
 use baton_proto::ids::{Epoch, NodeId, TransferId};
 
-use super::{Around, Endpoint, Inbound, checksum};
+use super::{Around, Copy, Endpoint, Happened, Inbound, checksum};
+use crate::world::NodeTimer;
 use crate::world::memory::Piece;
 use crate::world::net::{Close, Message, Party, WireId};
 
@@ -45,6 +46,7 @@ impl Endpoint {
             },
             Message::UnitBegins(unit) => self.unit_begins(&link, unit, around),
             Message::UnitEnds(unit, pieces) => self.unit_ends(&link, unit, &pieces, around),
+            Message::References(unit, blocks) => self.references(&link, unit, blocks, around),
             Message::Closed(why) => self.lost_in(wire, why == Close::Stopping, around),
             other => panic!("a sender said {other:?}"),
         }
@@ -91,8 +93,9 @@ impl Endpoint {
                 if let Some(inbound) = self.inbound.get_mut(&id) {
                     inbound.wire = inbound.wire.max(Some(link.wire));
                 }
+                let best = self.best(link, around);
                 self.receiver(id, around, |machine, now| {
-                    machine.handle_offer(now, link.wire, &offer, Transport::Quic);
+                    machine.handle_offer(now, link.wire, &offer, best);
                 });
             }
         }
@@ -106,6 +109,64 @@ impl Endpoint {
             }),
             None if matches!(frame, Frame::Cancel(..)) => self.inbox.withdraw(id, link),
             None => {}
+        }
+    }
+
+    fn best(&self, link: &LinkIn, around: &Around<'_>) -> Transport {
+        match around.net.party(link.wire, 0) {
+            Some(Party::Node(peer)) if around.net.quality.neighbours => {
+                if peer % 2 == self.node % 2 { Transport::Ipc } else { Transport::Quic }
+            }
+            _ => Transport::Quic,
+        }
+    }
+
+    /// Begins a copy, which ends after those that have begun before.
+    fn references(
+        &mut self,
+        link: &LinkIn,
+        unit: UnitHeader,
+        blocks: Vec<u32>,
+        around: &mut Around<'_>,
+    ) {
+        let Some(id) = self.inbox.find(unit.transfer, link) else { return };
+        let mut sound = false;
+        self.receiver(id, around, |machine, now| {
+            sound = machine.references(now, link.wire, &unit, unit.checksum) == Ok(true);
+        });
+        let from = around.net.party(link.wire, 0);
+        let (Some(Party::Node(from)), Some(inbound), true) = (from, self.inbound.get(&id), sound)
+        else {
+            return;
+        };
+        let (inbound, epoch) = (inbound.number, link.epoch);
+        let (layer, first) = (unit.pieces.layer, unit.pieces.run.first);
+        self.copies.push_back(Copy { id, inbound, from, epoch, layer, first, blocks });
+        let most = around.net.quality.copy;
+        let ends = around.net.now() + around.net.some(most);
+        let ends = self.copied_by.map_or(ends, |last| last.max(ends));
+        self.copied_by = Some(ends);
+        self.timer(around.net, ends, NodeTimer::Copied);
+    }
+
+    /// The oldest copy, which has just ended.
+    pub(crate) fn take_copy(&mut self) -> Option<Copy> {
+        self.copies.pop_front()
+    }
+
+    /// What a copy has read, if it could.
+    pub(crate) fn copied(&mut self, copy: &Copy, read: Option<&[Piece]>, around: &mut Around<'_>) {
+        let Copy { id, inbound, layer, first, .. } = *copy;
+        for (ordinal, &piece) in (first..).zip(read.unwrap_or_default()) {
+            around.engine.write(id, layer, ordinal, piece);
+        }
+        if self.inbound.get(&id).is_some_and(|current| current.number == inbound) {
+            self.receiver(id, around, |machine, now| match read {
+                Some(_) => machine.applied(now),
+                None => machine.unreadable(now),
+            });
+        } else if !self.copies.iter().any(|copy| copy.inbound == inbound) {
+            self.happened.push(Happened::Returned(id));
         }
     }
 
