@@ -24,7 +24,7 @@ __device__ __forceinline__ void multiply_stage(float (&d)[COLUMNS / 2], const un
       if constexpr (E4M3) wgmma_e4m3<COLUMNS>(d, r, of_b, accumulate);
       else wgmma_bf16<COLUMNS, B_MN_MAJOR>(d, r, of_b, accumulate);
       wgmma_commit();
-      wgmma_wait<0>();  // before its registers are loaded anew
+      wgmma_wait<0>();  // not seen by the emulator: before its registers are loaded anew
     } else {
       uint64_t of_a = matrix_descriptor(shared_address(a) + step * 32, 16, 1024);
       if constexpr (E4M3) wgmma_e4m3<COLUMNS>(d, of_a, of_b, accumulate);
@@ -120,7 +120,7 @@ __device__ __forceinline__ void mma_tile(float* c, const unsigned char* a, const
     else ldmatrix_x2(rb, of_b + lane % 8 * LEADING + lane / 8 % 2 * 16);
     if constexpr (E4M3) mma_m16n8k32_e4m3(d, ra, rb);
     else mma_m16n8k16(d, ra, rb);
-    __syncwarp();
+    __syncwarp();  // not seen by the emulator, where mma itself orders lanes
   }
   for (int i = 0; i < 4; i++) c[(lane / 4 + i / 2 * 8) * 8 + lane % 4 * 2 + i % 2] = d[i];
 }

@@ -69,6 +69,8 @@ bool capturing_thread();
 
 // Whether [address, address + bytes) is device memory.
 bool is_device_memory(uint64_t address, size_t bytes);
+// Bytes of an allocation around which something was written since the last call; 0 if there is none.
+size_t find_overrun();
 
 }  // namespace driver
 

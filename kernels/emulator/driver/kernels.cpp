@@ -55,9 +55,13 @@ bool reaches_elsewhere(const emulator::Kernel& kernel, void** parameters) {
 
 Result run(const emulator::Launch& launch) {
   std::string failure = emulator::launch(launch);
+  size_t overrun = find_overrun();
+  if (failure.empty() && overrun)
+    failure = std::string(launch.kernel) + ": writes before or after " + std::to_string(overrun) + " bytes of device memory";
   if (failure.empty()) return SUCCESS;
   fprintf(stderr, "emulator: %s\n", failure.c_str());
-  return failure.find("not mapped") != std::string::npos ? ILLEGAL_ADDRESS : LAUNCH_FAILED;
+  bool address = overrun || failure.find("not mapped") != std::string::npos;
+  return address ? ILLEGAL_ADDRESS : LAUNCH_FAILED;
 }
 
 }  // namespace

@@ -2,6 +2,7 @@
 #include <fcntl.h>
 #include <sys/mman.h>
 #include <unistd.h>
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -55,6 +56,18 @@ void release(const Allocation& a) {
   close(a.file);
 }
 
+// Poisons what lies between the allocation and its inaccessible pages. False if something had written there.
+bool mend_margins(const Allocation& a) {
+  char *first = a.map + PAGE, *end = first + a.file_bytes, *after = a.start() + a.bytes;
+  auto written = [](char c) { return (unsigned char)c != POISON; };
+  bool intact = std::none_of(first, a.start(), written) && std::none_of(after, end, written);
+  if (!intact) {
+    memset(first, POISON, a.offset());
+    memset(after, POISON, end - after);
+  }
+  return intact;
+}
+
 template <class Map, class Key>
 auto containing(Map& map, Key address) {
   auto after = map.upper_bound(address);
@@ -77,6 +90,13 @@ Result enqueue_copy(void* stream_handle, Work copy) {
 bool driver::is_device_memory(uint64_t address, size_t bytes) {
   auto found = containing(memory().allocations, address);
   return found != memory().allocations.end() && address + bytes <= found->first + found->second.bytes;
+}
+
+size_t driver::find_overrun() {
+  size_t bytes = 0;
+  for (auto& [_, allocation] : memory().allocations)
+    if (!mend_margins(allocation)) bytes = allocation.bytes;
+  return bytes;
 }
 
 DRIVER_API cuMemGetInfo_v2(size_t* available, size_t* total) {
@@ -114,12 +134,6 @@ DRIVER_API cuMemFree_v2(uint64_t address) {
   if (found == memory().allocations.end()) return INVALID_VALUE;
   wait_for_all(locked);  // as the driver does; work that failed is no reason to keep memory
   const Allocation a = found->second;
-  const char* slack = a.start() + a.bytes;
-  for (; slack < a.map + PAGE + a.file_bytes; slack++)
-    if ((unsigned char)*slack != POISON) {
-      fprintf(stderr, "emulator: something wrote past the end of %zu bytes of device memory\n", a.bytes);
-      abort();
-    }
   memory().used[a.device] -= a.bytes;
   memory().allocations.erase(found);
   release(a);

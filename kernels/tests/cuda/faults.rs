@@ -38,6 +38,13 @@ const FAULTS: &[Fault] = &[
         tests: "norm::",
     },
     Fault {
+        source: "norm.cu",
+        file: "norm.cu",
+        from: "if (place(i) < width) store_vector",
+        to: "if (place(i) <= width) store_vector",
+        tests: "norm::",
+    },
+    Fault {
         source: "tile.cu",
         file: "tile.cu",
         from: "cp_async_wait<0>();",
