@@ -168,13 +168,14 @@ __device__ __forceinline__ void weigh_tile(
     const Sampling& s, const RowContext& row, const Weigher& weigher, const float* from, Shared& shared) {
   RowState& state = s.row_states[row.row];
   const bool lists = filtered(row.params);
+  const unsigned threshold = state.threshold;
   const Logits logits = load_logits(s, row, from);
   u64 sum = 0;
 #pragma unroll
   for (int i = 0; i < PIECES * 4; i++) {
     const float weight = weigher.weight(logits.at[i]);
     if (lists || weight >= row.params.min_p) sum += units(weight);
-    if (lists && weight > 0 && order_key(logits.at[i]) >= state.threshold) {
+    if (lists && weight > 0 && order_key(logits.at[i]) >= threshold) {
       const unsigned at = atomicAdd(&state.listed, 1u);
       if (at < LISTED) s.lists[(size_t)row.row * LISTED + at] = token_of(row, i);
     }

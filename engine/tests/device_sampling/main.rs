@@ -8,6 +8,7 @@ mod sampled;
 
 use baton_engine::sampler::Sampler;
 use baton_kernels::cuda::{DeviceError, DeviceSampler, Histories, RowProgress, advance, testing};
+use baton_proto::sampling::SamplingParams;
 
 use batch::{Batch, HISTORY_STRIDE, There, UNTOUCHED, upload};
 use rows::{Random, Row};
@@ -28,6 +29,36 @@ fn devices_sample_what_the_cpu_does() {
                 }
             }
         }
+    });
+}
+
+/// Most of the weight is of tokens that a row's list of the likeliest does not have, and a filter
+/// keeps some that it has; many tokens are just as likely as the filter asks for.
+#[test]
+fn filters_are_exact_at_their_edges() {
+    testing::schedules(|stream| {
+        let (vocab, mut random) = (9000, Random(3));
+        let rows: Vec<Row> = (0..16)
+            .map(|i| {
+                let logits = (0..vocab).map(|_| random.number());
+                let steps = if i % 2 == 0 { 4.0 } else { 1e6 };
+                let mut row = Row::new(&mut Random(i), vocab);
+                row.allowed = None;
+                row.logits = logits.map(|x| (x.min(2.5) * steps).round() / steps).collect();
+                row.params = SamplingParams { seed: i, ..SamplingParams::default() };
+                match i % 4 {
+                    0 => (row.params.top_k, row.params.min_p) = (40, 1.0),
+                    1 => row.params.top_p = 0.02 + i as f32 * 1e-3,
+                    2 => row.params.min_p = 1.0,
+                    _ => (row.params.top_k, row.params.top_p) = (40, 0.5),
+                }
+                row
+            })
+            .collect();
+        let mut sampler = DeviceSampler::new(stream, rows.len(), vocab).unwrap();
+        let sampled = Batch::of(&rows, vocab).run(stream, &mut sampler, false);
+        let mut cpu = Sampler::new(vocab);
+        rows.iter().enumerate().for_each(|(i, row)| sampled.check(i, row, &mut cpu));
     });
 }
 

@@ -24,7 +24,7 @@ impl Random {
     }
 
     /// Of zero mean and unit variance.
-    fn number(&mut self) -> f32 {
+    pub(crate) fn number(&mut self) -> f32 {
         let sum: f64 = (0..4).map(|_| (self.bits() >> 11) as f64 / (1_u64 << 53) as f64).sum();
         ((sum - 2.0) * 3.0_f64.sqrt()) as f32
     }
@@ -63,14 +63,15 @@ impl Random {
         let mut biased = self.tokens(9, vocab);
         biased.sort_unstable();
         biased.dedup();
-        let plain = self.below(3) == 0;
+        // Without filters a token is drawn in another way.
+        let (plain, filtered) = (self.below(3) == 0, self.below(3) > 0);
         let adjusted = |value: f32, random: &mut Self| {
             if plain || random.below(2) == 0 { value } else { value + random.number().abs() * 0.2 }
         };
         SamplingParams {
             temperature: self.one_of(&[0.0, 0.0, 0.3, 1.0, 1.0, 1.7]),
-            top_k: self.one_of(&[0, 0, 1, 2, 40, 3000]),
-            top_p: self.one_of(&[1.0, 1.0, 0.9, 0.5, 1e-6, 0.999]),
+            top_k: if filtered { self.one_of(&[0, 0, 1, 2, 40, 3000]) } else { 0 },
+            top_p: if filtered { self.one_of(&[1.0, 1.0, 0.9, 0.5, 1e-6, 0.999]) } else { 1.0 },
             min_p: self.one_of(&[0.0, 0.0, 0.1, 1.0]),
             repetition_penalty: adjusted(1.0, self),
             presence_penalty: adjusted(0.0, self),
