@@ -10,7 +10,6 @@
 
 mod activations;
 mod cache;
-mod copies;
 mod find;
 mod flight;
 mod load;
@@ -25,7 +24,6 @@ mod upload;
 mod weights;
 
 use std::collections::{HashMap, HashSet, VecDeque};
-use std::sync::Arc;
 
 use baton_kernels::cuda::{Buffer, DecodeScratch, DeviceError, DeviceSampler, Gemm, Graph, Stream};
 
@@ -81,7 +79,7 @@ pub struct GpuModel {
     sampler: DeviceSampler,
     scoring: Scoring,
     results: Results,
-    cache: Option<Arc<Cache>>,
+    cache: Option<Cache>,
     stream: Stream,
 }
 

@@ -2,12 +2,15 @@
 
 use std::sync::Arc;
 
-use baton_kernels::cuda::{Buffer, Device, DeviceError, Slice};
+use baton_kernels::cuda::{Buffer, Device, DeviceError, PieceShare, Slice};
 use baton_proto::geometry::KvGeometry;
+
+use crate::memory::KvMemory;
+use crate::staging::DeviceKv;
 
 /// All layers' pieces, in one allocation: `[layers][blocks][k|v][kv_heads][block_tokens][head_dim]`.
 pub(super) struct Cache {
-    pieces: Buffer<u8>,
+    pieces: Arc<Buffer<u8>>,
     geometry: KvGeometry,
     blocks: usize,
 }
@@ -19,23 +22,22 @@ impl Cache {
         blocks: usize,
     ) -> Result<Self, DeviceError> {
         let pieces = Buffer::new(device, blocks * geometry.block_bytes())?;
-        Ok(Self { pieces, geometry, blocks })
+        Ok(Self { pieces: Arc::new(pieces), geometry, blocks })
+    }
+
+    /// The cache as leases reach it.
+    pub(super) fn memory(&self) -> Result<KvMemory, DeviceError> {
+        let heads = self.geometry.kv_heads as usize;
+        let head_bytes = self.geometry.piece_bytes() / (2 * heads);
+        let share = PieceShare { kv_heads: heads, first_head: 0, heads, head_bytes };
+        let (pieces, layers) = (self.pieces.clone(), self.geometry.layers as usize);
+        DeviceKv { pieces, layers, blocks: self.blocks, share }.memory()
     }
 
     /// The pieces of a layer.
     pub(super) fn layer(&self, layer: usize) -> Slice<'_, u8> {
         let bytes = self.blocks * self.geometry.piece_bytes();
         self.pieces.slice(layer * bytes..(layer + 1) * bytes)
-    }
-
-    /// One layer of a block.
-    pub(super) fn piece(&self, layer: usize, block: u32) -> Slice<'_, u8> {
-        let (block, bytes) = (block as usize, self.piece_bytes());
-        self.layer(layer).slice(block * bytes..(block + 1) * bytes)
-    }
-
-    pub(super) fn piece_bytes(&self) -> usize {
-        self.geometry.piece_bytes()
     }
 
     pub(super) fn block_tokens(&self) -> usize {

@@ -2,7 +2,6 @@
 
 #![expect(unsafe_code, reason = "implements an unsafe function")]
 
-use std::sync::Arc;
 use std::time::Duration;
 
 use baton_kernels::cuda::{DeviceError, SamplingInputs};
@@ -13,7 +12,7 @@ use super::flight::Flight;
 use super::pass::Pass;
 use super::places::Places;
 use super::rows::Rows;
-use super::{DEPTH, GpuModel, MAX_GRAPH_ROWS, copies};
+use super::{DEPTH, GpuModel, MAX_GRAPH_ROWS};
 use crate::executor::{AfterLayer, DeviceFailure, Executor, Step};
 use crate::memory::KvMemory;
 use crate::scheduler::Outcome;
@@ -55,8 +54,8 @@ impl Executor for GpuModel {
         let geometry = self.geometry(block_tokens);
         let device = self.stream.device();
         let reserve = || {
-            let cache = Arc::new(Cache::new(device, geometry, blocks)?);
-            let memory = copies::memory(&cache, device)?;
+            let cache = Cache::new(device, geometry, blocks)?;
+            let memory = cache.memory()?;
             Ok::<_, DeviceError>((cache, memory))
         };
         let reserved = reserve();
@@ -213,7 +212,7 @@ impl GpuModel {
             frequencies: self.frequencies.all(),
             shape: &self.shape,
             scratch: &self.scratch,
-            cache: self.cache.as_deref().expect("the cache is allocated before the first launch"),
+            cache: self.cache.as_ref().expect("the cache is allocated before the first launch"),
             inputs: &self.inputs,
             activations: &self.activations,
             sampled: self.results.tokens(),
