@@ -8,6 +8,8 @@ mod serving;
 #[path = "gpu/support.rs"]
 mod support;
 
+use std::path::Path;
+
 use baton_engine::Wanted;
 use baton_engine::model::LoadFormat;
 use baton_proto::geometry::KvDtype;
@@ -55,8 +57,8 @@ fn tokens(count: usize, vocab: usize, seed: u64) -> Vec<u32> {
 }
 
 /// By position from 1 on: the log-probability of the token there.
-fn by_cpu(dir: &tempfile::TempDir, tokens: &[u32]) -> Vec<f64> {
-    let model = load(dir.path(), LoadFormat::Safetensors, 2, Some(KvDtype::Bf16));
+fn by_cpu(dir: &Path, tokens: &[u32]) -> Vec<f64> {
+    let model = load(dir, LoadFormat::Safetensors, 2, Some(KvDtype::Bf16));
     let mut run = Runner::new(model, 16, tokens.len(), 1);
     let part = Part { sequence: 0, tokens, start: 0, wanted: Wanted::All };
     let rows = run.step(&[part]);
@@ -141,17 +143,34 @@ fn log_probabilities_are_those_of_the_cpu() {
     for (shape, window, block_tokens) in shapes {
         let dir = checkpoint(&shape, window);
         let tokens = tokens(70, shape.vocab, 3);
-        let theirs = by_cpu(&dir, &tokens);
+        let theirs = by_cpu(dir.path(), &tokens);
         for chunk in [70, 23] {
             let mut gpu = Gpu::load(device, dir.path(), block_tokens, 1);
-            let ours = gpu.prompt_logprobs(&tokens, chunk);
-            assert_eq!(ours.len(), theirs.len());
-            let off =
-                ours.iter().zip(&theirs).map(|(ours, theirs)| (f64::from(*ours) - theirs).abs());
-            let off: Vec<f64> = off.collect();
-            let mean = off.iter().sum::<f64>() / off.len() as f64;
-            let most = off.iter().copied().fold(0.0, f64::max);
-            assert!(mean < MEAN_TOLERANCE && most < TOLERANCE, "{shape:?} in {chunk}s: {off:.2?}");
+            assert_close(&gpu.prompt_logprobs(&tokens, chunk), &theirs);
         }
     }
+}
+
+#[test]
+fn trained_models_agree_too() {
+    let Some(device) = device() else { return };
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    for (dir, vocab) in [("models/demo", 2048), ("tests/golden/f16", 192)] {
+        let (dir, tokens) = (root.join(dir), tokens(60, vocab, 9));
+        let ours = Gpu::load(device, &dir, 32, 1).prompt_logprobs(&tokens, 40);
+        assert_close(&ours, &by_cpu(&dir, &tokens));
+    }
+}
+
+#[track_caller]
+fn assert_close(ours: &[f32], theirs: &[f64]) {
+    assert_eq!(ours.len(), theirs.len());
+    let off = ours.iter().zip(theirs).map(|(ours, theirs)| {
+        // What is very unlikely is known less well.
+        (f64::from(*ours) - theirs).abs() / theirs.abs().max(1.0)
+    });
+    let off: Vec<f64> = off.collect();
+    let mean = off.iter().sum::<f64>() / off.len() as f64;
+    let most = off.iter().copied().fold(0.0, f64::max);
+    assert!(mean < MEAN_TOLERANCE && most < TOLERANCE, "mean {mean:.3}, {off:.2?}");
 }
