@@ -2,11 +2,40 @@
 
 use std::process::Command;
 
+use baton_kernels::cuda::testing::{Emulator, build_emulator};
+
 #[test]
 fn the_demo_ends_with_right_answers() {
+    expect_right_answers(&mut demo());
+}
+
+/// The whole way on GPUs: on emulated ones where there is none.
+#[test]
+fn the_demo_ends_with_right_answers_on_gpus() {
+    let mut demo = demo();
+    demo.env("BATON_DEVICE", "cuda").env("BATON_KV_MEMORY", "32MiB");
+    demo.env("BATON_MAX_BATCH_TOKENS", "512").env("BATON_MAX_SEQUENCES", "4");
+    if std::env::var("BATON_TEST_DEVICE").as_deref() != Ok("real") {
+        match build_emulator(&Emulator::default()) {
+            Ok(folder) => demo.env("BATON_CUDA_LIBRARIES", folder),
+            Err(reason) => {
+                eprintln!("skipped: no emulator: {reason}");
+                return;
+            }
+        };
+    }
+    expect_right_answers(&mut demo);
+}
+
+fn demo() -> Command {
     let test = std::env::current_exe().unwrap();
-    let baton = test.ancestors().nth(2).unwrap().join("baton");
-    let output = Command::new(baton).arg("demo").output().unwrap();
+    let mut command = Command::new(test.ancestors().nth(2).unwrap().join("baton"));
+    command.arg("demo");
+    command
+}
+
+fn expect_right_answers(demo: &mut Command) {
+    let output = demo.output().unwrap();
     let text = String::from_utf8_lossy(&output.stdout);
     let errors = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{text}\n{errors}");

@@ -22,7 +22,7 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     /// Run a coordinator and nodes on this machine until interrupted
-    Up(baton_cli::up::UpArgs),
+    Up(Box<baton_cli::up::UpArgs>),
     /// Run a cluster, ask three questions about one document, show what each cost
     Demo(demo::DemoArgs),
     /// Generate text
@@ -52,7 +52,7 @@ enum Command {
 #[tokio::main]
 async fn main() -> ExitCode {
     let result = match Cli::parse().command {
-        Command::Up(args) => baton_cli::up::run(args).await.map_err(Into::into),
+        Command::Up(args) => baton_cli::up::run(*args).await.map_err(Into::into),
         Command::Demo(args) => demo::run(args).await,
         Command::Generate(args) => generate::run(*args).await,
         Command::Status(args) => status::run(args).await,

@@ -151,6 +151,10 @@ impl Launch {
         push(&mut arguments, "--load-format", &options.load_format);
         push(&mut arguments, "--block-tokens", &options.block_tokens);
         push(&mut arguments, "--kv-blocks", &options.kv_blocks);
+        push(&mut arguments, "--kv-memory", &options.kv_memory);
+        push(&mut arguments, "--device", &options.device);
+        let libraries = options.cuda_libraries.as_ref().map(|folder| folder.display());
+        push(&mut arguments, "--cuda-libraries", &libraries);
         push(&mut arguments, "--max-batch-tokens", &options.max_batch_tokens);
         push(&mut arguments, "--max-model-len", &options.max_model_len);
         arguments

@@ -39,6 +39,15 @@ pub struct ClusterOptions {
     /// KV blocks of each node
     #[arg(long, value_name = "N")]
     pub kv_blocks: Option<u64>,
+    /// KV memory of each node, such as 4GiB, or 40% of what the model leaves of a GPU that two nodes share
+    #[arg(long, value_name = "SIZE", conflicts_with = "kv_blocks")]
+    pub kv_memory: Option<String>,
+    /// What nodes compute on: `cpu`, `cuda`, `cuda:N` or `auto`
+    #[arg(long, value_name = "DEVICE")]
+    pub device: Option<String>,
+    /// Folder with the libraries of CUDA
+    #[arg(long, value_name = "DIR")]
+    pub cuda_libraries: Option<PathBuf>,
     /// Most tokens that a node computes in one step
     #[arg(long, value_name = "N")]
     pub max_batch_tokens: Option<u32>,
@@ -73,6 +82,9 @@ impl Default for ClusterOptions {
             load_format: None,
             block_tokens: None,
             kv_blocks: None,
+            kv_memory: None,
+            device: None,
+            cuda_libraries: None,
             max_batch_tokens: None,
             max_model_len: None,
             threads: None,
