@@ -116,13 +116,13 @@ impl GpuModel {
     }
 }
 
-fn attention_shape(device: &Device, config: &ModelConfig, heads: HeadShape) -> AttentionShape {
+fn attention_shape(device: &Arc<Device>, config: &ModelConfig, heads: HeadShape) -> AttentionShape {
     let windows: BTreeSet<usize> = config.windows.iter().map(|w| w.unwrap_or(0)).collect();
     AttentionShape {
         heads,
         windows: windows.into_iter().collect(),
         workers: cuda::decode_workers(device, &heads),
-        has_prefill: device.target() == cuda::Target::Hopper,
+        device: device.clone(),
     }
 }
 

@@ -2,9 +2,11 @@
 
 use std::collections::BTreeMap;
 use std::ops::Range;
+use std::sync::Arc;
 
 use baton_kernels::cuda::{
-    DecodePlan, HeadShape, NO_POSITION, QueryRows, prefers_prefill, prefill_tiles,
+    DecodePlan, Device, HeadShape, KvElements, NO_POSITION, QueryRows, prefers_prefill,
+    prefill_tiles,
 };
 
 use super::packing::Packing;
@@ -22,8 +24,8 @@ pub(super) struct AttentionShape {
     pub(super) windows: Vec<usize>,
     /// Among whom the keys of a step are shared out.
     pub(super) workers: usize,
-    /// Whether there is a kernel for chunks of prompts.
-    pub(super) has_prefill: bool,
+    /// Which kernels there are depends on it.
+    pub(super) device: Arc<Device>,
 }
 
 /// Ranges of the packed words.
@@ -111,8 +113,9 @@ impl Tables {
             position: chunk.start,
             sequence: self.starts[index],
         };
-        let is_long =
-            |run: &QueryRows| shape.has_prefill && prefers_prefill(run.rows, &shape.heads);
+        let is_long = |run: &QueryRows| {
+            prefers_prefill(&shape.device, &shape.heads, KvElements::Bf16, run.rows)
+        };
         let (long, short) = step.chunks.iter().enumerate().map(run).partition(is_long);
         (short, long)
     }
