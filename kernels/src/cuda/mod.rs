@@ -17,7 +17,7 @@
 //!    instruction that is missing is added to `ptx.cuh` or `hopper.cuh` and, for the CPU, to
 //!    `kernels/emulator/ptx.h` or `hopper.h`. Dynamic shared memory is `DYNAMIC_SHARED(p)`.
 //! 2. `kernels/src/cuda/name.rs`: a safe function that checks lengths and calls
-//!    [`Stream::launch`] with `&[&y, &x, &(n as i32)]` in the order of the parameters, whose sizes
+//!    `Stream::launch` with `&[&y, &x, &(n as i32)]` in the order of the parameters, whose sizes
 //!    are compared with the kernel's. [`norm`](rms_norm) is the example. Structs that a kernel
 //!    takes by value are `repr(C)` and named in `parameters!`.
 //! 3. `kernels/tests/cuda/name.rs`: compares with an f64 reference on random shapes, under
@@ -26,9 +26,16 @@
 //!    binary runs the built-in ones. `BATON_TEST_DEVICE=emulator|real` chooses.
 //! 4. `scripts/build-kernels` compiles them with nvcc (which it installs from PyPI), prints
 //!    registers and spills and updates `kernels/cuda/cubin/`. A test fails until that is done.
+//!    Where binaries conflict in a merge, take either side and run it again.
+//! 5. `tests/cuda/faults.rs`, `every_wait_matters`: removes each barrier and wait in turn. What no
+//!    test misses is either not needed or not tested; if it is needed for a reason that the
+//!    emulator cannot show, its line ends with `// not seen by the emulator: …`.
 //!
-//! `BATON_EMULATOR_SANITIZE=1` compiles the emulator with AddressSanitizer (run the tests with
-//! `LD_PRELOAD=$(g++ -print-file-name=libasan.so)` then).
+//! Where a kernel fails in the emulator, standard error has its name, the block, the thread and what
+//! it did. `BATON_EMULATOR_SANITIZE=1` compiles it with AddressSanitizer (run the tests with
+//! `LD_PRELOAD=$(g++ -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0`).
+//! `BATON_EMULATOR_{DEVICES,CAPABILITY,VERSION,MEMORY}` say what it pretends to be: so many
+//! devices, compute capability 90, CUDA 13000, bytes of memory.
 #![expect(unsafe_code, reason = "calls the driver")]
 
 mod activation;
