@@ -74,8 +74,8 @@ fn chunks_attend_to_what_came_before() {
             (64, 16, 7, &[(40, 131)]),
             // Enough tiles for blocks to take several, of several key tiles each.
             (64, 64, 2, &[(300, 300), (64, 64)]),
-            // Ends at the end of a block, and of a key tile.
-            (64, 32, 4, &[(32, 224), (128, 0)]),
+            // Ends at the end of a block, and of a key tile; begins one before it.
+            (64, 32, 4, &[(32, 224), (128, 0), (2, 126)]),
         ] {
             let shape = shape(2, group, head_dim);
             let runs = Setup::runs(lengths);
@@ -110,7 +110,8 @@ fn chunks_of_random_shapes() {
     });
 }
 
-/// Windows within a tile, of several tiles, that begin at their ends, and that hide nothing.
+/// Windows within a tile, of several tiles, that begin at their ends, that hide a tile's first key from
+/// a last row only (row 311), and that hide nothing.
 #[test]
 fn chunks_see_their_window_only() {
     if !has_prefill() {
@@ -118,7 +119,7 @@ fn chunks_see_their_window_only() {
     }
     testing::schedules(|stream| {
         let mut random = Random::new(13);
-        for window in [1, 100, 128, 129, 257, 1 << 20] {
+        for window in [1, 55, 100, 128, 129, 257, 1 << 20] {
             let (shape, runs) = (shape(1, 4, 64), Setup::runs(&[(70, 280), (33, 0)]));
             let setup = Setup { shape, elements: BF16, block_tokens: 16, window, runs };
             check_prefill(stream, &mut random, setup);
@@ -133,7 +134,7 @@ fn single_rows_attend_to_what_came_before() {
         for elements in [BF16, E4M3] {
             for (head_dim, block_tokens, group, workers, lengths) in [
                 // One worker that takes everything, and one for every piece of it.
-                (128, 16, 4, 1, &[(1, 0), (1, 300), (1, 63), (1, 64), (1, 15)][..]),
+                (128, 16, 4, 1, &[(1, 0), (1, 300), (1, 63), (1, 64), (1, 15), (1, 14)][..]),
                 (128, 64, 8, 40, &[(1, 1000), (1, 129), (1, 5)]),
                 // Several tokens of a sequence, and several parts of one that end within another.
                 (64, 32, 2, 5, &[(11, 500), (3, 0), (1, 640)]),
@@ -145,6 +146,19 @@ fn single_rows_attend_to_what_came_before() {
                 let setup = Setup { shape, elements, block_tokens, window: 0, runs };
                 check_decode(stream, &mut random, setup, workers);
             }
+        }
+    });
+}
+
+/// Windows that begin inside, at and one before the end of the 16 keys that are read at once.
+#[test]
+fn single_rows_see_their_window_only() {
+    testing::schedules(|stream| {
+        let mut random = Random::new(18);
+        for window in [1, 12, 13, 44, 200, 1 << 20] {
+            let (shape, runs) = (shape(1, 4, 64), Setup::runs(&[(1, 300), (4, 100), (1, 3)]));
+            let setup = Setup { shape, elements: BF16, block_tokens: 16, window, runs };
+            check_decode(stream, &mut random, setup, 2);
         }
     });
 }
