@@ -23,24 +23,26 @@ use crate::sender::LinkId;
 pub(crate) struct PayloadStream(Option<((LinkId, Transport), SendStream)>);
 
 impl PayloadStream {
+    /// Opens the stream, unless it is; the peer bounds how many are. False: the connection is lost.
+    pub(crate) async fn open(&mut self, link: &Link, transport: Transport) -> bool {
+        let of = (link.id, transport);
+        if self.0.as_ref().is_some_and(|(current, _)| *current == of) {
+            return true;
+        }
+        self.abandon();
+        if let Ok(stream) = link.connection.open_uni().await {
+            self.0 = Some((of, stream));
+        }
+        self.0.is_some()
+    }
+
     /// Sends one unit, without copying what it holds. On failure the stream is gone.
     pub(crate) async fn write_unit(
         &mut self,
-        link: &Link,
         (transfer, transport, pieces): (TransferId, Transport, LayerRun),
         data: Vec<Bytes>,
     ) {
-        let of = (link.id, transport);
-        let stream = match &mut self.0 {
-            Some((current, stream)) if *current == of => stream,
-            _ => {
-                self.abandon();
-                match link.connection.open_uni().await {
-                    Ok(stream) => &mut self.0.insert((of, stream)).1,
-                    Err(_) => return,
-                }
-            }
-        };
+        let Some((_, stream)) = &mut self.0 else { return };
         let header = UnitHeader { transfer, pieces, transport, length: 0, checksum: 0 };
         let mut chunks = unit(header, data);
         if stream.write_all_chunks(&mut chunks).await.is_err() {

@@ -282,10 +282,19 @@ async fn pump(
     stream: &mut PayloadStream,
 ) {
     let mut staged = VecDeque::new();
+    let mut current = None;
     loop {
         while staged.len() < STAGED_UNITS
             && let Some((link, transport, pieces)) = transfer.next_unit()
         {
+            // Before anything is staged: who waits for a stream must not keep staging memory from
+            // those that have one. What was staged for another connection is asked for again.
+            if current.replace((link.id, transport)) != Some((link.id, transport)) {
+                staged.clear();
+            }
+            if !stream.open(&link, transport).await {
+                continue;
+            }
             let payload = match transport {
                 Transport::Quic => source.read(pieces),
                 Transport::Ipc => references(&*source, pieces.run),
@@ -297,10 +306,11 @@ async fn pump(
             continue;
         };
         match payload.await {
-            Ok(data) if transfer.is_current(&link, transport) => {
-                stream.write_unit(&link, (id, transport, pieces), data).await;
+            Ok(data) => {
+                if transfer.is_current(&link, transport) && stream.open(&link, transport).await {
+                    stream.write_unit((id, transport, pieces), data).await;
+                }
             }
-            Ok(_) => {}
             Err(MemoryLost) => transfer.input(|sender, _| sender.handle_memory_lost()),
         }
     }

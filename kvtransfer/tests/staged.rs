@@ -6,7 +6,7 @@ mod common;
 use std::sync::Arc;
 
 use baton_kvtransfer::frame::LayerRun;
-use baton_kvtransfer::limits::STAGED_UNITS;
+use baton_kvtransfer::limits::{MAX_PAYLOAD_STREAMS, STAGED_UNITS};
 use baton_kvtransfer::{
     BlockSink, BlockSource, MemoryLost, Place, Reason, ReceiveError, ReceiveHandle, Room,
     SendError, SendHandle, Soon,
@@ -14,7 +14,7 @@ use baton_kvtransfer::{
 use baton_proto::ids::TransferId;
 use bytes::Bytes;
 use common::{BLOCKS, GEOMETRY, Pair, Pool, first_token, transfer};
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
 /// Copies wait for permits; a closed semaphore is a device that has failed.
 struct Copies {
@@ -45,6 +45,35 @@ impl Copies {
 struct StagedSource {
     pool: Arc<Pool>,
     reads: Arc<Copies>,
+}
+
+/// A source of a ring of slots, which what is read occupies until it is dropped.
+struct RingSource {
+    pool: Arc<Pool>,
+    ring: Arc<Semaphore>,
+}
+
+struct InSlot {
+    bytes: Vec<u8>,
+    _slot: OwnedSemaphorePermit,
+}
+
+impl AsRef<[u8]> for InSlot {
+    fn as_ref(&self) -> &[u8] {
+        &self.bytes
+    }
+}
+
+impl BlockSource for RingSource {
+    fn read(&self, LayerRun { layer, run }: LayerRun) -> Soon<Vec<Bytes>> {
+        let (pool, ring) = (self.pool.clone(), self.ring.clone());
+        Box::pin(async move {
+            let slot = ring.acquire_owned().await.map_err(|_| MemoryLost)?;
+            let pieces = run.range().map(|ordinal| pool.bytes(layer, ordinal));
+            let bytes = pieces.collect::<Vec<_>>().concat();
+            Ok(vec![Bytes::from_owner(InSlot { bytes, _slot: slot })])
+        })
+    }
 }
 
 impl BlockSource for StagedSource {
@@ -190,6 +219,37 @@ async fn who_waits_for_a_slot_holds_nobody_up() {
     full.slots.permits.add_permits(1);
     assert_eq!(receive.outcome().await, Ok(first_token()));
     full.pool.assert_holds(&source, 0);
+}
+
+/// Neither slots nor streams are enough for all, at either end.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn transfers_that_wait_for_a_stream_keep_no_slot_from_those_that_have_one() {
+    let pair = Pair::new();
+    let ring = Arc::new(Semaphore::new(MAX_PAYLOAD_STREAMS as usize / 2));
+    let sink = StagedSink::new(4, MANY);
+    let transfers: Vec<_> = (0..3 * MAX_PAYLOAD_STREAMS)
+        .map(|n| {
+            let mut incoming = pair.incoming(transfer(n.into()), 0, &sink.pool);
+            incoming.room = Some(Room { held: 0, sink: sink.clone() });
+            let receive = pair.decode.expect(incoming);
+            let pool = Pool::source();
+            let mut outgoing = pair.outgoing(transfer(n.into()), &pool);
+            outgoing.source = Arc::new(RingSource { pool, ring: ring.clone() });
+            let send = pair.prefill.send(outgoing);
+            for layer in 0..GEOMETRY.layers {
+                send.ready(layer, 0..BLOCKS);
+            }
+            (send, receive)
+        })
+        .collect();
+    for (send, _) in &transfers {
+        send.finish(first_token());
+    }
+    for (send, receive) in transfers {
+        assert_eq!(receive.outcome().await, Ok(first_token()));
+        assert_eq!(send.outcome().await.unwrap().blocks, BLOCKS);
+    }
+    sink.pool.assert_holds(&Pool::source(), 0);
 }
 
 #[tokio::test]
