@@ -124,7 +124,7 @@ struct Consumer {
 
     for (int tile = work.end - 2; tile >= work.first; tile--) {
       const bool add = tile < work.end - 2;
-      barrier_sync(turn_of(number), CONSUMERS * WARPGROUP);
+      barrier_sync(turn_of(number), CONSUMERS * WARPGROUP);  // not seen by the emulator: it is for speed alone
       mbarrier_wait(shared.keys_full(consumed + 1), full_phase(consumed + 1));
       start_scores<D>(scores, queries, shared.keys(consumed + 1));
       mbarrier_wait(shared.values_full(consumed), full_phase(consumed));
