@@ -35,6 +35,7 @@ mod ahead {
         a_sampled_sequence_is_the_same_after_a_hand_over,
         a_first_token_that_ends_the_sequence_ends_the_import,
         jobs_of_a_broken_engine_fail_and_new_ones_are_refused,
+        jobs_of_a_failed_device_fail_and_say_why,
         jobs_of_a_dropped_engine_fail,
     );
 }
@@ -385,6 +386,25 @@ fn jobs_of_a_broken_engine_fail_and_new_ones_are_refused() {
     assert!(events.iter().any(|event| failed(&event)));
     assert!(events.iter().next().is_none(), "the thread has ended");
     assert_eq!(submit(2), Err(SubmitError::Draining));
+}
+
+#[test]
+fn jobs_of_a_failed_device_fail_and_say_why() {
+    let (sink, events) = mpsc::channel();
+    let device = support::Failing::new(support::device(FakeModel::new(128, 200)), 3);
+    let sink = Box::new(move |event| drop(sink.send(event)));
+    let engine = Engine::start(config(), Box::new(device), sink);
+    for n in [1, 2] {
+        let job = job(n, prompt(n, 9), 50);
+        engine.submit(Submission { job, kind: Kind::Local, held: false }).unwrap();
+    }
+    let failed = events.iter().filter_map(|event| match event {
+        EngineEvent::Failed { id, reason, retry } => Some((id, reason, retry)),
+        _ => None,
+    });
+    let reason = "the device failed: it fell off the bus";
+    let expected = [1, 2].map(|n| (id(n), reason.to_owned(), Retry::OtherNode));
+    assert_eq!(failed.collect::<Vec<_>>(), expected, "once each, and then nothing");
 }
 
 #[test]

@@ -7,12 +7,14 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use baton_engine::scheduler::Outcome;
 use baton_engine::testing::delayed::Clocks;
 use baton_engine::testing::{Ahead, FakeModel};
 use baton_engine::{
-    BlockLease, Engine, EngineConfig, EngineEvent, Executor, FirstToken, HostExecutor, Kind,
-    MemoryLost, Soon, Submission,
+    AfterLayer, BlockLease, DeviceFailure, Engine, EngineConfig, EngineEvent, Executor, FirstToken,
+    HostExecutor, Kind, KvMemory, MemoryLost, Soon, Step, Submission,
 };
+use baton_proto::geometry::KvGeometry;
 use baton_proto::hash::CacheSalt;
 use baton_proto::ids::{RequestId, TransferId};
 use baton_proto::message::{Job, Logprobs, Report, TokenEvent};
@@ -303,4 +305,63 @@ pub(crate) fn write(lease: &Arc<BlockLease>, layer: usize, ordinal: usize, bytes
 pub(crate) fn wait<T>(soon: Soon<T>) -> Result<T, MemoryLost> {
     let runtime = tokio::runtime::Builder::new_current_thread().build();
     runtime.expect("a runtime").block_on(soon)
+}
+
+/// A device that fails at its step number `steps`.
+pub(crate) struct Failing {
+    inner: Box<dyn Executor>,
+    steps: usize,
+}
+
+impl Failing {
+    pub(crate) fn new(inner: Box<dyn Executor>, steps: usize) -> Self {
+        Self { inner, steps }
+    }
+}
+
+impl Executor for Failing {
+    fn revision(&self) -> [u8; 32] {
+        self.inner.revision()
+    }
+
+    fn geometry(&self, block_tokens: u32) -> KvGeometry {
+        self.inner.geometry(block_tokens)
+    }
+
+    fn vocab_size(&self) -> usize {
+        self.inner.vocab_size()
+    }
+
+    fn max_model_len(&self) -> usize {
+        self.inner.max_model_len()
+    }
+
+    fn depth(&self) -> usize {
+        self.inner.depth()
+    }
+
+    fn allocate(&mut self, block_tokens: u32, blocks: usize) -> KvMemory {
+        self.inner.allocate(block_tokens, blocks)
+    }
+
+    #[expect(unsafe_code, reason = "passes the promise on")]
+    unsafe fn launch(
+        &mut self,
+        step: &Step<'_>,
+        after_layer: &mut AfterLayer<'_>,
+    ) -> Result<(), DeviceFailure> {
+        // SAFETY: the caller's promise.
+        unsafe { self.inner.launch(step, after_layer) }
+    }
+
+    fn finish(
+        &mut self,
+        after_layer: &mut AfterLayer<'_>,
+    ) -> Result<Option<Outcome>, DeviceFailure> {
+        self.steps -= 1;
+        if self.steps == 0 {
+            return Err(DeviceFailure("it fell off the bus".to_owned()));
+        }
+        self.inner.finish(after_layer)
+    }
 }
