@@ -112,6 +112,20 @@ fn steps_queued_ahead_and_graphs_change_no_token() {
     }
 }
 
+/// The numbers of a step move to other memory when they need more room.
+#[test]
+fn graphs_follow_their_inputs_to_another_place() {
+    let Some(device) = device() else { return };
+    let dir = checkpoint(&BASE, None);
+    let prompts = [tokens(19, 101, 1), tokens(6, 101, 2)];
+    let few: Vec<_> = prompts.iter().map(|prompt| Asked::greedy(prompt)).collect();
+    let many: Vec<_> = prompts.iter().map(|prompt| Asked::biased(prompt, 5000)).collect();
+    let mut gpu = Gpu::load(device, dir.path(), 16, 2);
+    let before = gpu.generate(&few, 5, true, false);
+    assert_eq!(gpu.generate(&many, 5, true, false), before, "biases of 0 change nothing");
+    assert_eq!(gpu.generate(&few, 5, true, false), before);
+}
+
 #[test]
 fn models_without_kernels_are_refused() {
     let Some(device) = device() else { return };

@@ -8,7 +8,7 @@ use baton_kernels::cuda::{Buffer, Device, DeviceError, Pinned, Slice, Stream};
 /// Arrays begin at multiples of so many words: 16 bytes.
 const ALIGNMENT: usize = 4;
 /// Words that there is room for at first.
-const FIRST_ROOM: usize = 1 << 16;
+const FIRST_ROOM: usize = 1 << 12;
 
 /// Arrays of words, one after the other.
 #[derive(Default)]

@@ -28,6 +28,13 @@ impl<'a> Asked<'a> {
         Self { prompt, params }
     }
 
+    /// Greedy, with biases that need room and change nothing.
+    pub(crate) fn biased(prompt: &'a [u32], count: u32) -> Self {
+        let logit_bias = (0..count).map(|token| (token, 0.0)).collect();
+        let params = SamplingParams { temperature: 0.0, logit_bias, ..SamplingParams::default() };
+        Self { prompt, params }
+    }
+
     /// With penalties, for which the device needs to know what it sampled before.
     pub(crate) fn sampled(prompt: &'a [u32]) -> Self {
         let params = SamplingParams {
