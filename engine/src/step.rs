@@ -100,7 +100,7 @@ impl Device {
             }
             let (snapshot, returned) = self.apply(inputs);
             let limit = self.pace.prefill_limit(self.scheduler.decodes());
-            self.scheduler.set_prefill_limit(limit);
+            self.scheduler.set_prefill_limit(whole_tiles(limit));
             let plan = self.scheduler.plan(Instant::now());
             self.tell(&returned, snapshot);
             let launches = !plan.chunks.is_empty();
@@ -269,6 +269,15 @@ impl Device {
         });
         exports.filter(|exported| !exported.blocks.is_empty()).collect()
     }
+}
+
+/// Rows that a GPU multiplies at once.
+const TILE_ROWS: usize = 128;
+
+/// A limit that leaves no tile half empty, and chunks of few different lengths, for each of which a
+/// matrix product is planned.
+fn whole_tiles(limit: usize) -> usize {
+    if limit > TILE_ROWS { limit - limit % TILE_ROWS } else { limit }
 }
 
 /// Tells who waits for the layers of a step, and breaks when nobody wants it any more.

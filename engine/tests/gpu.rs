@@ -168,9 +168,15 @@ fn log_probabilities_are_those_of_the_cpu() {
 #[test]
 fn trained_models_agree_too() {
     let Some(device) = device() else { return };
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    // Where the tests were built, or, where they were carried to, the folder that they run in.
+    let built = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    let root = if built.exists() { built } else { ".".into() };
     for (dir, vocab) in [("models/demo", 2048), ("tests/golden/f16", 192)] {
         let (dir, tokens) = (root.join(dir), tokens(60, vocab, 9));
+        if !dir.exists() {
+            println!("skipped: {} is not here", dir.display());
+            continue;
+        }
         let ours = Gpu::load(device, &dir, 32, 1).prompt_logprobs(&tokens, 40);
         assert_close(&ours, &by_cpu(&dir, &tokens));
     }

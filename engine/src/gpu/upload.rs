@@ -19,7 +19,7 @@ const STRETCH: usize = 4 << 20;
 /// Page-locked buffers of a thread: one is filled while the others are copied.
 const BUFFERS: usize = 3;
 /// More do not read faster.
-const MOST_THREADS: usize = 8;
+const MOST_THREADS: usize = 16;
 
 /// Copies every part, and tells how many bytes have been read.
 pub(super) fn upload(
