@@ -1,6 +1,8 @@
 //! The engine's thread: takes the inbox, asks the scheduler, computes, tells the sink.
 #![expect(unsafe_code, reason = "lets the device write to blocks that the scheduler gave it")]
 
+mod chunks;
+
 use std::collections::{HashMap, VecDeque};
 use std::ops::{ControlFlow, Range};
 use std::panic::AssertUnwindSafe;
@@ -12,13 +14,14 @@ use baton_proto::message::{Report, Retry};
 
 use crate::engine::Sink;
 use crate::events::{EngineEvent, Kind};
-use crate::executor::{DeviceFailure, Executor, Input, PromptLogprobs, Sample, Step, StepChunk};
+use crate::executor::{DeviceFailure, Executor, Step};
 use crate::inbox::{Inbox, Inputs, Wait};
 use crate::lease::{BlockLease, Gate};
 use crate::memory::KvMemory;
 use crate::pace::Pace;
-use crate::scheduler::{Event, Plan, PlannedChunk, Scheduler};
-use crate::sequence::Sequence;
+use crate::scheduler::{Event, Plan, Scheduler};
+
+use chunks::step_chunk;
 
 /// All that the thread owns.
 pub(crate) struct Device {
@@ -301,40 +304,4 @@ fn layer_listener<'a>(
             false => ControlFlow::Continue(()),
         }
     }
-}
-
-fn step_chunk<'a>(scheduler: &'a Scheduler, planned: &PlannedChunk) -> StepChunk<'a> {
-    let sequence = scheduler.sequence(planned);
-    let input = match planned.pending {
-        Some(chunk) => Input::Pending(chunk),
-        None => Input::Tokens(&sequence.tokens[planned.start..planned.end()]),
-    };
-    let sample = Sample {
-        params: &sequence.sampling,
-        prompt: sequence.prompt(),
-        output: sequence.output(),
-        pending: usize::from(planned.pending.is_some()),
-    };
-    StepChunk {
-        input,
-        start: planned.start,
-        blocks: &sequence.blocks,
-        prompt_logprobs: prompt_logprobs(sequence, planned),
-        sample: planned.samples.then_some(sample),
-    }
-}
-
-/// The row of a position has the log-probabilities of the next one.
-fn prompt_logprobs<'a>(
-    sequence: &'a Sequence,
-    planned: &PlannedChunk,
-) -> Option<PromptLogprobs<'a>> {
-    let told = sequence.prompt_logprobs.as_ref()?.len();
-    // After a preemption the leading ones are here already; those before this chunk may be on
-    // their way.
-    let first_row = told.saturating_sub(planned.start);
-    let next = planned.start + first_row + 1;
-    let tokens = sequence.tokens.get(next..sequence.prompt_tokens.min(planned.end() + 1))?;
-    let top = sequence.sampling.prompt_logprobs.unwrap_or(0) as usize;
-    (!tokens.is_empty()).then_some(PromptLogprobs { first_row, tokens, top })
 }
