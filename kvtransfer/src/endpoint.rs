@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -83,6 +83,7 @@ impl Endpoint {
             host: OnceLock::new(),
             avoided: Mutex::default(),
             sent: Default::default(),
+            last_transport: AtomicU8::new(u8::MAX),
         });
         shared.runtime.spawn(accept::accept_links(shared.clone()));
         Ok(Self { _closes: Arc::new(ClosesOnDrop(shared.clone())), shared })
@@ -128,6 +129,12 @@ impl Endpoint {
         Transport::ALL.into_iter().map(|way| (way, sent(way))).collect()
     }
 
+    /// How the payload travelled that has arrived last.
+    #[must_use]
+    pub fn last_transport(&self) -> Option<Transport> {
+        Transport::from_code(self.shared.last_transport.load(Ordering::Relaxed)).ok()
+    }
+
     /// Transfers under way: `(outgoing, incoming)`.
     #[must_use]
     pub fn transfers(&self) -> (usize, usize) {
@@ -165,6 +172,8 @@ pub(crate) struct Shared {
     avoided: Mutex<HashMap<NodeId, Instant>>,
     /// Bytes that have arrived, by transport.
     sent: [AtomicU64; Transport::ALL.len()],
+    /// Of the last of them; no transport's code before.
+    last_transport: AtomicU8,
 }
 
 impl Shared {
@@ -188,7 +197,10 @@ impl Shared {
     }
 
     pub(crate) fn count(&self, sent: &Sent) {
-        self.sent[sent.transport as usize].fetch_add(sent.bytes, Ordering::Relaxed);
+        if sent.bytes > 0 {
+            self.sent[sent.transport as usize].fetch_add(sent.bytes, Ordering::Relaxed);
+            self.last_transport.store(sent.transport as u8, Ordering::Relaxed);
+        }
     }
 
     /// A peer's memory could not be read.

@@ -55,8 +55,13 @@ pub enum Event {
 }
 
 /// The load of the engine, and what the node itself has to say.
-pub(crate) fn report(engine: &Engine, News { role, draining, .. }: News) -> Report {
-    Report { role, draining, ..engine.report() }
+pub(crate) fn report(
+    engine: &Engine,
+    endpoint: &Endpoint,
+    News { role, draining, .. }: News,
+) -> Report {
+    let kv_transport = endpoint.last_transport().map(|last| last.to_string()).unwrap_or_default();
+    Report { role, draining, kv_transport, ..engine.report() }
 }
 
 /// The worker of a node with its hands.

@@ -48,6 +48,7 @@ pub(crate) struct Joiner {
     pub(crate) hello: Hello,
     /// Where its reports come from.
     pub(crate) engine: Engine,
+    pub(crate) kv: baton_kvtransfer::Endpoint,
     /// Where commands go.
     pub(crate) events: mpsc::Sender<Event>,
     /// What is reported at once.
@@ -184,7 +185,7 @@ impl Joiner {
                 _ = ticks.tick() => {}
                 Ok(()) = news.changed() => tokio::time::sleep(LEAST_REPORT_PAUSE).await,
             }
-            let report = driver::report(&self.engine, *news.borrow_and_update());
+            let report = driver::report(&self.engine, &self.kv, *news.borrow_and_update());
             outbox.try_send(NodeEvent::Report(report)).map_err(|_| SessionError::Slow)?;
         }
     }

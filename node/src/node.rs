@@ -75,6 +75,7 @@ impl Node {
             identity: setup.identity,
             hello,
             engine: engine.clone(),
+            kv: setup.endpoint.clone(),
             events: events.clone(),
             news: reported.clone(),
             streams: AtomicU64::new(0),
@@ -99,7 +100,7 @@ impl Node {
         let (engine, news) = (self.engine.clone(), self.news.clone());
         let endpoint = self.endpoint.clone();
         move || Figures {
-            report: driver::report(&engine, *news.borrow()),
+            report: driver::report(&engine, &endpoint, *news.borrow()),
             kv_sent: endpoint.sent_bytes(),
         }
     }

@@ -164,6 +164,8 @@ pub struct Report {
     pub prefill_tokens_per_second: f64,
     /// Measured duration of a decode step; 0 until measured.
     pub decode_step_ms: f64,
+    /// How the KV travelled that the node has sent last; empty before.
+    pub kv_transport: String,
 }
 
 /// Log-probabilities at one position.

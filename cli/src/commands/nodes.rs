@@ -61,6 +61,7 @@ fn as_json(node: &Node) -> Value {
         "waiting": node.waiting,
         "prefill_tokens_per_second": node.prefill_tokens_per_second,
         "decode_step_ms": node.decode_step_ms,
+        "kv_transport": node.kv_transport,
         "kv_blocks": {
             "total": blocks.total,
             "free": blocks.free,
@@ -82,7 +83,10 @@ fn as_row(node: &Node) -> Vec<String> {
     row.extend([blocks.active, blocks.cached, blocks.leased].map(|n| n.to_string()));
     row.push(format!("{:.0}", node.prefill_tokens_per_second));
     row.push(format!("{:.1}", node.decode_step_ms));
-    row.push(node.transports.join(","));
+    row.push(match &*node.kv_transport {
+        "" => "-".to_owned(),
+        transport => transport.to_owned(),
+    });
     row.push(node.kv_address.clone());
     row
 }

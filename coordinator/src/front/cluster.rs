@@ -148,5 +148,6 @@ fn node(view: NodeView) -> Node {
         running: report.running,
         prefill_tokens_per_second: report.prefill_tokens_per_second,
         decode_step_ms: report.decode_step_ms,
+        kv_transport: report.kv_transport,
     }
 }

@@ -173,6 +173,7 @@ impl From<Report> for wire::Report {
             decode_step_ms: r.decode_step_ms,
             role: r.role.as_str().to_owned(),
             waiting_blocks: r.waiting_blocks,
+            kv_transport: r.kv_transport,
         }
     }
 }
@@ -189,6 +190,9 @@ impl TryFrom<wire::Report> for Report {
                 return invalid(format!("{field} is {value}"));
             }
         }
+        if r.kv_transport.len() > 16 {
+            return invalid("report.kv_transport must have at most 16 bytes");
+        }
         Ok(Self {
             role: role(&r.role, "report.role")?,
             draining: r.draining,
@@ -204,6 +208,7 @@ impl TryFrom<wire::Report> for Report {
             waiting_blocks: r.waiting_blocks,
             prefill_tokens_per_second: r.prefill_tokens_per_second,
             decode_step_ms: r.decode_step_ms,
+            kv_transport: r.kv_transport,
         })
     }
 }

@@ -79,6 +79,7 @@ fn events_survive_the_wire() {
             role: Role::Decode,
             draining: true,
             waiting_blocks: 9,
+            kv_transport: "ipc".to_owned(),
             ..Report::default()
         }),
         NodeEvent::Cache { sequence: 1, stored: vec![hash(1), hash(2)], removed: vec![hash(3)] },
