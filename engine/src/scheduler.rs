@@ -36,9 +36,11 @@ use crate::blocks::User;
 use crate::events::{FirstToken, Kind};
 use crate::prefix::PrefixCache;
 use crate::sequence::{Phase, Sequence};
+use flight::Flight;
 use pull::Fetch;
 
 mod complete;
+mod flight;
 mod plan;
 mod pull;
 #[cfg(test)]
@@ -114,13 +116,6 @@ struct Lease {
     blocks: Vec<u32>,
     /// The sequence is over, which is to be told when the lease is returned.
     ended: bool,
-}
-
-/// A step that was planned and has not ended.
-#[derive(Debug, Default)]
-struct Flight {
-    /// Blocks that their sequences have given back, and which the step may still read or write.
-    blocks: Vec<u32>,
 }
 
 /// The sequences of one engine and its blocks.
@@ -399,14 +394,6 @@ impl Scheduler {
             release_blocks(&mut self.cache, &mut sequence);
         }
         sequence
-    }
-
-    /// The oldest step in flight has ended.
-    fn land(&mut self) {
-        let flight = self.flights.pop_front().expect("a step in flight ends once");
-        for block in flight.blocks {
-            self.cache.release(block, User::Sequence);
-        }
     }
 
     /// Caches the blocks of a sequence that have become full. Where the cache has an equal block

@@ -58,21 +58,6 @@ impl Scheduler {
         }
     }
 
-    /// The step of the oldest plan in flight was not computed, since all of its jobs were
-    /// cancelled, of which the scheduler has to be told before it is asked for the next plan.
-    ///
-    /// # Panics
-    /// If there is no plan in flight.
-    pub fn abandon(&mut self, plan: &Plan) {
-        self.land();
-        for chunk in &plan.chunks {
-            if let Some(sequence) = self.sequences.get_mut(&chunk.number) {
-                sequence.planned -= chunk.tokens;
-                sequence.pending -= usize::from(chunk.samples);
-            }
-        }
-    }
-
     fn computed(&mut self, chunk: &PlannedChunk, more: Vec<(u32, Logprobs)>, took: Duration) {
         let sequence = self.sequences.get_mut(&chunk.number).expect("planned sequences are here");
         assert_eq!(sequence.computed, chunk.start, "a plan is completed once");

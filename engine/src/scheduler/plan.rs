@@ -5,7 +5,7 @@ use std::time::Instant;
 use baton_proto::ids::TransferId;
 use baton_proto::message::Retry;
 
-use super::{Event, Flight, Lease, Scheduler, release_blocks};
+use super::{Event, Lease, Scheduler, release_blocks};
 use crate::blocks::User;
 use crate::events::Kind;
 use crate::forward::Wanted;
@@ -81,19 +81,6 @@ impl Scheduler {
         }
         self.depart(&plan);
         plan
-    }
-
-    /// A plan is in flight from here on.
-    fn depart(&mut self, plan: &Plan) {
-        for (index, chunk) in plan.chunks.iter().enumerate() {
-            let sequence = self.sequences.get_mut(&chunk.number).expect("planned ones are here");
-            sequence.planned = chunk.end();
-            sequence.pending += usize::from(chunk.samples);
-            sequence.chunk = index;
-        }
-        if !plan.chunks.is_empty() {
-            self.flights.push_back(Flight::default());
-        }
     }
 
     fn expire(&mut self, now: Instant) {
