@@ -87,9 +87,10 @@ Result wait(std::unique_lock<std::recursive_mutex>& locked, Stream& stream, uint
 
 Result wait_for_all(std::unique_lock<std::recursive_mutex>& locked) {
   auto all = streams();  // a copy, as the lock may be let go
+  Result first = SUCCESS;  // of those that failed, which is no reason not to wait for the others
   for (auto& [handle, stream] : all)
-    if (Result result = wait(locked, *stream, stream->queued)) return result;
-  return SUCCESS;
+    if (Result result = wait(locked, *stream, stream->queued); result && !first) first = result;
+  return first;
 }
 
 }  // namespace driver
@@ -248,6 +249,13 @@ DRIVER_API cuGraphExecDestroy(void* executable) {
 DRIVER_API cuGraphDestroy(void* graph) {
   delete (Graph*)graph;
   return SUCCESS;
+}
+
+// For tests: from now on everything in the streams of one device fails.
+extern "C" __attribute__((visibility("default"))) void emulator_fail_streams(int device) {
+  auto locked = lock();
+  for (auto& [_, stream] : streams())
+    if (static_cast<OwnedStream&>(*stream).device == device) stream->error = LAUNCH_FAILED;
 }
 
 // For the stand-ins of other libraries: work that may be asked for again (NOT_READY), and how to free what it needs.

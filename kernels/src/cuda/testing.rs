@@ -90,6 +90,21 @@ pub fn lose_device() {
     }
 }
 
+/// Lets everything that is queued on one of the emulator's devices fail, now and later. Nothing on
+/// real ones.
+///
+/// # Panics
+/// As [`test_device`].
+pub fn fail_streams(device: &Device) {
+    if let Some(emulator) = test_device().and_then(|device| device.emulator.as_ref()) {
+        // SAFETY: a function of the emulator with this signature.
+        let fail: Symbol<unsafe extern "C" fn(i32)> =
+            unsafe { emulator.get("emulator_fail_streams") }.expect("the emulator has it");
+        // SAFETY: marks streams.
+        unsafe { fail(device.ordinal() as i32) };
+    }
+}
+
 fn open() -> Option<TestDevice> {
     let wanted = std::env::var("BATON_TEST_DEVICE").unwrap_or_default();
     if wanted != "emulator" {
