@@ -12,13 +12,16 @@ mod activations;
 mod cache;
 mod find;
 mod flight;
+mod group;
 mod load;
 mod packing;
+mod parallel;
 mod pass;
 mod places;
 mod rows;
 mod sampling;
 mod scoring;
+mod shard;
 mod step;
 mod upload;
 mod weights;
@@ -30,14 +33,16 @@ use baton_kernels::cuda::{Buffer, DecodeScratch, DeviceError, DeviceSampler, Gem
 use self::activations::Activations;
 use self::cache::Cache;
 use self::flight::{Flight, Results, Slot};
+use self::group::Member;
 use self::packing::{Inputs, Packing};
 use self::places::AttentionShape;
 use self::scoring::Scoring;
 use self::weights::Weights;
 use crate::config::ModelConfig;
 
-pub use self::find::{Unavailable, open};
+pub use self::find::{Unavailable, find_nccl, open};
 pub use self::load::{GpuLoadError, GpuOptions};
+pub use self::parallel::ParallelModel;
 
 /// Steps that may be in flight.
 const DEPTH: usize = 2;
@@ -52,9 +57,12 @@ struct Sizes {
     logit_rows: usize,
 }
 
-/// A model on a GPU, in bf16.
+/// A model on a GPU, in bf16, or one GPU's part of it.
 pub struct GpuModel {
+    /// Of this GPU's part.
     config: ModelConfig,
+    /// Its place among the GPUs of the model.
+    member: Option<Member>,
     max_model_len: usize,
     revision: [u8; 32],
     eos_token_ids: Vec<u32>,

@@ -13,7 +13,8 @@ use baton_kernels::cpu::ThreadPool;
 
 use self::checkpoint::Checkpoint;
 use self::dummy::Dummy;
-use self::expected::{Expected, ignored};
+pub(crate) use self::expected::Expected;
+use self::expected::ignored;
 use crate::config::ModelConfig;
 
 /// The weights of a checkpoint cannot be served.
@@ -118,15 +119,27 @@ impl Weights {
         }
     }
 
+    /// The type of the tensor `name`.
+    pub(crate) fn dtype(&self, name: &str) -> Dtype {
+        match self {
+            Self::Checkpoint(checkpoint) => checkpoint.dtype(name),
+            Self::Dummy(dummy) => dummy.dtype(),
+        }
+    }
+
+    /// The shape of the tensor `name`.
+    pub(crate) fn shape(&self, name: &str) -> &[usize] {
+        match self {
+            Self::Checkpoint(checkpoint) => checkpoint.shape(name),
+            Self::Dummy(dummy) => dummy.shape(name),
+        }
+    }
+
     /// Bytes of all tensors that a model reads.
     pub(crate) fn total_bytes(&self, config: &ModelConfig) -> usize {
         let expected = Expected::of(config);
         let bytes = |(name, shape): (&str, &[usize])| {
-            let dtype = match self {
-                Self::Checkpoint(checkpoint) => checkpoint.dtype(name),
-                Self::Dummy(dummy) => dummy.dtype(),
-            };
-            shape.iter().product::<usize>() * dtype.bytes()
+            shape.iter().product::<usize>() * self.dtype(name).bytes()
         };
         expected.iter().map(bytes).sum()
     }

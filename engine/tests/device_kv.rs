@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use baton_engine::staging::{Copies, DeviceKv, DeviceSlot};
 use baton_engine::{MemoryLost, SharedKv};
-use baton_kernels::cuda::{PieceShare, Stream, testing};
+use baton_kernels::cuda::{Device, Libraries, PieceShare, Stream, testing};
 
 const LAYERS: usize = 3;
 const BLOCKS: usize = 40;
@@ -77,6 +77,61 @@ fn pieces_go_out_in_their_canonical_form_and_come_back() {
         }
     }
     assert!(contents(&stream, &to) == want);
+}
+
+/// What four devices have of a cache, two of one have in another.
+#[test]
+fn devices_exchange_whole_pieces_whatever_heads_they_have() {
+    let Some(streams) = streams(4) else { return };
+    let shards = |ranks: usize, seed| -> Vec<_> {
+        let heads = WHOLE.kv_heads / ranks;
+        let share = |rank| PieceShare { first_head: rank * heads, heads, ..WHOLE };
+        (0..ranks).map(|rank| cache(&streams[rank], share(rank), seed + rank)).collect()
+    };
+    let (from, to) = (shards(4, 1), shards(2, 9));
+    let mut slot = DeviceSlot::new(streams[0].device(), 8 * WHOLE.piece_bytes()).unwrap();
+    let blocks = [39, 0, 7];
+    let mut out = DeviceKv::copies_of_shards(&from).unwrap();
+    // SAFETY: the slot is looked at when the copies were waited for, and nobody writes to caches.
+    unsafe { out.gather(2, &blocks, &mut slot) }.unwrap();
+    out.wait().unwrap();
+    for (at, block) in blocks.iter().enumerate() {
+        for (rank, kv) in from.iter().enumerate() {
+            let (own, start) =
+                (kv.share.own_bytes(), (2 * BLOCKS + *block as usize) * kv.share.own_bytes());
+            for i in 0..own {
+                let there = at * WHOLE.piece_bytes() + place(kv.share, i);
+                assert_eq!(slot.as_ref()[there], byte(1 + rank, start + i));
+            }
+        }
+    }
+    let sent = slot.as_ref().to_vec();
+    let mut into = DeviceKv::copies_of_shards(&to).unwrap();
+    // SAFETY: as above.
+    unsafe { into.scatter(1, &mut slot, &[(0, 3), (2, 38)]) }.unwrap();
+    into.wait().unwrap();
+    for (rank, kv) in to.iter().enumerate() {
+        let (own, found) = (kv.share.own_bytes(), contents(&streams[rank], kv));
+        let mut want: Vec<u8> = (0..found.len()).map(|at| byte(9 + rank, at)).collect();
+        for (at, block) in [(0, 3), (2, 38)] {
+            for i in 0..own {
+                want[(BLOCKS + block) * own + i] =
+                    sent[at * WHOLE.piece_bytes() + place(kv.share, i)];
+            }
+        }
+        assert!(found == want, "rank {rank}");
+    }
+}
+
+/// Of different devices.
+fn streams(count: usize) -> Option<Vec<Stream>> {
+    let libraries = Libraries::find(&testing::test_device()?.paths).unwrap();
+    if Device::count(&libraries).unwrap() < count {
+        println!("skipped: needs {count} devices");
+        return None;
+    }
+    let open = |ordinal| Stream::new(&Device::open(&libraries, ordinal).unwrap()).unwrap();
+    Some((0..count).map(open).collect())
 }
 
 #[test]

@@ -3,6 +3,8 @@
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 mod common;
+#[path = "gpu/parallel.rs"]
+mod parallel;
 #[path = "gpu/serving.rs"]
 mod serving;
 #[path = "gpu/support.rs"]

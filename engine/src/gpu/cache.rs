@@ -5,7 +5,7 @@ use std::sync::Arc;
 use baton_kernels::cuda::{Buffer, Device, DeviceError, PieceShare, Slice};
 use baton_proto::geometry::KvGeometry;
 
-use crate::memory::KvMemory;
+use super::shard::Shard;
 use crate::staging::DeviceKv;
 
 /// All layers' pieces, in one allocation: `[layers][blocks][k|v][kv_heads][block_tokens][head_dim]`.
@@ -25,13 +25,14 @@ impl Cache {
         Ok(Self { pieces: Arc::new(pieces), geometry, blocks })
     }
 
-    /// The cache as leases reach it.
-    pub(super) fn memory(&self) -> Result<KvMemory, DeviceError> {
+    /// The cache as leases reach it, or the part of one that a device has.
+    pub(super) fn kv(&self, shard: Shard) -> DeviceKv {
         let heads = self.geometry.kv_heads as usize;
         let head_bytes = self.geometry.piece_bytes() / (2 * heads);
-        let share = PieceShare { kv_heads: heads, first_head: 0, heads, head_bytes };
+        let (kv_heads, first_head) = (shard.ranks * heads, shard.rank * heads);
+        let share = PieceShare { kv_heads, first_head, heads, head_bytes };
         let (pieces, layers) = (self.pieces.clone(), self.geometry.layers as usize);
-        DeviceKv { pieces, layers, blocks: self.blocks, share }.memory()
+        DeviceKv { pieces, layers, blocks: self.blocks, share }
     }
 
     /// The pieces of a layer.

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use baton_kernels::cuda::{Device, DeviceError, Libraries, LibraryPaths, Missing};
+use baton_kernels::cuda::{Device, DeviceError, Libraries, LibraryPaths, Missing, Nccl};
 
 /// Why there is no GPU. Displayed on one line.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -22,6 +22,17 @@ pub enum Unavailable {
 /// # Errors
 /// If there is none.
 pub fn open(ordinal: usize, folders: &[PathBuf]) -> Result<Arc<Device>, Unavailable> {
-    let paths = LibraryPaths { folders: folders.to_vec(), ..LibraryPaths::from_environment() };
-    Ok(Device::open(&Libraries::find(&paths)?, ordinal)?)
+    Ok(Device::open(&Libraries::find(&paths(folders))?, ordinal)?)
+}
+
+/// Finds what several GPUs need to compute together, in the same places. They were opened before.
+///
+/// # Errors
+/// If it is not there.
+pub fn find_nccl(folders: &[PathBuf]) -> Result<Arc<Nccl>, Unavailable> {
+    Ok(Nccl::find(&paths(folders))?)
+}
+
+fn paths(folders: &[PathBuf]) -> LibraryPaths {
+    LibraryPaths { folders: folders.to_vec(), ..LibraryPaths::from_environment() }
 }

@@ -12,9 +12,11 @@ use baton_proto::geometry::KvDtype;
 
 use super::activations::Activations;
 use super::flight::{Results, Slot};
+use super::group::Member;
 use super::packing::{Inputs, Packing};
 use super::places::AttentionShape;
 use super::scoring::Scoring;
+use super::shard::Shard;
 use super::upload::upload;
 use super::weights::Weights;
 use super::{DEPTH, GpuModel, MAX_GRAPH_ROWS, Sizes};
@@ -67,14 +69,23 @@ impl GpuModel {
     /// If the folder cannot be served, by this device, or its memory is not enough.
     pub fn load(device: &Arc<Device>, options: GpuOptions<'_>) -> Result<Self, GpuLoadError> {
         let opened = Opened::open(options.dir, options.format, options.max_model_len)?;
-        let config = &opened.config;
+        Self::load_shard(device, &opened, options, None)
+    }
+
+    /// Loads what a device has of an opened model.
+    pub(super) fn load_shard(
+        device: &Arc<Device>,
+        opened: &Opened,
+        options: GpuOptions<'_>,
+        member: Option<Member>,
+    ) -> Result<Self, GpuLoadError> {
+        let shard = member.as_ref().map_or(Shard::WHOLE, |member| member.shard);
+        let config = &shard.config(&opened.config);
         let heads = supported(config, options.block_tokens, options.kv_dtype)?;
         let stream = Stream::new(device)?;
-        let weights = Weights::reserve(&stream, config)?;
-        let (total, parts) = (opened.weights.total_bytes(config), weights.parts());
-        let reading = (options.threads, total);
-        upload(device, &opened.weights, &parts, reading, options.on_progress)?;
-        drop(parts);
+        let weights = Weights::reserve(&stream, config, shard)?;
+        let source = (&opened.weights, shard);
+        upload(device, source, &weights.parts(), options.threads, options.on_progress)?;
 
         let rows = options.max_sequences.max(1);
         let sizes = Sizes {
@@ -108,7 +119,8 @@ impl GpuModel {
             graphs: HashMap::new(),
             warm: HashSet::new(),
             cache: None,
-            config: opened.config,
+            config: config.clone(),
+            member,
             shape,
             weights,
             stream,

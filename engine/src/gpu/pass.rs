@@ -8,6 +8,7 @@ use half::bf16;
 
 use super::activations::Activations;
 use super::cache::Cache;
+use super::group::Member;
 use super::packing::Inputs;
 use super::places::{AttentionShape, Places};
 use super::weights::{Layer, Linear, Weights};
@@ -26,6 +27,8 @@ pub(super) struct Pass<'a> {
     pub(super) cache: &'a Cache,
     pub(super) inputs: &'a Inputs,
     pub(super) activations: &'a Activations,
+    /// Its place among the devices of the model, if they are several.
+    pub(super) member: Option<&'a Member>,
     /// What the step before sampled.
     pub(super) sampled: Slice<'a, u32>,
 }
@@ -50,11 +53,17 @@ impl Pass<'_> {
 
     fn embed(&self, places: &Places) -> Result<(), DeviceError> {
         let (a, rows) = (self.activations, places.rows);
-        let tokens = a.tokens.first(rows);
-        let sources = self.inputs.array(&places.sources);
-        cuda::resolve_tokens(self.stream, tokens, sources, self.sampled)?;
-        let table = self.weights.embedding.all();
-        cuda::take_rows(self.stream, a.residual.first(rows), table, tokens, 0)?;
+        let residual = a.residual.first(rows);
+        if self.is_first() {
+            let tokens = a.tokens.first(rows);
+            let sources = self.inputs.array(&places.sources);
+            cuda::resolve_tokens(self.stream, tokens, sources, self.sampled)?;
+            let table = self.weights.embedding.all();
+            cuda::take_rows(self.stream, residual, table, tokens, 0)?;
+        } else {
+            self.stream.zero(residual)?;
+        }
+        self.add_up(residual)?;
         let angles = (a.cos.first(rows), a.sin.first(rows));
         let positions = self.inputs.array(&places.positions);
         let scale = self.config.rope.scale;
@@ -128,7 +137,8 @@ impl Pass<'_> {
             let tiles = self.inputs.array(&places.tiles);
             cuda::prefill_attention(self.stream, mixed, &input, tiles)?;
         }
-        self.linear(&layer.attention_out, mixed, a.update.first(rows))
+        self.linear(&layer.attention_out, mixed, a.update.first(rows))?;
+        self.add_up(a.update.first(rows))
     }
 
     fn feed_forward(&self, rows: usize, layer: &Layer) -> Result<(), DeviceError> {
@@ -136,7 +146,18 @@ impl Pass<'_> {
         let (gate_up, inner) = (a.gate_up.first(rows), a.inner.first(rows));
         self.linear(&layer.gate_up, a.normed.first(rows), gate_up)?;
         cuda::silu_mul(self.stream, inner, gate_up, a.inner.width)?;
-        self.linear(&layer.down, inner, a.update.first(rows))
+        self.linear(&layer.down, inner, a.update.first(rows))?;
+        self.add_up(a.update.first(rows))
+    }
+
+    /// Whether this device has embedding and output layer.
+    pub(super) fn is_first(&self) -> bool {
+        self.member.is_none_or(|member| member.shard.is_first())
+    }
+
+    /// Adds up what all devices of the model have there.
+    fn add_up(&self, data: Slice<'_, bf16>) -> Result<(), DeviceError> {
+        self.member.map_or(Ok(()), |member| member.add_up(self.stream, data))
     }
 
     fn linear<'s>(

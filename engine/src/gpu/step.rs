@@ -8,14 +8,16 @@ use baton_kernels::cuda::{DeviceError, SamplingInputs};
 use baton_proto::geometry::{KvDtype, KvGeometry};
 
 use super::cache::Cache;
-use super::flight::Flight;
+use super::flight::{Flight, Slot};
 use super::pass::Pass;
 use super::places::Places;
 use super::rows::Rows;
+use super::shard::Shard;
 use super::{DEPTH, GpuModel, MAX_GRAPH_ROWS};
 use crate::executor::{AfterLayer, DeviceFailure, Executor, Step};
 use crate::memory::KvMemory;
 use crate::scheduler::Outcome;
+use crate::staging::DeviceKv;
 
 impl From<DeviceError> for DeviceFailure {
     fn from(error: DeviceError) -> Self {
@@ -51,18 +53,8 @@ impl Executor for GpuModel {
     }
 
     fn allocate(&mut self, block_tokens: u32, blocks: usize) -> KvMemory {
-        let geometry = self.geometry(block_tokens);
-        let device = self.stream.device();
-        let reserve = || {
-            let cache = Cache::new(device, geometry, blocks)?;
-            let memory = cache.memory()?;
-            Ok::<_, DeviceError>((cache, memory))
-        };
-        let reserved = reserve();
-        let (cache, memory) =
-            reserved.unwrap_or_else(|error| panic!("no memory for the KV cache: {error}"));
-        self.cache = Some(cache);
-        memory
+        let memory = self.reserve_cache(block_tokens, blocks).and_then(DeviceKv::memory);
+        memory.unwrap_or_else(|error| panic!("no memory for the KV cache: {error}"))
     }
 
     unsafe fn launch(
@@ -78,14 +70,42 @@ impl Executor for GpuModel {
         &mut self,
         after_layer: &mut AfterLayer<'_>,
     ) -> Result<Option<Outcome>, DeviceFailure> {
-        let flight = self.flights.pop_front().expect("only launched steps are finished");
-        let slot = &self.slots[flight.slot];
-        let layers = if flight.watched { &slot.layers[..] } else { &[] };
+        let flight = self.pop_flight();
+        let layers = if flight.watched { &self.slot(&flight).layers[..] } else { &[] };
         for (layer, event) in layers.iter().enumerate() {
             event.synchronize()?;
             // What is queued is computed, wanted or not.
             let _ = after_layer(layer);
         }
+        Ok(Some(self.outcome(flight)?))
+    }
+}
+
+impl GpuModel {
+    /// Reserves the KV cache, or this device's part of it.
+    pub(super) fn reserve_cache(
+        &mut self,
+        block_tokens: u32,
+        blocks: usize,
+    ) -> Result<DeviceKv, DeviceError> {
+        let geometry = self.geometry(block_tokens);
+        let cache = self.cache.insert(Cache::new(self.stream.device(), geometry, blocks)?);
+        Ok(cache.kv(self.member.as_ref().map_or(Shard::WHOLE, |member| member.shard)))
+    }
+
+    /// The oldest launched step.
+    pub(super) fn pop_flight(&mut self) -> Flight {
+        self.flights.pop_front().expect("only launched steps are finished")
+    }
+
+    /// What a step in flight has.
+    pub(super) fn slot(&self, flight: &Flight) -> &Slot {
+        &self.slots[flight.slot]
+    }
+
+    /// What came of a step. Waits for its end.
+    pub(super) fn outcome(&self, flight: Flight) -> Result<Outcome, DeviceError> {
+        let slot = self.slot(&flight);
         let mut outcome = Outcome {
             sampled: vec![None; flight.chunks],
             prompt_logprobs: flight.prompt_logprobs,
@@ -94,13 +114,11 @@ impl Executor for GpuModel {
         for (chunk, sampled) in slot.sampled(&flight.sampling)? {
             outcome.sampled[chunk] = Some(sampled);
         }
-        Ok(Some(outcome))
+        Ok(outcome)
     }
-}
 
-impl GpuModel {
     /// Queues a step.
-    fn queue(&mut self, step: &Step<'_>) -> Result<(), DeviceError> {
+    pub(super) fn queue(&mut self, step: &Step<'_>) -> Result<(), DeviceError> {
         let rows = Rows::of(step);
         let padded = graph_rows(&rows, step);
         let sampled = std::mem::take(&mut self.sampled);
@@ -116,12 +134,15 @@ impl GpuModel {
             Some(_) => self.run_graph(&places)?,
             None => self.run(&places, step.watched.then_some(slot))?,
         }
-        let prompt_logprobs = self.sample(&rows, &places, step)?;
         let sampling: Vec<_> = rows.sampling.iter().map(|i| (*i, top(step, *i))).collect();
-        let logprobs = sampling.iter().any(|(_, top)| top.is_some());
-        let to = &mut self.slots[slot];
-        self.results.download(&self.stream, to, sampling.len(), logprobs)?;
-        to.ended.record(&self.stream)?;
+        let mut prompt_logprobs = Vec::new();
+        if self.pass().is_first() {
+            prompt_logprobs = self.sample(&rows, &places, step)?;
+            let logprobs = sampling.iter().any(|(_, top)| top.is_some());
+            let to = &mut self.slots[slot];
+            self.results.download(&self.stream, to, sampling.len(), logprobs)?;
+        }
+        self.slots[slot].ended.record(&self.stream)?;
 
         self.sampled = vec![None; step.chunks.len()];
         for (row, index) in rows.sampling.iter().enumerate() {
@@ -137,6 +158,9 @@ impl GpuModel {
     fn run(&self, places: &Places, watched: Option<usize>) -> Result<(), DeviceError> {
         let (pass, a) = (self.pass(), &self.activations);
         pass.run(places, watched.map(|slot| &self.slots[slot].layers[..]))?;
+        if !pass.is_first() {
+            return Ok(());
+        }
         let sampling = places.sampling.lengths.len();
         match &places.wanted {
             None => pass.score(a.normed.first(places.rows), a.logits.first(places.rows)),
@@ -216,6 +240,7 @@ impl GpuModel {
             inputs: &self.inputs,
             activations: &self.activations,
             sampled: self.results.tokens(),
+            member: self.member.as_ref(),
         }
     }
 }

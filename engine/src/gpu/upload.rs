@@ -1,6 +1,8 @@
 //! Weights from a checkpoint to a device: threads read tensors, as bf16, into page-locked memory,
 //! from where the device copies them while the threads read on.
 
+use std::collections::VecDeque;
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{self, Sender};
@@ -10,9 +12,10 @@ use baton_kernels::cpu::ThreadPool;
 use baton_kernels::cuda::{Device, DeviceError, Pinned, Stream};
 use half::bf16;
 
+use super::shard::Shard;
 use super::weights::Part;
 use crate::model::LoadProgress;
-use crate::weights::Weights;
+use crate::weights::{Tensor, Weights};
 
 /// Elements that are copied at once.
 const STRETCH: usize = 4 << 20;
@@ -21,18 +24,20 @@ const BUFFERS: usize = 3;
 /// More do not read faster.
 const MOST_THREADS: usize = 16;
 
-/// Copies every part, and tells how many bytes have been read.
+/// Copies a device's share of every part, and tells how many bytes have been read.
 pub(super) fn upload(
     device: &Arc<Device>,
-    weights: &Weights,
+    source: (&Weights, Shard),
     parts: &[Part<'_>],
-    (threads, total_bytes): (usize, usize),
+    threads: usize,
     on_progress: &mut dyn FnMut(LoadProgress),
 ) -> Result<(), DeviceError> {
+    let part_bytes = |part: &Part<'_>| part.to.len() * source.0.dtype(&part.name).bytes();
+    let total_bytes = parts.iter().map(part_bytes).sum();
     let next = AtomicUsize::new(0);
     let (told, progress) = mpsc::channel();
     let work = |told: Sender<usize>| {
-        let done = Reader::new(device).and_then(|reader| reader.run(weights, parts, &next, &told));
+        let done = Reader::new(device).and_then(|reader| reader.run(source, parts, &next, &told));
         if done.is_err() {
             // The others need not go on.
             next.store(parts.len(), Ordering::Relaxed);
@@ -74,7 +79,7 @@ impl Reader {
     /// Takes parts until none is left.
     fn run(
         mut self,
-        weights: &Weights,
+        (weights, shard): (&Weights, Shard),
         parts: &[Part<'_>],
         next: &AtomicUsize,
         told: &Sender<usize>,
@@ -82,19 +87,35 @@ impl Reader {
         while let Some(part) = parts.get(next.fetch_add(1, Ordering::Relaxed)) {
             let tensor = weights.tensor(&self.pool, &part.name);
             let size = tensor.dtype.bytes();
-            assert_eq!(tensor.bytes.len(), part.to.len() * size, "checked shapes");
-            for (i, bytes) in tensor.bytes.chunks(STRETCH * size).enumerate() {
-                let (first, len) = (i * STRETCH, bytes.len() / size);
+            let mut runs = VecDeque::from(shard.runs(&part.name, weights.shape(&part.name)));
+            let mut first = 0;
+            while !runs.is_empty() {
                 let buffer = &mut self.buffers[self.next];
                 self.next = (self.next + 1) % BUFFERS;
-                narrow(tensor.dtype, bytes, &mut buffer.as_mut_slice()?[..len]);
+                let len = fill(&tensor, &mut runs, buffer.as_mut_slice()?);
                 self.stream.upload(buffer, 0, part.to.slice(first..first + len))?;
+                first += len;
                 // Who listens goes on until all threads have ended.
-                let _ = told.send(bytes.len());
+                let _ = told.send(len * size);
             }
         }
         self.stream.synchronize()
     }
+}
+
+/// Reads on in a tensor, as far as there is room. How many elements that were.
+fn fill(tensor: &Tensor<'_>, runs: &mut VecDeque<Range<usize>>, room: &mut [bf16]) -> usize {
+    let (size, mut len) = (tensor.dtype.bytes(), 0);
+    while let Some(run) = runs.front_mut().filter(|_| len < room.len()) {
+        let count = run.len().min(room.len() - len);
+        let bytes = &tensor.bytes[run.start * size..(run.start + count) * size];
+        narrow(tensor.dtype, bytes, &mut room[len..len + count]);
+        (run.start, len) = (run.start + count, len + count);
+        if run.start == run.end {
+            runs.pop_front();
+        }
+    }
+    len
 }
 
 /// Rounds elements to bf16, to the nearest, ties to even.

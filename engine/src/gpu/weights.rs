@@ -5,6 +5,7 @@ use std::sync::Arc;
 use baton_kernels::cuda::{Buffer, Device, DeviceError, DeviceSampler, Slice, Stream};
 use half::bf16;
 
+use super::shard::Shard;
 use crate::config::ModelConfig;
 
 /// `y = W x + b`. Matrices that read the same input are stacked into one.
@@ -35,7 +36,7 @@ pub(super) struct Layer {
 pub(super) struct Weights {
     /// Elements of the tables that the checkpoint has.
     used: usize,
-    /// `[vocab, hidden]`, with rows of zeros after them.
+    /// `[vocab, hidden]`, with rows of zeros after them. Empty but on the first device.
     pub(super) embedding: Buffer<bf16>,
     pub(super) layers: Vec<Layer>,
     pub(super) norm: Buffer<bf16>,
@@ -50,18 +51,22 @@ pub(super) struct Part<'a> {
 }
 
 impl Weights {
-    /// Memory for the weights of a model; what it holds is undefined.
-    pub(super) fn reserve(stream: &Stream, config: &ModelConfig) -> Result<Self, DeviceError> {
+    /// Memory for a device's weights, as `config` says; what it holds is undefined.
+    pub(super) fn reserve(
+        stream: &Stream,
+        config: &ModelConfig,
+        shard: Shard,
+    ) -> Result<Self, DeviceError> {
         let device = stream.device();
         // Rows of logits are as long as the sampler wants them.
-        let outputs = DeviceSampler::stride(config.vocab_size);
-        let used = config.vocab_size * config.hidden;
+        let outputs = if shard.is_first() { DeviceSampler::stride(config.vocab_size) } else { 0 };
+        let used = outputs.min(config.vocab_size) * config.hidden;
         let table = || {
             let table = Buffer::new(device, outputs * config.hidden)?;
             stream.zero(table.slice(used..table.len()))?;
             Ok(table)
         };
-        let layer = |window: &Option<usize>| Layer::reserve(device, config, *window);
+        let layer = |window: &Option<usize>| Layer::reserve(device, config, *window, shard);
         Ok(Self {
             used,
             embedding: table()?,
@@ -76,7 +81,7 @@ impl Weights {
         self.head.as_ref().unwrap_or(&self.embedding)
     }
 
-    /// Every tensor that is to be read.
+    /// Every tensor that is to be read, whole or in part.
     pub(super) fn parts(&self) -> Vec<Part<'_>> {
         let mut parts = Vec::new();
         let mut add = |name: &str, to| parts.push(Part { name: name.to_owned(), to });
@@ -88,6 +93,7 @@ impl Weights {
         for (index, layer) in self.layers.iter().enumerate() {
             layer.add_parts(&format!("model.layers.{index}"), &mut parts);
         }
+        parts.retain(|part| !part.to.is_empty());
         parts
     }
 }
@@ -97,7 +103,10 @@ impl Layer {
         device: &Arc<Device>,
         c: &ModelConfig,
         window: Option<usize>,
+        shard: Shard,
     ) -> Result<Self, DeviceError> {
+        // Of outputs that are added up, one device adds the bias.
+        let added = |bias: bool| bias && shard.is_first();
         let (q, kv) = (c.heads * c.head_dim, c.kv_heads * c.head_dim);
         let vector = |len| Buffer::new(device, len);
         let linear = |outputs, inputs, bias: bool| {
@@ -110,10 +119,10 @@ impl Layer {
             attention_norm: vector(c.hidden)?,
             qkv: linear(q + 2 * kv, c.hidden, c.qkv_bias)?,
             head_norms,
-            attention_out: linear(c.hidden, q, c.output_bias)?,
+            attention_out: linear(c.hidden, q, added(c.output_bias))?,
             mlp_norm: vector(c.hidden)?,
             gate_up: linear(2 * c.ffn, c.hidden, c.mlp_bias)?,
-            down: linear(c.hidden, c.ffn, c.mlp_bias)?,
+            down: linear(c.hidden, c.ffn, added(c.mlp_bias))?,
             window,
         })
     }

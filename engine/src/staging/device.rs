@@ -8,9 +8,11 @@ use super::{Copies, Direction, Slot, Staging, UNIT_BYTES};
 use crate::memory::{KvMemory, SharedKv};
 
 mod copies;
+mod shards;
 mod slot;
 
 use copies::DeviceCopies;
+use shards::ShardCopies;
 pub use slot::DeviceSlot;
 
 /// Slots of the direction out of the device. QUIC keeps a slot until what was sent of it is
@@ -44,12 +46,38 @@ impl DeviceKv {
         Ok(KvMemory::Device(Staging::start(kv.share.piece_bytes(), shared, out, into)))
     }
 
+    /// A cache whose heads several devices share, as leases reach it: whole, whoever has what. Other
+    /// processes cannot open it.
+    ///
+    /// # Errors
+    /// As [`memory`](Self::memory).
+    ///
+    /// # Panics
+    /// If there are no devices.
+    pub fn memory_of_shards(shards: Vec<Self>) -> Result<KvMemory, DeviceError> {
+        let shards: Vec<_> = shards.into_iter().map(Arc::new).collect();
+        let direction = |slots| -> Result<Direction, DeviceError> {
+            Ok((Self::copies_of_shards(&shards)?, ring(&shards[0], slots)?))
+        };
+        let piece_bytes = shards[0].share.piece_bytes();
+        let (out, into) = (direction(SLOTS_OUT)?, direction(SLOTS_IN)?);
+        Ok(KvMemory::Device(Staging::start(piece_bytes, None, out, into)))
+    }
+
     /// Copies of one direction, on a stream of their own.
     ///
     /// # Errors
     /// If the driver fails.
     pub fn copies(self: Arc<Self>) -> Result<Box<dyn Copies>, DeviceError> {
         Ok(Box::new(DeviceCopies::new(self)?))
+    }
+
+    /// Copies of one direction of a cache whose heads several devices share.
+    ///
+    /// # Errors
+    /// If the driver fails.
+    pub fn copies_of_shards(shards: &[Arc<Self>]) -> Result<Box<dyn Copies>, DeviceError> {
+        Ok(Box::new(ShardCopies::new(shards)?))
     }
 
     /// How other processes open it. `None` if this memory cannot be shared.
@@ -70,9 +98,13 @@ impl DeviceKv {
 }
 
 fn direction(kv: &Arc<DeviceKv>, slots: usize) -> Result<Direction, DeviceError> {
+    Ok((kv.clone().copies()?, ring(kv, slots)?))
+}
+
+fn ring(kv: &DeviceKv, slots: usize) -> Result<Vec<Slot>, DeviceError> {
     let bytes = UNIT_BYTES.max(kv.share.piece_bytes());
     let slot = |_| Ok(Box::new(DeviceSlot::new(kv.device(), bytes)?) as Slot);
-    Ok((kv.clone().copies()?, (0..slots).map(slot).collect::<Result<_, DeviceError>>()?))
+    (0..slots).map(slot).collect()
 }
 
 /// What a cache looks like.

@@ -119,6 +119,10 @@ impl Checkpoint {
         &self.files[entry.file].1[entry.range.clone()]
     }
 
+    pub(crate) fn shape(&self, name: &str) -> &[usize] {
+        &self.tensors[name].shape
+    }
+
     pub(crate) fn dtype(&self, name: &str) -> Dtype {
         dtype(self.tensors[name].dtype).expect("types were checked")
     }

@@ -31,6 +31,10 @@ impl Dummy {
         self.dtype
     }
 
+    pub(crate) fn shape(&self, name: &str) -> &[usize] {
+        self.expected.shape(name).expect("only expected tensors are asked for")
+    }
+
     pub(crate) fn identify(&self, hasher: &mut blake3::Hasher) {
         hasher.update(b"dummy").update(&self.seed.to_le_bytes()).update(&[self.dtype as u8]);
     }
@@ -38,7 +42,7 @@ impl Dummy {
     /// Matrices keep the size of what they multiply (variance 1 / inputs), norms are 1, biases
     /// are small.
     pub(crate) fn tensor(&self, pool: &ThreadPool, name: &str) -> Tensor<'static> {
-        let shape = self.expected.shape(name).expect("only expected tensors are asked for");
+        let shape = self.shape(name);
         let (centre, spread) = match shape {
             [_, inputs] => (0.0, (3.0 / *inputs as f32).sqrt()),
             _ if name.ends_with("bias") => (0.0, 0.1),

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
-use baton_engine::gpu::{GpuModel, GpuOptions};
+use baton_engine::gpu::GpuOptions;
 use baton_engine::model::LoadFormat;
 use baton_engine::{
     BlockLease, Engine, EngineConfig, EngineEvent, FirstToken, Kind, MemoryLost, Soon, Submission,
@@ -17,13 +17,13 @@ use baton_proto::message::Job;
 use baton_proto::sampling::SamplingParams;
 
 use crate::common::tiny::Shape;
-use crate::support::device;
+use crate::support::{devices, load_model};
 use crate::{BASE, assert_greedy, checkpoint, tokens};
 
 /// How long anything may take before a test fails.
 const PATIENCE: Duration = Duration::from_secs(300);
 
-struct Node {
+pub(crate) struct Node {
     engine: Engine,
     events: Receiver<EngineEvent>,
 }
@@ -40,6 +40,11 @@ fn job(request: u32, tokens: Vec<u32>, max_tokens: u32) -> Job {
 
 impl Node {
     fn start(dir: &Path) -> Option<Self> {
+        Self::start_on(dir, 1)
+    }
+
+    /// On so many devices.
+    pub(crate) fn start_on(dir: &Path, count: usize) -> Option<Self> {
         let config = EngineConfig {
             block_tokens: 16,
             kv_blocks: 20,
@@ -58,10 +63,10 @@ impl Node {
             max_sequences: config.max_sequences,
             on_progress: &mut |_| {},
         };
-        let model = GpuModel::load(device()?, options).unwrap();
+        let model = load_model(&devices(count)?, options).unwrap();
         let (sink, events) = channel();
         let sink = Box::new(move |event| drop(sink.send(event)));
-        Some(Self { engine: Engine::start(config, Box::new(model), sink), events })
+        Some(Self { engine: Engine::start(config, model, sink), events })
     }
 
     fn submit(&self, job: &Job, kind: Kind) {
@@ -176,7 +181,11 @@ fn a_cancel_while_steps_are_in_flight_leaves_nothing_behind() {
 fn a_sequence_goes_on_with_blocks_from_another_device() {
     let dir = checkpoint(&Shape { qwen3: true, ..BASE }, None);
     let Some(from) = Node::start(dir.path()) else { return };
-    let to = Node::start(dir.path()).unwrap();
+    hand_over(&dir, &from, &Node::start(dir.path()).unwrap());
+}
+
+/// Lets a node go on with a sequence that another one has begun.
+pub(crate) fn hand_over(dir: &tempfile::TempDir, from: &Node, to: &Node) {
     // Few enough tokens for one chunk, so that both compute the same steps.
     let job = job(1, tokens(14, 101, 5), 9);
     to.submit(&job, Kind::Import);
@@ -204,7 +213,7 @@ fn a_sequence_goes_on_with_blocks_from_another_device() {
     from.submit(&local, Kind::Local);
     let expected = from.until_ended(1).remove(&local.id).unwrap();
     assert_eq!([vec![first], rest].concat(), expected);
-    assert_greedy(&dir, &job.tokens, &expected);
+    assert_greedy(dir, &job.tokens, &expected);
     from.idle();
     to.idle();
 }

@@ -4,16 +4,39 @@ use std::ops::ControlFlow;
 use std::path::Path;
 use std::sync::Arc;
 
-use baton_engine::gpu::{GpuLoadError, GpuModel, GpuOptions};
+use baton_engine::gpu::{GpuLoadError, GpuModel, GpuOptions, ParallelModel};
 use baton_engine::model::LoadFormat;
 use baton_engine::scheduler::Outcome;
-use baton_engine::{Executor, Input, KvMemory, PromptLogprobs, Sample, Step, StepChunk};
-use baton_kernels::cuda::{Device, testing};
+use baton_engine::{
+    DeviceFailure, Executor, Input, KvMemory, PromptLogprobs, Sample, Step, StepChunk,
+};
+use baton_kernels::cuda::{Device, Libraries, Nccl, testing};
 use baton_proto::sampling::SamplingParams;
 
 /// The device of these tests, if there is one.
 pub(crate) fn device() -> Option<&'static Arc<Device>> {
     testing::test_device().map(|test| &test.device)
+}
+
+/// So many devices. None, with the reason printed, if they are not as many.
+pub(crate) fn devices(count: usize) -> Option<Vec<Arc<Device>>> {
+    let libraries = Libraries::find(&testing::test_device()?.paths).unwrap();
+    if Device::count(&libraries).unwrap() < count {
+        println!("skipped: needs {count} devices");
+        return None;
+    }
+    Some((0..count).map(|ordinal| Device::open(&libraries, ordinal).unwrap()).collect())
+}
+
+pub(crate) fn load_model(
+    devices: &[Arc<Device>],
+    options: GpuOptions<'_>,
+) -> Result<Box<dyn Executor>, GpuLoadError> {
+    if let [device] = devices {
+        return Ok(Box::new(GpuModel::load(device, options)?));
+    }
+    let nccl = Nccl::find(&testing::test_device().unwrap().paths).unwrap();
+    Ok(Box::new(ParallelModel::load(devices, &nccl, options)?))
 }
 
 /// What is to be generated.
@@ -56,7 +79,7 @@ impl<'a> Asked<'a> {
 const BLOCKS: usize = 8;
 
 pub(crate) struct Gpu {
-    pub(crate) model: GpuModel,
+    model: Box<dyn Executor>,
     sequences: usize,
     _memory: KvMemory,
 }
@@ -78,6 +101,16 @@ impl Gpu {
         block_tokens: usize,
         sequences: usize,
     ) -> Result<Self, GpuLoadError> {
+        Self::load_to(std::slice::from_ref(device), dir, block_tokens, sequences)
+    }
+
+    /// To several devices that compute together, if they are more than one.
+    pub(crate) fn load_to(
+        devices: &[Arc<Device>],
+        dir: &Path,
+        block_tokens: usize,
+        sequences: usize,
+    ) -> Result<Self, GpuLoadError> {
         let mut done = (0, 0);
         let options = GpuOptions {
             dir,
@@ -90,7 +123,7 @@ impl Gpu {
             max_sequences: sequences,
             on_progress: &mut |progress| done = (progress.done_bytes, progress.total_bytes),
         };
-        let mut model = GpuModel::load(device, options)?;
+        let mut model = load_model(devices, options)?;
         assert!(done.0 == done.1 && done.0 > 0, "all weights were read");
         let _memory = model.allocate(block_tokens as u32, BLOCKS * sequences);
         Ok(Self { model, sequences, _memory })
@@ -108,8 +141,12 @@ impl Gpu {
     }
 
     pub(crate) fn finish(&mut self) -> Outcome {
+        self.try_finish().unwrap()
+    }
+
+    pub(crate) fn try_finish(&mut self) -> Result<Outcome, DeviceFailure> {
         let mut ignore = |_| ControlFlow::Continue(());
-        self.model.finish(&mut ignore).unwrap().expect("a GPU gives no step up")
+        Ok(self.model.finish(&mut ignore)?.expect("a GPU gives no step up"))
     }
 
     /// `count` tokens of each sequence, all prompts in the first step. `ahead`: each step is queued

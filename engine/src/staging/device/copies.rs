@@ -120,15 +120,8 @@ impl DeviceCopies {
         scratch.name(stream, &blocks)?;
         let end = pieces.last().map_or(0, |&(at, _)| at + 1);
         stream.upload(&mut from.memory, 0, scratch.pieces.slice(0..end * bytes))?;
-        let mut done = 0;
-        // Mostly one run: everything that has arrived is new.
-        for run in pieces.chunk_by(|(a, _), (b, _)| a + 1 == *b) {
-            let there = scratch.pieces.slice(run[0].0 * bytes..(run[0].0 + run.len()) * bytes);
-            let blocks = scratch.blocks.slice(done..done + run.len());
-            let pool = layer_of(kv.pieces.all(), kv.blocks, share, layer);
-            scatter_blocks(stream, pool, there, blocks, share)?;
-            done += run.len();
-        }
+        let pool = layer_of(kv.pieces.all(), kv.blocks, share, layer);
+        scatter_runs(stream, pool, scratch.pieces.all(), (pieces, scratch.blocks.all()), share)?;
         self.mark()
     }
 
@@ -180,8 +173,27 @@ impl DeviceCopies {
     }
 }
 
+/// Copies pieces of `from`, given by their indices there, to the blocks that go with them in
+/// `pieces`, whose numbers are in `blocks` too.
+pub(super) fn scatter_runs(
+    stream: &Stream,
+    pool: Slice<'_, u8>,
+    from: Slice<'_, u8>,
+    (pieces, blocks): (&[(usize, u32)], Slice<'_, u32>),
+    share: PieceShare,
+) -> Result<(), DeviceError> {
+    let (bytes, mut done) = (share.piece_bytes(), 0);
+    // Mostly one run: everything that has arrived is new.
+    for run in pieces.chunk_by(|(a, _), (b, _)| a + 1 == *b) {
+        let from = from.slice(run[0].0 * bytes..(run[0].0 + run.len()) * bytes);
+        scatter_blocks(stream, pool, from, blocks.slice(done..done + run.len()), share)?;
+        done += run.len();
+    }
+    Ok(())
+}
+
 /// The pieces of one layer.
-fn layer_of(
+pub(super) fn layer_of(
     pieces: Slice<'_, u8>,
     blocks: usize,
     share: PieceShare,
@@ -191,12 +203,12 @@ fn layer_of(
     pieces.slice(layer * bytes..(layer + 1) * bytes)
 }
 
-fn slot_of(memory: &mut dyn PageLocked) -> &mut DeviceSlot {
+pub(super) fn slot_of(memory: &mut dyn PageLocked) -> &mut DeviceSlot {
     let memory: &mut dyn Any = memory;
     memory.downcast_mut().expect("slots of the ring that came with the copies")
 }
 
-fn lost(error: DeviceError) -> MemoryLost {
+pub(super) fn lost(error: DeviceError) -> MemoryLost {
     // The engine's thread finds out what it was, and says so.
     drop(error);
     MemoryLost

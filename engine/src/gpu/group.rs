@@ -1,0 +1,66 @@
+//! [`Group`]: the devices that compute a model together, and how they add up.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use baton_kernels::cuda::{Communicator, Device, DeviceError, Nccl, NcclError, Slice, Stream};
+use half::bf16;
+
+use super::shard::Shard;
+
+/// The devices of a model. Sums of which one device does not take part never end; so whoever fails
+/// [aborts](Self::abort) those of all.
+pub(super) struct Group {
+    communicators: Vec<Mutex<Option<Communicator>>>,
+}
+
+impl Group {
+    pub(super) fn of(nccl: &Arc<Nccl>, devices: &[Arc<Device>]) -> Result<Arc<Self>, DeviceError> {
+        let communicators = Communicator::of_devices(nccl, devices).map_err(lost)?;
+        let communicators = communicators.into_iter().map(|own| Mutex::new(Some(own))).collect();
+        Ok(Arc::new(Self { communicators }))
+    }
+
+    /// # Errors
+    /// If a device is known to be gone.
+    pub(super) fn check(&self) -> Result<(), DeviceError> {
+        (0..self.communicators.len()).try_for_each(|rank| self.with(rank, Communicator::check))
+    }
+
+    /// Ends all sums, those on the way included: results are worth nothing from now on.
+    pub(super) fn abort(&self) {
+        for rank in 0..self.communicators.len() {
+            drop(self.locked(rank).take());
+        }
+    }
+
+    fn with(
+        &self,
+        rank: usize,
+        call: impl FnOnce(&Communicator) -> Result<(), NcclError>,
+    ) -> Result<(), DeviceError> {
+        let aborted =
+            || DeviceError::Lost { call: "NCCL", error: "another device failed".to_owned() };
+        call(self.locked(rank).as_ref().ok_or_else(aborted)?).map_err(lost)
+    }
+
+    fn locked(&self, rank: usize) -> MutexGuard<'_, Option<Communicator>> {
+        self.communicators[rank].lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn lost(error: NcclError) -> DeviceError {
+    DeviceError::Lost { call: "NCCL", error: error.to_string() }
+}
+
+/// One device's place in a group.
+pub(super) struct Member {
+    pub(super) group: Arc<Group>,
+    pub(super) shard: Shard,
+}
+
+impl Member {
+    /// Queues adding up, in place, what all devices have.
+    pub(super) fn add_up(&self, stream: &Stream, data: Slice<'_, bf16>) -> Result<(), DeviceError> {
+        self.group.with(self.shard.rank, |own| own.all_reduce(stream, data))
+    }
+}
