@@ -41,12 +41,12 @@ pub enum LoadFormat {
 }
 
 /// What computes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum DeviceChoice {
     /// The CPU.
     Cpu,
-    /// The GPU of this number.
-    Cuda(usize),
+    /// The GPUs of these numbers, together.
+    Cuda(Vec<usize>),
     /// A GPU if there is one that serves the model, else the CPU.
     Auto,
 }
@@ -229,11 +229,18 @@ fn device(value: Option<&str>) -> Result<DeviceChoice, ConfigError> {
     let choice = match value.unwrap_or("auto") {
         "auto" => Some(DeviceChoice::Auto),
         "cpu" => Some(DeviceChoice::Cpu),
-        "cuda" => Some(DeviceChoice::Cuda(0)),
-        other => other.strip_prefix("cuda:").and_then(|n| n.parse().ok()).map(DeviceChoice::Cuda),
+        "cuda" => Some(DeviceChoice::Cuda(vec![0])),
+        other => other.strip_prefix("cuda:").and_then(ordinals).map(DeviceChoice::Cuda),
     };
     let given = value.unwrap_or_default();
-    choice.map_or_else(|| invalid("device", given, "cpu, cuda, cuda:N or auto"), Ok)
+    choice.map_or_else(|| invalid("device", given, "cpu, cuda, cuda:N, cuda:N,M,... or auto"), Ok)
+}
+
+/// Numbers of different GPUs.
+fn ordinals(text: &str) -> Option<Vec<usize>> {
+    let all: Vec<usize> = text.split(',').map(|n| n.trim().parse().ok()).collect::<Option<_>>()?;
+    let distinct = all.iter().collect::<std::collections::BTreeSet<_>>().len() == all.len();
+    distinct.then_some(all)
 }
 
 fn kv_size(blocks: Option<u64>, memory: Option<&str>) -> Result<Option<KvSize>, ConfigError> {
@@ -342,7 +349,8 @@ mod tests {
             ("block_tokens = 17", "block_tokens is \"17\"; it must be 16, 32 or 64"),
             ("kv_memory = '4GB'", "kv_memory is \"4GB\"; it must be a size such as 512MiB or 4GiB"),
             ("kv_memory = '101%'", "kv_memory is \"101%\"; it must be a size"),
-            ("device = 'cuda:x'", "device is \"cuda:x\"; it must be cpu, cuda, cuda:N or auto"),
+            ("device = 'cuda:x'", "device is \"cuda:x\"; it must be cpu, cuda, cuda:N, cuda:N,M"),
+            ("device = 'cuda:1,0,1'", "device is \"cuda:1,0,1\"; it must be cpu"),
             ("kv_memory = '1GiB'\nkv_blocks = 2", "it must be absent when kv_blocks is set"),
             ("kv_listen = '0.0.0.0:7000'", "or kv_advertise must be set"),
             ("load_format = 'pickle'", "it must be safetensors or dummy"),

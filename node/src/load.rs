@@ -3,7 +3,7 @@
 use std::io::Write;
 use std::time::{Duration, Instant};
 
-use baton_engine::gpu::{self, GpuLoadError, GpuModel, GpuOptions, Unavailable};
+use baton_engine::gpu::{self, GpuLoadError, GpuModel, GpuOptions, ParallelModel, Unavailable};
 use baton_engine::model::{LoadError, LoadFormat, LoadOptions, LoadProgress, Model};
 use baton_engine::{EngineConfig, Executor, HostExecutor};
 
@@ -50,10 +50,10 @@ const ON_GPU: Defaults =
 
 /// Loads the configured model. Blocks for as long as that takes.
 pub(crate) fn load(config: &Config) -> Result<Loaded, LoadFailure> {
-    match config.device {
+    match &config.device {
         DeviceChoice::Cpu => on_cpu(config),
-        DeviceChoice::Cuda(ordinal) => on_gpu(config, ordinal),
-        DeviceChoice::Auto => match on_gpu(config, 0) {
+        DeviceChoice::Cuda(ordinals) => on_gpus(config, ordinals),
+        DeviceChoice::Auto => match on_gpus(config, &[0]) {
             Err(LoadFailure::NoGpu(reason)) => {
                 tracing::info!("computing on the CPU: {reason}");
                 on_cpu(config)
@@ -81,25 +81,30 @@ fn on_cpu(config: &Config) -> Result<Loaded, LoadFailure> {
     Ok(Loaded { engine: engine_config(config, &ON_CPU, &*executor, memory)?, executor })
 }
 
-fn on_gpu(config: &Config, ordinal: usize) -> Result<Loaded, LoadFailure> {
-    let device = gpu::open(ordinal, config.cuda_libraries.as_slice())?;
-    tracing::info!("computing on {device:?}");
-    let model = GpuModel::load(
-        &device,
-        GpuOptions {
-            dir: &config.model,
-            format: format(config),
-            threads: config.threads,
-            max_model_len: config.max_model_len,
-            kv_dtype: config.kv_dtype,
-            block_tokens: config.block_tokens as usize,
-            max_batch_tokens: config.max_batch_tokens.unwrap_or(ON_GPU.max_batch_tokens),
-            max_sequences: config.max_sequences.unwrap_or(ON_GPU.max_sequences),
-            on_progress: &mut progress(),
-        },
-    )?;
-    let memory = model.free_bytes().map_err(GpuLoadError::from)? as u64;
-    let executor = Box::new(model);
+fn on_gpus(config: &Config, ordinals: &[usize]) -> Result<Loaded, LoadFailure> {
+    let folders = config.cuda_libraries.as_slice();
+    let open = |ordinal: &usize| gpu::open(*ordinal, folders);
+    let devices = ordinals.iter().map(open).collect::<Result<Vec<_>, _>>()?;
+    tracing::info!("computing on {devices:?}");
+    let options = GpuOptions {
+        dir: &config.model,
+        format: format(config),
+        threads: config.threads,
+        max_model_len: config.max_model_len,
+        kv_dtype: config.kv_dtype,
+        block_tokens: config.block_tokens as usize,
+        max_batch_tokens: config.max_batch_tokens.unwrap_or(ON_GPU.max_batch_tokens),
+        max_sequences: config.max_sequences.unwrap_or(ON_GPU.max_sequences),
+        on_progress: &mut progress(),
+    };
+    let (free_bytes, executor): (_, Box<dyn Executor>) = if let [device] = &devices[..] {
+        let model = GpuModel::load(device, options)?;
+        (model.free_bytes(), Box::new(model))
+    } else {
+        let model = ParallelModel::load(&devices, &gpu::find_nccl(folders)?, options)?;
+        (model.free_bytes(), Box::new(model))
+    };
+    let memory = free_bytes.map_err(GpuLoadError::from)? as u64;
     Ok(Loaded { engine: engine_config(config, &ON_GPU, &*executor, memory)?, executor })
 }
 

@@ -47,7 +47,8 @@ pub struct Settings {
     /// Most tokens of a sequence, prompt and output. Default: the model's own limit.
     #[arg(long, env = "BATON_MAX_MODEL_LEN", value_name = "N")]
     pub max_model_len: Option<usize>,
-    /// What computes: `cpu`, `cuda` or `cuda:N` for a GPU, or `auto` for the first GPU if there is
+    /// What computes: `cpu`, `cuda` or `cuda:N` for a GPU, `cuda:N,M` and so on for several that
+    /// share the model's heads equally (which takes NCCL), or `auto` for the first GPU if there is
     /// one that serves the model, else the CPU. Default: auto.
     #[arg(long, env = "BATON_DEVICE", value_name = "DEVICE")]
     pub device: Option<String>,
