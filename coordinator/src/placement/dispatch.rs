@@ -103,15 +103,7 @@ impl Placement {
     /// Places some of those who wait anew: the first to be due, in the order of their turns, as each
     /// is placed behind those who are due before it.
     fn rebalance(&mut self, now: f64) {
-        let queues = self.awaited.iter().filter_map(|&key| self.node(key));
-        let first = queues.flat_map(|node| node.queue.entries().iter().take(REBALANCED));
-        let mut first: Vec<Entry> = first.copied().collect();
-        if first.len() > REBALANCED {
-            first.select_nth_unstable_by(REBALANCED, Entry::order);
-            first.truncate(REBALANCED);
-        }
-        first.sort_unstable_by(Entry::order);
-        for entry in first {
+        for entry in self.first_due() {
             let Some((job, _)) = self.take(entry.request) else { continue };
             match self.choose(&job, now) {
                 Some(choice) => self.hold(job, &choice),
@@ -121,6 +113,23 @@ impl Placement {
                 }
             }
         }
+    }
+
+    /// The first to be due of those who wait, whatever for, in order. Of a queue, as many are looked at
+    /// as are among them, and one more.
+    pub(super) fn first_due(&self) -> Vec<Entry> {
+        let mut first: Vec<Entry> = Vec::with_capacity(REBALANCED + 1);
+        for node in self.awaited.iter().filter_map(|&key| self.node(key)) {
+            for entry in node.queue.entries() {
+                let at = first.partition_point(|other| other.order(entry).is_lt());
+                if at == REBALANCED {
+                    break;
+                }
+                first.insert(at, *entry);
+                first.truncate(REBALANCED);
+            }
+        }
+        first
     }
 
     /// Keeps account of what is sent to nodes now, and waits no more.

@@ -189,3 +189,30 @@ fn under_load_the_cheaper_of_two_equal_nodes_computes() {
     assert_eq!(computes([0.5, 1.0], 5000.0), node("p0"));
     assert_eq!(computes([4.0, 1.0], 0.0), node("p0"), "nobody else needs the time of idle nodes");
 }
+
+#[test]
+fn those_who_are_due_first_are_placed_anew_wherever_they_wait() {
+    let names = ["a", "b", "c", "d", "e"].map(|name| (name, Role::Decode));
+    let mut placement = World::new(&names).placement;
+    let mut all = Vec::new();
+    for n in 0..200_u32 {
+        // Most wait for the same node.
+        let at = (n % 9 % 5) as usize;
+        let due = f64::from(n.wrapping_mul(2_654_435_761) >> 24);
+        let entry = Entry {
+            request: RequestId(n.into()),
+            class: Class::ALL[n as usize % 2],
+            tenant: TenantId::default(),
+            arrived: 0.0,
+            due,
+            deadline: f64::INFINITY,
+            ms: 1.0,
+            retry_at: 0.0,
+        };
+        placement.nodes[at].as_mut().unwrap().queue.insert(entry);
+        placement.awaited.insert(NodeKey(at as u32));
+        all.push(entry);
+    }
+    all.sort_by(Entry::order);
+    assert_eq!(placement.first_due(), all[..REBALANCED]);
+}
