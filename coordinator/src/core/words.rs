@@ -176,7 +176,7 @@ pub struct Usage {
 /// the first token.
 #[derive(Clone, Copy, Debug, PartialEq, Default)]
 pub struct Timings {
-    /// In the queue of the node that computed the prompt.
+    /// Waiting here, and then in the queue of the node that computed the prompt.
     pub queue: Duration,
     /// Choosing the nodes.
     pub place: Duration,

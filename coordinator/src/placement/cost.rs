@@ -7,7 +7,8 @@
 //! - `local(d) = max(queue_d, pull) + S_d in chunks between decode steps + their harm + n_d S_d +
 //!   decode(d)`
 //!
-//! `n` requests in the node's queue here would stand behind this one, and wait longer for it. `w = rho / (1 - rho)` is the delay that a second of prefill inflicts on later arrivals when the
+//! `n` requests in the node's queue here would stand behind this one, and wait longer for it.
+//! `w = rho / (1 - rho)` is the delay that a second of prefill inflicts on later arrivals when the
 //! prefill nodes are busy for the share `rho` of the time: at leisure the nearest node in time is
 //! the best one, under load the one that has the prefix cached. Skipping the remote prefill of a
 //! short or cached prompt falls out of the comparison, and needs no threshold.
