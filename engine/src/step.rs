@@ -299,9 +299,11 @@ fn layer_listener<'a>(
                 sink(EngineEvent::KvReady { id: chunk.id, layer, blocks: blocks.clone() });
             }
         }
-        match inbox.cancels(plan.chunks.iter().map(|chunk| chunk.id)) {
-            true => ControlFlow::Break(()),
-            false => ControlFlow::Continue(()),
+        let wanted = plan.chunks.iter().filter(|chunk| !scheduler.is_over(chunk));
+        let mut wanted = wanted.map(|chunk| chunk.id).peekable();
+        if wanted.peek().is_none() || inbox.cancels(wanted) {
+            return ControlFlow::Break(());
         }
+        ControlFlow::Continue(())
     }
 }

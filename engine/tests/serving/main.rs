@@ -226,6 +226,8 @@ fn a_step_whose_jobs_are_all_cancelled_is_abandoned_between_layers() {
         }
     }
     assert!(layers.len() <= 1, "layers {layers:?} were computed after the cancel");
+    // A device that runs ahead is told after the job's end is.
+    node.eventually(|report| report.blocks.active == 0);
     node.idle();
     // Nothing of it is cached, and the next job is served.
     node.submit(&job(2, prompt(1, 40), 2), Kind::Local);
