@@ -13,11 +13,10 @@ fn the_demo_ends_with_right_answers() {
 #[test]
 fn the_demo_ends_with_right_answers_on_gpus() {
     let mut demo = demo();
-    demo.env("BATON_DEVICE", "cuda").env("BATON_KV_MEMORY", "32MiB");
-    demo.env("BATON_MAX_BATCH_TOKENS", "512").env("BATON_MAX_SEQUENCES", "4");
+    demo.args(["--device", "cuda"]);
     if std::env::var("BATON_TEST_DEVICE").as_deref() != Ok("real") {
         match build_emulator(&Emulator::default()) {
-            Ok(folder) => demo.env("BATON_CUDA_LIBRARIES", folder),
+            Ok(folder) => demo.arg("--cuda-libraries").arg(folder),
             Err(reason) => {
                 eprintln!("skipped: no emulator: {reason}");
                 return;

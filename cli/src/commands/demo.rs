@@ -1,7 +1,7 @@
 //! `baton demo`: a cluster on this machine, three questions about one long document, and what
 //! each cost: cold, with the document's KV blocks in the prefix caches, and as a follow-up.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use baton_cli::launcher::{Cluster, ClusterOptions, bundled_model};
 use baton_proto::wire::v1::generate_request::Input;
@@ -14,6 +14,9 @@ use super::generate::Completion;
 use crate::client::Target;
 use crate::output::bytes;
 
+/// KV cache of a node: for ten times the document.
+const KV_MEMORY: &str = "64MiB";
+
 const LABELS: [&str; 3] = ["cold", "warm prefix", "follow-up"];
 
 /// Command line of `baton demo`.
@@ -25,6 +28,12 @@ pub(crate) struct DemoArgs {
     /// Decode nodes
     #[arg(long, default_value_t = 1)]
     decode: u32,
+    /// What nodes compute on: `cpu`, `cuda`, `cuda:N` or `auto`
+    #[arg(long, value_name = "DEVICE")]
+    device: Option<String>,
+    /// Folder with the libraries of CUDA
+    #[arg(long, value_name = "DIR")]
+    cuda_libraries: Option<PathBuf>,
 }
 
 /// `questions.json` beside the demo model.
@@ -53,8 +62,15 @@ fn load(model: &Path) -> Result<(String, Vec<Question>), CommandError> {
 pub(crate) async fn run(args: DemoArgs) -> Result<(), CommandError> {
     let model = bundled_model()?;
     let (system, questions) = load(&model)?;
-    let options =
-        ClusterOptions { prefill: args.prefill, decode: args.decode, ..ClusterOptions::default() };
+    let options = ClusterOptions {
+        prefill: args.prefill,
+        decode: args.decode,
+        device: args.device,
+        cuda_libraries: args.cuda_libraries,
+        // Nodes may share a GPU.
+        kv_memory: Some(KV_MEMORY.to_owned()),
+        ..ClusterOptions::default()
+    };
     let cluster = Cluster::start(options).await?;
     let result = ask_all(&Target::new(&cluster.grpc().to_string()), &system, &questions).await;
     cluster.stop().await;
