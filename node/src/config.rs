@@ -4,6 +4,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
+use baton_kvtransfer::Transport;
 use baton_kvtransfer::limits::MAX_PENDING_OFFERS_PER_PEER;
 use baton_proto::geometry::KvDtype;
 use baton_proto::message::MAX_PRICE;
@@ -95,6 +96,7 @@ pub struct Config {
     pub threads: usize,
     pub kv_listen: SocketAddr,
     pub kv_advertise: Option<String>,
+    pub kv_transports: Vec<Transport>,
     pub coordinators: Vec<String>,
     pub identity: PathBuf,
     pub state: Option<PathBuf>,
@@ -132,6 +134,7 @@ impl TryFrom<Settings> for Config {
             threads: not_zero("threads", given.threads)?.unwrap_or_else(cores),
             kv_listen,
             kv_advertise: given.kv_advertise,
+            kv_transports: kv_transports(given.kv_transports)?,
             coordinators: coordinators(given.coordinator)?,
             identity: given.identity.ok_or(ConfigError::Missing("identity"))?,
             state: given.state,
@@ -182,6 +185,15 @@ fn max_waiting(value: Option<usize>) -> Result<usize, ConfigError> {
             invalid("max_waiting", value, "at most 2048")
         }
         value => Ok(value),
+    }
+}
+
+fn kv_transports(given: Option<Vec<String>>) -> Result<Vec<Transport>, ConfigError> {
+    let Some(names) = given else { return Ok(Transport::ALL.to_vec()) };
+    let named = |name: &String| Transport::ALL.into_iter().find(|one| one.name() == name);
+    match names.iter().map(named).collect::<Option<Vec<_>>>() {
+        Some(transports) if transports.contains(&Transport::Quic) => Ok(transports),
+        _ => invalid("kv_transports", names.join(","), "quic, or quic and ipc"),
     }
 }
 
@@ -327,7 +339,7 @@ mod tests {
         // A key that `over` forgot would be lost here.
         let text = "model='m'\nmodel_name='n'\nload_format='dummy'\nblock_tokens=32\nkv_blocks=1
             kv_memory='1'\nkv_dtype='f16'\ndevice='cpu'\ncuda_libraries='c'\nmax_batch_tokens=1\nmax_sequences=1\nmax_waiting=1\nmax_model_len=1
-            threads=1\nkv_listen='l'\nkv_advertise='a'\ncoordinator=['c']\nidentity='i'\nstate='s'
+            threads=1\nkv_listen='l'\nkv_advertise='a'\nkv_transports=['quic']\ncoordinator=['c']\nidentity='i'\nstate='s'
             metrics_listen='m'\nprice=2.5\nlog='debug'\nlog_format='json'\ndrain_timeout_s=1";
         let keys = Settings::augment_args(clap::Command::new("")).get_arguments().count();
         assert_eq!(text.matches('=').count(), keys, "the text names every key");
@@ -355,6 +367,14 @@ mod tests {
             ("kv_listen = '0.0.0.0:7000'", "or kv_advertise must be set"),
             ("load_format = 'pickle'", "it must be safetensors or dummy"),
             ("kv_dtype = 'f8'", "it must be f32, bf16 or f16"),
+            (
+                "kv_transports = ['ipc']",
+                "kv_transports is \"ipc\"; it must be quic, or quic and ipc",
+            ),
+            (
+                "kv_transports = ['quic', 'tcp']",
+                "kv_transports is \"quic,tcp\"; it must be quic, or quic and ipc",
+            ),
             ("price = 0.0", "price is \"0\"; it must be above 0, at most 1000000"),
             ("price = 1000001", "price is \"1000001\"; it must be above 0, at most 1000000"),
             ("price = nan", "price is \"NaN\"; it must be above 0, at most 1000000"),

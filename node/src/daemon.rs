@@ -133,6 +133,7 @@ async fn start(config: Config, role: Role) -> Result<Node, StartError> {
         epoch,
         endpoint,
         kv_address: kv_address.clone(),
+        kv_transports: config.kv_transports,
         model_name: config.model_name.clone(),
         engine: loaded.engine,
         price: config.price,

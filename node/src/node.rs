@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use baton_engine::{Engine, EngineConfig, EngineInfo, Executor};
 use baton_identity::Identity;
-use baton_kvtransfer::Endpoint;
+use baton_kvtransfer::{Endpoint, Transport};
 use baton_proto::ids::{Epoch, Role};
 use baton_proto::message::Hello;
 use tokio::sync::{mpsc, watch};
@@ -33,6 +33,8 @@ pub struct Setup {
     pub endpoint: Endpoint,
     /// `host:port` under which other nodes reach `endpoint`.
     pub kv_address: String,
+    /// How its KV may travel.
+    pub kv_transports: Vec<Transport>,
     /// Name of the model.
     pub model_name: String,
     /// Sizes of the engine.
@@ -64,7 +66,8 @@ impl Node {
         let sink = EngineSink(events.clone());
         let sink = Box::new(move |event| sink.tell(Event::Engine(event)));
         let engine = Engine::start(setup.engine.clone(), executor, sink);
-        if let Some(memory) = EngineMemory::of(engine.memory()) {
+        let shares = setup.kv_transports.contains(&Transport::Ipc);
+        if let Some(memory) = EngineMemory::of(engine.memory()).filter(|_| shares) {
             setup.endpoint.share(Arc::new(memory));
         }
         let hello = hello(&setup, &engine.info());

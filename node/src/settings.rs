@@ -65,6 +65,10 @@ pub struct Settings {
     /// Host, or host:port, under which other nodes reach kv-listen. Default: kv-listen itself.
     #[arg(long, env = "BATON_KV_ADVERTISE", value_name = "HOST[:PORT]")]
     pub kv_advertise: Option<String>,
+    /// How KV may travel, the best that both ends have: `quic`, which is always needed, and `ipc`, by
+    /// which GPU nodes of one machine read each other's memory. Default: quic,ipc.
+    #[arg(long, env = "BATON_KV_TRANSPORTS", value_name = "NAMES", value_delimiter = ',')]
+    pub kv_transports: Option<Vec<String>>,
     /// A coordinator's cluster address; give all of them. At least one is required.
     #[arg(long, env = "BATON_COORDINATOR", value_name = "HOST:PORT", value_delimiter = ',')]
     pub coordinator: Option<Vec<String>>,
@@ -139,6 +143,7 @@ impl Settings {
             threads: self.threads.or(other.threads),
             kv_listen: self.kv_listen.or(other.kv_listen),
             kv_advertise: self.kv_advertise.or(other.kv_advertise),
+            kv_transports: self.kv_transports.or(other.kv_transports),
             coordinator: self.coordinator.or(other.coordinator),
             identity: self.identity.or(other.identity),
             state: self.state.or(other.state),

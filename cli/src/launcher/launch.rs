@@ -155,6 +155,7 @@ impl Launch {
         push(&mut arguments, "--device", &options.device);
         let libraries = options.cuda_libraries.as_ref().map(|folder| folder.display());
         push(&mut arguments, "--cuda-libraries", &libraries);
+        push(&mut arguments, "--kv-transports", &options.kv_transports);
         push(&mut arguments, "--max-batch-tokens", &options.max_batch_tokens);
         push(&mut arguments, "--max-model-len", &options.max_model_len);
         arguments

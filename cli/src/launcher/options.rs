@@ -48,6 +48,9 @@ pub struct ClusterOptions {
     /// Folder with the libraries of CUDA
     #[arg(long, value_name = "DIR")]
     pub cuda_libraries: Option<PathBuf>,
+    /// How KV may travel between nodes: `quic`, or `quic,ipc` [default: quic,ipc]
+    #[arg(long, value_name = "NAMES")]
+    pub kv_transports: Option<String>,
     /// Most tokens that a node computes in one step
     #[arg(long, value_name = "N")]
     pub max_batch_tokens: Option<u32>,
@@ -85,6 +88,7 @@ impl Default for ClusterOptions {
             kv_memory: None,
             device: None,
             cuda_libraries: None,
+            kv_transports: None,
             max_batch_tokens: None,
             max_model_len: None,
             threads: None,

@@ -10,7 +10,7 @@ use baton_engine::testing::FakeModel;
 use baton_engine::testing::delayed::Clocks;
 use baton_engine::{Engine, EngineConfig, Executor, HostExecutor};
 use baton_identity::{ClusterCa, Identity, Part};
-use baton_kvtransfer::{Endpoint, Timing};
+use baton_kvtransfer::{Endpoint, Timing, Transport};
 use baton_node::Event;
 use baton_node::node::{Node, Setup};
 use baton_proto::hash::CacheSalt;
@@ -275,6 +275,7 @@ fn setup(role: Role, identity: Identity, coordinator: SocketAddr) -> Setup {
         epoch,
         kv_address: endpoint.local_addr().to_string(),
         endpoint,
+        kv_transports: Transport::ALL.to_vec(),
         model_name: "fake".to_owned(),
         price: 1.0,
         engine: EngineConfig {
