@@ -89,6 +89,8 @@ impl GpuModel {
         blocks: usize,
     ) -> Result<DeviceKv, DeviceError> {
         let geometry = self.geometry(block_tokens);
+        // They hold addresses of the cache before.
+        self.graphs.clear();
         let cache = self.cache.insert(Cache::new(self.stream.device(), geometry, blocks)?);
         Ok(cache.kv(self.member.as_ref().map_or(Shard::WHOLE, |member| member.shard)))
     }

@@ -71,7 +71,8 @@ impl DeviceCopies {
         let pieces = (SCRATCH_BYTES / piece_bytes).clamp(1, MAX_PIECES);
         let scratch = |_| Scratch::new(&device, pieces * piece_bytes, pieces);
         let scratches = (0..SCRATCHES).map(scratch).collect::<Result<_, _>>()?;
-        let stream = Stream::new(&device)?;
+        // Small beside what computes, and somebody waits for it.
+        let stream = Stream::with_priority(&device, -1)?;
         Ok(Self {
             kv,
             stream,
@@ -241,11 +242,8 @@ impl Copies for DeviceCopies {
             let same = cache.blocks == blocks;
             return Ok(same.then(|| PeerKv { blocks: shared.blocks, cache }));
         }
-        let memory = match SharedBuffer::open(self.kv.device(), &handle) {
-            Ok(memory) => memory,
-            Err(error) if error.is_lost() => return Err(MemoryLost),
-            Err(_) => return Ok(None),
-        };
+        // What a driver says of a bad handle may read as if the device were lost: the next copy tells.
+        let Ok(memory) = SharedBuffer::open(self.kv.device(), &handle) else { return Ok(None) };
         if !self.fits(&memory, blocks, &shape) {
             return Ok(None);
         }

@@ -35,7 +35,7 @@ impl Shard {
         let names = |_| Ok((Pinned::new(device, pieces)?, Buffer::new(device, pieces)?));
         Ok(Self {
             kv: kv.clone(),
-            stream: Stream::new(device)?,
+            stream: Stream::with_priority(device, -1)?,
             names: (0..AHEAD).map(names).collect::<Result<_, DeviceError>>()?,
             begun: VecDeque::new(),
             idle: Vec::new(),

@@ -152,6 +152,10 @@ impl Descriptors {
             let mode = cublasLtMatmulMatrixScale_t::CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F;
             set(all.product, Attribute::CUBLASLT_MATMUL_DESC_A_SCALE_MODE, &mode)?;
             set(all.product, Attribute::CUBLASLT_MATMUL_DESC_B_SCALE_MODE, &mode)?;
+            // The library names no algorithm while there are no scales; `run` says where they are.
+            let somewhere = 256_u64;
+            set(all.product, Attribute::CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, &somewhere)?;
+            set(all.product, Attribute::CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, &somewhere)?;
         }
         all.w = layout(shape.input, shape.inputs, shape.outputs)?;
         all.x = layout(shape.input, shape.inputs, shape.rows)?;
