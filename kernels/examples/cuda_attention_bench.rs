@@ -47,6 +47,7 @@ fn open() -> Result<Stream, Failure> {
 }
 
 fn prefill(stream: &Stream, shape: HeadShape) -> Result<(), Failure> {
+    let mut figures = String::new();
     println!("\nchunks   tokens  after  block  window   us     TFLOP/s");
     for (chunks, tokens, after, block_tokens, window) in [
         (1, 1024, 0, 16, 0),
@@ -77,12 +78,22 @@ fn prefill(stream: &Stream, shape: HeadShape) -> Result<(), Failure> {
             "{chunks:>6} {tokens:>8} {after:>6} {block_tokens:>6} {window:>7} {:>8.1} {speed:>8.1}",
             ms * 1e3
         );
+        if (chunks, after, block_tokens, window) == (1, 0, 64, 0) {
+            figures += &figure(&format!("prefill.{tokens}"), speed, "TFLOP/s");
+        }
     }
+    print!("{figures}");
     Ok(())
+}
+
+/// What scripts/gpu-check reads.
+fn figure(name: &str, value: f64, unit: &str) -> String {
+    format!("{{\"name\": \"attention.{name}\", \"value\": {value:.1}, \"unit\": \"{unit}\"}}\n")
 }
 
 fn decode(stream: &Stream, shape: HeadShape) -> Result<(), Failure> {
     let copied = copy_speed(stream)?;
+    let mut figures = String::new();
     println!("\ncopying reads and writes {copied:.0} GB/s together");
     println!("rows    keys   block  cache         us      GB/s  of copying");
     for elements in [KvElements::Bf16, E4M3] {
@@ -100,8 +111,16 @@ fn decode(stream: &Stream, shape: HeadShape) -> Result<(), Failure> {
             let ms = decode_time(stream, shape, elements, &runs(rows, 1, keys - 1), block_tokens)?;
             let bytes = rows * keys * 2 * shape.kv_heads * HEAD_DIM * elements.bytes();
             report(rows, keys, block_tokens, elements, ms, bytes, copied);
+            if (rows, keys, block_tokens) == (32, 4096, 64) {
+                figures += &figure(
+                    &format!("decode.{}", name(elements)),
+                    bytes as f64 / f64::from(ms) / 1e6,
+                    "GB/s",
+                );
+            }
         }
     }
+    print!("{figures}");
     // Lengths that differ: one long sequence among short ones.
     let mut mixed = runs(64, 1, 511);
     mixed[17].position = 32767;
@@ -110,6 +129,10 @@ fn decode(stream: &Stream, shape: HeadShape) -> Result<(), Failure> {
     let bytes = keys * 4 * shape.kv_heads * HEAD_DIM;
     report(64, keys / 64, 16, KvElements::Bf16, ms, bytes, copied);
     Ok(())
+}
+
+fn name(elements: KvElements) -> &'static str {
+    if elements == KvElements::Bf16 { "bf16" } else { "e4m3" }
 }
 
 fn report(
@@ -122,7 +145,7 @@ fn report(
     copied: f64,
 ) {
     let speed = bytes as f64 / f64::from(ms) / 1e6;
-    let cache = if elements == KvElements::Bf16 { "bf16" } else { "e4m3" };
+    let cache = name(elements);
     println!(
         "{rows:>4} {keys:>7} {block_tokens:>7}  {cache:<6} {:>10.1} {speed:>9.0} {:>8.0} %",
         ms * 1e3,
