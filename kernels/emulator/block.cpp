@@ -15,7 +15,8 @@ extern "C" __attribute__((visibility("hidden"))) unsigned char emulator_shared_s
 
 namespace emulator {
 
-Block block;
+// Like all state here never destroyed: threads may be at work when the process ends.
+Block& block = *new Block;
 
 namespace {
 

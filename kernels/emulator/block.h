@@ -113,7 +113,7 @@ struct Block {
   size_t shared_bytes = 0;
   std::string failure;
 };
-extern Block block;
+extern Block& block;
 
 // Shared memory begins at this address of the shared window, so that address 0 is never valid.
 constexpr unsigned SHARED_START = 1024;

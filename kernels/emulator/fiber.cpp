@@ -21,7 +21,7 @@ constexpr size_t STACK_BYTES = 256 << 10;
 constexpr size_t GUARD_BYTES = 4096;
 
 char* stack(int i) {
-  static std::vector<char*> stacks;
+  static auto& stacks = *new std::vector<char*>;
   while ((int)stacks.size() <= i) {
     void* map = mmap(nullptr, GUARD_BYTES + STACK_BYTES, PROT_READ | PROT_WRITE,
                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -76,7 +76,7 @@ void* fresh_stack(int i, void (*entry)()) {
 void switch_stack(void** save, void* to) { emulator_switch(save, to); }
 #else
 void* fresh_stack(int i, void (*entry)()) {
-  static std::vector<ucontext_t*> contexts;
+  static auto& contexts = *new std::vector<ucontext_t*>;
   while ((int)contexts.size() <= i) contexts.push_back(new ucontext_t);
   ucontext_t* context = contexts[i];
   getcontext(context);

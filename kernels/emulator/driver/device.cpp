@@ -11,7 +11,7 @@ namespace driver {
 Result lost = SUCCESS;
 
 std::unique_lock<std::recursive_mutex> lock() {
-  static std::recursive_mutex mutex;
+  static auto& mutex = *new std::recursive_mutex;
   return std::unique_lock<std::recursive_mutex>(mutex);
 }
 

@@ -12,7 +12,7 @@ extern "C" int emulator_current_device();
 extern "C" int emulator_memory_device(uint64_t address);
 
 std::map<std::string, emulator::Kernel>& emulator::kernels() {
-  static std::map<std::string, Kernel> all;
+  static auto& all = *new std::map<std::string, Kernel>;
   return all;
 }
 
@@ -78,7 +78,7 @@ DRIVER_API cuModuleLoadData(void** module, const void*) {
 DRIVER_API cuModuleUnload(void*) { return SUCCESS; }
 DRIVER_API cuModuleGetFunction(void** function, void*, const char* name) {
   DRIVER_ENTER;
-  static std::map<std::string, Function> functions;
+  static auto& functions = *new std::map<std::string, Function>;
   auto found = emulator::kernels().find(name);
   if (found == emulator::kernels().end()) return NOT_FOUND;
   Function& entry = functions[name];

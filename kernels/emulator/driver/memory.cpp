@@ -40,7 +40,7 @@ struct Memory {
   }
 };
 Memory& memory() {
-  static Memory all;
+  static auto& all = *new Memory;
   return all;
 }
 

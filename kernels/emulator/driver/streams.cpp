@@ -12,7 +12,7 @@ namespace driver {
 namespace {
 
 std::map<void*, std::shared_ptr<Stream>>& streams() {
-  static std::map<void*, std::shared_ptr<Stream>> all;
+  static auto& all = *new std::map<void*, std::shared_ptr<Stream>>;
   return all;
 }
 
