@@ -97,7 +97,7 @@ DRIVER_API cuDeviceGetAttribute(int* value, int attribute, int) {
     case SM_COUNT: *value = 3; break;  // few, so that grids with a block for each go around
     case CAPABILITY_MAJOR: *value = capability() / 10; break;
     case CAPABILITY_MINOR: *value = capability() % 10; break;
-    case SHARED_OPTIN: *value = 227 << 10; break;
+    case SHARED_OPTIN: *value = (capability() == 89 ? 99 : 227) << 10; break;
     default: *value = 0;
   }
   return SUCCESS;

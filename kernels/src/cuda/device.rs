@@ -11,6 +11,10 @@ use super::images::{Image, Target, images_for};
 use super::kernel::Kernel;
 use super::library::Libraries;
 
+/// Shared memory that a block of attention over cached keys takes, of the kernels for every card the
+/// greatest. 8.0 and 9.0 have it; 8.6, 8.9 and 12.0 have 99 KiB.
+const BLOCK_SHARED_BYTES: u32 = 105 << 10;
+
 /// A GPU, with the kernels of this crate. Everything made from it keeps it open.
 pub struct Device {
     ordinal: usize,
@@ -61,7 +65,7 @@ impl Device {
             return Err(DeviceError::Unsupported(text));
         }
         let facts = Facts::of(ordinal)?;
-        let images = images_for(facts.capability)?;
+        let images = facts.images()?;
         let (handle, mut context) = (handle(ordinal)?, std::ptr::null_mut());
         // SAFETY: writes one handle.
         let status = unsafe { sys::cuDevicePrimaryCtxRetain(&raw mut context, handle) };
@@ -185,15 +189,31 @@ pub(super) struct Facts {
     pub name: String,
     pub capability: (u32, u32),
     pub multiprocessors: usize,
+    /// Most shared memory of a block.
+    pub block_shared_bytes: u32,
     pub memory_bytes: usize,
 }
 
 impl Facts {
+    /// The binaries for this device; an error if kernels do not run on it.
+    pub(super) fn images(
+        &self,
+    ) -> Result<impl Iterator<Item = &'static Image> + use<>, DeviceError> {
+        let images = images_for(self.capability)?;
+        if self.block_shared_bytes < BLOCK_SHARED_BYTES {
+            let [has, needed] = [self.block_shared_bytes, BLOCK_SHARED_BYTES].map(|n| n >> 10);
+            let text = format!("{}: {has} KiB of shared memory, {needed} needed", self.name);
+            return Err(DeviceError::Unsupported(text));
+        }
+        Ok(images)
+    }
+
     pub(super) fn of(ordinal: usize) -> Result<Self, DeviceError> {
         let handle = handle(ordinal)?;
         let major = Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR;
         let minor = Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR;
         let multiprocessors = Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
+        let shared = Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
         let mut memory_bytes = 0;
         // SAFETY: writes one integer.
         let status = unsafe { sys::cuDeviceTotalMem_v2(&raw mut memory_bytes, handle) };
@@ -202,6 +222,7 @@ impl Facts {
             name: name(handle)?,
             capability: (attribute(handle, major)?, attribute(handle, minor)?),
             multiprocessors: attribute(handle, multiprocessors)? as usize,
+            block_shared_bytes: attribute(handle, shared)?,
             memory_bytes,
         })
     }

@@ -5,7 +5,6 @@ use std::path::PathBuf;
 
 use super::device::Device;
 use super::error::DeviceError;
-use super::images::images_for;
 use super::library::{Libraries, LibraryPaths, Missing};
 use super::nccl::Nccl;
 
@@ -55,7 +54,7 @@ fn devices(libraries: &Libraries) -> Result<Vec<DeviceReport>, DeviceError> {
     (0..count)
         .map(|ordinal| {
             let facts = super::device::Facts::of(ordinal)?;
-            let problem = images_for(facts.capability).err().map(|error| error.to_string());
+            let problem = facts.images().err().map(|error| error.to_string());
             Ok(DeviceReport {
                 ordinal,
                 name: facts.name,

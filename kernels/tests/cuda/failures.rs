@@ -60,6 +60,14 @@ fn an_old_device() {
 }
 
 #[test]
+fn a_small_device() {
+    if child::part().is_none() {
+        return expect("a_small_device", &[("BATON_EMULATOR_CAPABILITY", "89")]);
+    }
+    assert_eq!(error(), "emulator: 99 KiB of shared memory, 105 needed");
+}
+
+#[test]
 fn a_device_that_is_not_there() {
     let Some(stream) = testing::test_stream() else { return };
     let paths = emulator().unwrap_or_else(LibraryPaths::from_environment);
