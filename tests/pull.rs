@@ -42,13 +42,10 @@ async fn a_busy_nodes_prefix_is_pulled_by_an_idle_one() {
     let longer = |seed: usize| [&prefix[..], &Chance(100 + seed as u64).tokens(200)].concat();
     let burst = (0..BURST).map(|seed| request(longer(seed), 8)).collect();
     let answers = together(&cluster, burst).await;
-    let elsewhere: Vec<_> =
-        answers.iter().map(computed_by).filter(|(node, _)| *node != owner).collect();
-    println!("on {owner}, then {:?}", answers.iter().map(computed_by).collect::<Vec<_>>());
-    assert!(!elsewhere.is_empty(), "the other node stays idle");
-    for (node, cached) in elsewhere {
-        assert!(cached as usize >= PREFIX - 64, "{node} computed the prefix: {cached} cached");
-    }
+    let placed: Vec<_> = answers.iter().map(computed_by).collect();
+    println!("on {owner}, then {placed:?}");
+    let pulled = |(node, cached): &(String, u32)| *node != owner && *cached as usize >= PREFIX - 64;
+    assert!(placed.iter().any(pulled), "the prefix stays on {owner}: {placed:?}");
     for (seed, answer) in answers.iter().enumerate() {
         let alone = GenerateRequest {
             cache_salt: Some(format!("alone-{seed}")),

@@ -160,7 +160,13 @@ impl Scheduler {
         while let Some(&number) = self.waiting.first() {
             let import = self.sequences[&number].kind == Kind::Import;
             let room = self.admitted() < self.limits.max_sequences && (import || *budget > 0);
-            if !room || !self.give_blocks(number) {
+            if !room {
+                break;
+            }
+            if !import && self.joins_fetch(number) {
+                continue;
+            }
+            if !self.give_blocks(number) {
                 break;
             }
             self.waiting.remove(&number);

@@ -22,6 +22,8 @@ pub(super) struct Fetch {
     blocks: Vec<u32>,
     /// Leading blocks that were cached before.
     held: usize,
+    /// Sequences that are held until its end, since they need the same blocks.
+    joined: Vec<u64>,
 }
 
 impl Scheduler {
@@ -58,7 +60,8 @@ impl Scheduler {
         for &block in &blocks {
             self.cache.retain(block, User::Transfer);
         }
-        let fetch = Fetch { hashes, blocks: blocks.clone(), held: found.blocks };
+        let (held, joined) = (found.blocks, Vec::new());
+        let fetch = Fetch { hashes, blocks: blocks.clone(), held, joined };
         self.fetches.insert(job.id, fetch);
         self.lease(job.id, Kind::Fetch, (blocks, found.blocks), false);
     }
@@ -66,7 +69,9 @@ impl Scheduler {
     /// The KV of a fetch is complete, and nobody writes it any more: it is cached. Without effect
     /// on other jobs.
     pub fn fetched(&mut self, id: TransferId) {
-        let Some(Fetch { hashes, mut blocks, held }) = self.fetches.remove(&id) else { return };
+        let Some(Fetch { hashes, mut blocks, held, joined }) = self.fetches.remove(&id) else {
+            return;
+        };
         for ordinal in held..hashes.len() {
             let parent = ordinal.checked_sub(1).map(|before| hashes[before]);
             let cached = self.cache.insert(parent, hashes[ordinal], blocks[ordinal]);
@@ -81,17 +86,37 @@ impl Scheduler {
                 }
             }
         }
-        self.end_fetch(id, &blocks);
+        self.end_fetch(id, &blocks, &joined);
     }
 
     /// The KV of a fetch will not come. Without effect on other jobs.
     pub(super) fn stop_fetch(&mut self, id: TransferId) {
         if let Some(fetch) = self.fetches.remove(&id) {
-            self.end_fetch(id, &fetch.blocks);
+            self.end_fetch(id, &fetch.blocks, &fetch.joined);
         }
     }
 
-    fn end_fetch(&mut self, id: TransferId, blocks: &[u32]) {
+    /// Holds a waiting sequence whose next block is on its way for another job: whoever asked for
+    /// that found fetching it cheaper than computing it.
+    pub(super) fn joins_fetch(&mut self, number: u64) -> bool {
+        let chain = self.sequences[&number].matchable(self.limits.block_tokens);
+        let found = self.cache.find(chain).blocks;
+        let Some(next) = chain.get(found) else { return false };
+        // A hash stands for all blocks before it.
+        let coming = self.fetches.values_mut().find(|fetch| fetch.hashes.get(found) == Some(next));
+        coming.is_some_and(|fetch| {
+            fetch.joined.push(number);
+            self.waiting.remove(&number) && self.held.insert(number)
+        })
+    }
+
+    fn end_fetch(&mut self, id: TransferId, blocks: &[u32], joined: &[u64]) {
+        for number in joined {
+            // It may be over.
+            if self.held.remove(number) {
+                self.waiting.insert(*number);
+            }
+        }
         for &block in blocks.iter().rev() {
             self.cache.release(block, User::Transfer);
         }
