@@ -52,11 +52,12 @@ impl Aliases {
         };
         if matches!(request.input, Some(Input::TokenIds(_))) && !known.one_vocabulary {
             let alias = &known.alias;
-            return Err(Refusal::Invalid(format!(
+            let what = format!(
                 "token_ids cannot be used with {:?}: its models ({}) have different vocabularies",
                 alias.name,
                 alias.models.join(", ")
-            )));
+            );
+            return Err(Refusal::wrong("token_ids", what));
         }
         let tokens = about_tokens(request.input.as_ref());
         let estimates = core.estimates(known.alias.models.clone(), tokens).await;

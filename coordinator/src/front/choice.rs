@@ -10,6 +10,7 @@ use baton_proto::wire::v1::{
 };
 
 use super::models::ServedModel;
+use super::prepare::Prepared;
 use super::stop::StopMatcher;
 use super::text::Detokenizer;
 use crate::core::{OutputToken, RequestError, Summary, Update};
@@ -22,6 +23,8 @@ pub(crate) struct Choice {
     model: String,
     first_prompt_token: u32,
     min_tokens: u32,
+    /// What ends the output is part of the text.
+    include_stop: bool,
     detokenizer: Detokenizer,
     matcher: StopMatcher,
     /// Text of one token; a field for its memory.
@@ -48,23 +51,18 @@ pub(crate) enum Step {
 }
 
 impl Choice {
-    /// Completion number `index` of `prompt`, which is not empty.
-    pub(crate) fn new(
-        index: u32,
-        id: RequestId,
-        model: &ServedModel,
-        prompt: &[u32],
-        stops: Vec<String>,
-        min_tokens: u32,
-    ) -> Self {
+    /// Completion number `index` of a request. A prompt is not empty.
+    pub(crate) fn new(index: u32, id: RequestId, model: &ServedModel, prepared: &Prepared) -> Self {
+        let Prepared { tokens, sampling, stops, include_stop, skip_special, .. } = prepared;
         Self {
             index,
             id,
             model: model.name.clone(),
-            first_prompt_token: prompt[0],
-            min_tokens,
-            detokenizer: Detokenizer::new(model.tokenizer.clone(), prompt),
-            matcher: StopMatcher::new(stops),
+            first_prompt_token: tokens[0],
+            min_tokens: sampling.min_tokens,
+            include_stop: *include_stop,
+            detokenizer: Detokenizer::new(model.tokenizer.clone(), tokens, *skip_special),
+            matcher: StopMatcher::new(stops.clone()),
             piece: String::new(),
             emitted: 0,
             stopped: None,
@@ -89,8 +87,8 @@ impl Choice {
             response.token_ids.push(token);
             response.logprobs.extend(logprobs.map(|logprobs| token_logprobs(token, logprobs)));
             self.piece.clear();
-            // A token that ends the sequence is no text.
-            if matches!(finish, None | Some(NodeFinish::Length)) {
+            // A token that ends the sequence is no text, unless that was asked for.
+            if self.include_stop || matches!(finish, None | Some(NodeFinish::Length)) {
                 self.detokenizer.push(token, &mut self.piece);
             }
             if finish.is_some() {
@@ -98,7 +96,11 @@ impl Choice {
             }
             let may_stop = self.emitted >= self.min_tokens;
             if let Some(found) = self.matcher.push(&self.piece, may_stop, &mut response.text) {
-                self.stopped = Some(self.matcher.stops()[found.stop].clone());
+                let stop = self.matcher.stops()[found.stop].clone();
+                if self.include_stop {
+                    response.text.push_str(&stop);
+                }
+                self.stopped = Some(stop);
                 return Step::Stop(response);
             }
             if finish.is_some() {

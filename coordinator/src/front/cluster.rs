@@ -121,7 +121,7 @@ impl Front {
 }
 
 fn parse_node(name: String) -> Result<NodeId, Refusal> {
-    name.parse().map_err(|e| Refusal::Invalid(format!("node: {e}")))
+    name.parse().map_err(|e| Refusal::wrong("node", format!("node: {e}")))
 }
 
 fn node(view: NodeView) -> Node {

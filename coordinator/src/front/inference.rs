@@ -1,5 +1,7 @@
 //! `baton.v1.Inference`.
 
+use std::pin::Pin;
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use baton_proto::ids::RequestId;
@@ -8,6 +10,7 @@ use baton_proto::wire::v1::{GenerateRequest, GenerateResponse};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 use tokio_stream::wrappers::ReceiverStream;
+use tokio_stream::{Stream, StreamExt};
 use tonic::metadata::MetadataMap;
 use tonic::{Request, Response, Status};
 
@@ -15,17 +18,31 @@ use super::Front;
 use super::choice::{Choice, Step};
 use super::models::ServedModel;
 use super::prepare::{Prepared, prepare};
-use super::refusal::{Refusal, failure};
-use crate::core::{Core, NewRequest, SubmitError, Updates};
+use super::refusal::Refusal;
+use crate::core::{Core, ModelInfo, NewRequest, SubmitError, Updates};
 
 /// Messages that wait for a slow client; the rest waits as tokens in the core's channel.
 const WAITING_MESSAGES: usize = 16;
 
-type Message = Result<GenerateResponse, Status>;
+/// A part of a completion, or why there is none.
+type Message = Result<GenerateResponse, Refusal>;
+
+/// Completions under way. Dropping it cancels them.
+#[expect(dead_code, reason = "the HTTP front will read them")]
+pub(crate) struct Started {
+    /// The model that answers.
+    pub(crate) model: Arc<ServedModel>,
+    /// Under which the core knows the first completion.
+    pub(crate) id: RequestId,
+    /// Token ids of each request's prompt.
+    pub(crate) prompts: Vec<Vec<u32>>,
+    /// Of all completions; an error is the last one.
+    pub(crate) messages: mpsc::Receiver<Message>,
+}
 
 #[tonic::async_trait]
 impl Inference for Front {
-    type GenerateStream = ReceiverStream<Message>;
+    type GenerateStream = Pin<Box<dyn Stream<Item = Result<GenerateResponse, Status>> + Send>>;
 
     async fn generate(
         &self,
@@ -33,56 +50,78 @@ impl Inference for Front {
     ) -> Result<Response<Self::GenerateStream>, Status> {
         let arrived = Instant::now();
         let timeout = grpc_timeout(request.metadata());
-        self.start(request.into_inner(), timeout, arrived).await.map_or_else(
-            |refusal| {
-                let status = Status::from(refusal);
-                let code = format!("{:?}", status.code());
-                metrics::counter!("baton_refused_requests_total", "code" => code).increment(1);
-                Err(status)
-            },
-            |messages| Ok(Response::new(ReceiverStream::new(messages))),
-        )
+        let started = self.start(vec![request.into_inner()], timeout, arrived).await?;
+        let messages = ReceiverStream::new(started.messages);
+        Ok(Response::new(Box::pin(messages.map(|message| message.map_err(Status::from)))))
     }
 }
 
 impl Front {
-    async fn start(
+    /// Starts all of `requests` or none; there is at least one, and the first one's model serves all.
+    /// Each message names its completion: those of a request follow those of the one before.
+    pub(crate) async fn start(
         &self,
-        request: GenerateRequest,
+        requests: Vec<GenerateRequest>,
         timeout: Option<Duration>,
         arrived: Instant,
-    ) -> Result<mpsc::Receiver<Message>, Refusal> {
-        let model = match self.aliases.resolve(&request, &self.core).await? {
+    ) -> Result<Started, Refusal> {
+        let started = self.start_all(requests, timeout, arrived).await;
+        started.inspect_err(|refusal| {
+            let code = format!("{:?}", refusal.code());
+            metrics::counter!("baton_refused_requests_total", "code" => code).increment(1);
+        })
+    }
+
+    async fn start_all(
+        &self,
+        requests: Vec<GenerateRequest>,
+        timeout: Option<Duration>,
+        arrived: Instant,
+    ) -> Result<Started, Refusal> {
+        let (model, info) = self.model_for(&requests[0]).await?;
+        let (mut prompts, mut accepted) = (Vec::new(), Vec::new());
+        for request in requests {
+            let (seed, now) = (u64::from_ne_bytes(random()), SystemTime::now());
+            let (model_there, info) = (model.clone(), info.clone());
+            let preparing = move || prepare(request, &model_there, &info, seed, now);
+            // A long prompt takes milliseconds of computing, which would hold up other requests.
+            let prepared = tokio::task::spawn_blocking(preparing).await;
+            let prepared = prepared.map_err(|_| Refusal::Submit(SubmitError::ShuttingDown))??;
+            let deadline = [prepared.deadline, timeout].into_iter().flatten().min();
+            let deadline = deadline.map(|deadline| arrived + deadline);
+            self.submit_all(&model, &prepared, deadline, &mut accepted).await?;
+            prompts.push(prepared.tokens);
+        }
+        let id = accepted[0].1.id();
+        let (sender, messages) = mpsc::channel(WAITING_MESSAGES);
+        for (choice, updates) in accepted {
+            tokio::spawn(run(choice, updates, self.core.clone(), sender.clone()));
+        }
+        Ok(Started { model, id, prompts, messages })
+    }
+
+    /// The model that serves a request.
+    pub(crate) async fn model_for(
+        &self,
+        request: &GenerateRequest,
+    ) -> Result<(Arc<ServedModel>, ModelInfo), Refusal> {
+        let model = match self.aliases.resolve(request, &self.core).await? {
             Some(model) => model,
             None => self.models.get(&request.model)?.clone(),
         };
         let info = self.core.model(&model.name);
         let info = info.ok_or_else(|| SubmitError::NoNodes(model.name.clone()))?;
-        let (seed, now) = (u64::from_ne_bytes(random()), SystemTime::now());
-        let for_prepare = model.clone();
-        // A long prompt takes milliseconds of computing, which would hold up other requests.
-        let prepared =
-            tokio::task::spawn_blocking(move || prepare(request, &for_prepare, &info, seed, now));
-        let prepared = prepared.await.map_err(|_| Refusal::Submit(SubmitError::ShuttingDown))??;
-        let deadline = [prepared.deadline, timeout].into_iter().flatten().min();
-        let deadline = deadline.map(|deadline| arrived + deadline);
-        let accepted = self.submit_all(&model, &prepared, deadline).await?;
-
-        let (sender, messages) = mpsc::channel(WAITING_MESSAGES);
-        for (choice, updates) in accepted {
-            tokio::spawn(run(choice, updates, self.core.clone(), sender.clone()));
-        }
-        Ok(messages)
+        Ok((model, info))
     }
 
-    /// All choices are accepted or none: dropping the accepted ones cancels them.
+    /// Adds a request's completions to those that the core has accepted. Dropping these cancels them.
     async fn submit_all(
         &self,
         model: &ServedModel,
         prepared: &Prepared,
         deadline: Option<Instant>,
-    ) -> Result<Vec<(Choice, Updates)>, Refusal> {
-        let mut accepted = Vec::new();
+        accepted: &mut Vec<(Choice, Updates)>,
+    ) -> Result<(), Refusal> {
         for index in 0..prepared.choices {
             let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
             if left.is_some_and(|left| left.is_zero()) {
@@ -91,14 +130,7 @@ impl Front {
             let mut sampling = prepared.sampling.clone();
             sampling.seed = sampling.seed.wrapping_add(index.into());
             let id = RequestId(u128::from_ne_bytes(random()));
-            let choice = Choice::new(
-                index,
-                id,
-                model,
-                &prepared.tokens,
-                prepared.stops.clone(),
-                sampling.min_tokens,
-            );
+            let choice = Choice::new(accepted.len() as u32, id, model, prepared);
             let request = NewRequest {
                 id,
                 model: model.name.clone(),
@@ -110,7 +142,7 @@ impl Front {
             };
             accepted.push((choice, self.core.submit(request).await?));
         }
-        Ok(accepted)
+        Ok(())
     }
 }
 
@@ -135,8 +167,8 @@ async fn run(
                 (Ok(message), false)
             }
             Some(Step::Last(message)) => (Ok(message), true),
-            Some(Step::Fail(error)) => (Err(failure(&error)), true),
-            None => (Err(Refusal::Submit(SubmitError::ShuttingDown).into()), true),
+            Some(Step::Fail(error)) => (Err(error.into()), true),
+            None => (Err(SubmitError::ShuttingDown.into()), true),
         };
         if messages.send(message).await.is_err() || last {
             return;

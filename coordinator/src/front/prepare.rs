@@ -31,6 +31,10 @@ pub(crate) struct Prepared {
     pub sampling: SamplingParams,
     /// Stop strings.
     pub stops: Vec<String>,
+    /// What ends the output, a stop string or a stop token, is part of the text.
+    pub include_stop: bool,
+    /// Special tokens have no text.
+    pub skip_special: bool,
     /// Completions wanted.
     pub choices: u32,
     /// Whose cached blocks may be used.
@@ -68,6 +72,8 @@ pub(crate) fn prepare(
     Ok(Prepared {
         sampling: sampling(&given, &model.defaults, info, room, drawn_seed)?,
         tokens,
+        include_stop: given.include_stop_string.unwrap_or(false),
+        skip_special: given.skip_special_tokens.unwrap_or(true),
         stops: given.stop,
         choices,
         salt: salt.unwrap_or_default(),
@@ -86,7 +92,7 @@ fn standing(priority: &str, tenant: &str) -> Result<Standing, Refusal> {
     };
     if tenant.len() > MAX_TENANT_BYTES {
         let what = format!("at most {MAX_TENANT_BYTES} bytes long");
-        return Err(Refusal::field("tenant", format!("{} bytes long", tenant.len()), &what));
+        return Err(Refusal::field("tenant", format_args!("{} bytes long", tenant.len()), &what));
     }
     Ok(Standing { class, tenant: TenantId::named(tenant) })
 }
@@ -100,16 +106,17 @@ fn prompt(
     match input {
         None => Err(Refusal::Invalid("one of prompt, token_ids and chat is required".into())),
         Some(Input::Prompt(text)) if text.is_empty() => {
-            Err(Refusal::Invalid("prompt is empty".into()))
+            Err(Refusal::wrong("prompt", "prompt is empty"))
         }
         Some(Input::Prompt(text)) => Ok(model.tokenizer.encode(&text, true)?),
         Some(Input::TokenIds(tokens)) if tokens.ids.is_empty() => {
-            Err(Refusal::Invalid("token_ids is empty".into()))
+            Err(Refusal::wrong("token_ids", "token_ids is empty"))
         }
         Some(Input::TokenIds(tokens)) => match tokens.ids.iter().find(|&&t| t >= info.vocab_size) {
             Some(id) => {
                 let limit = format!("ids below the vocabulary size ({})", info.vocab_size);
-                Err(Refusal::field("an id in token_ids", id, &limit))
+                let what = format!("an id in token_ids is {id}; it must be {limit}");
+                Err(Refusal::wrong("token_ids", what))
             }
             None => Ok(tokens.ids),
         },
@@ -120,10 +127,10 @@ fn prompt(
 fn chat_prompt(chat: &Chat, model: &ServedModel, now: SystemTime) -> Result<Vec<u32>, Refusal> {
     let Some(template) = &model.chat else {
         let what = format!("model {:?} has no chat template; send prompt instead", model.name);
-        return Err(Refusal::Invalid(what));
+        return Err(Refusal::wrong("chat", what));
     };
     if chat.messages.is_empty() {
-        return Err(Refusal::Invalid("chat.messages is empty".into()));
+        return Err(Refusal::wrong("chat.messages", "chat.messages is empty"));
     }
     let messages = chat.messages.iter();
     let messages = messages.map(|m| json!({"role": m.role, "content": m.content})).collect();
@@ -183,7 +190,7 @@ fn sampling(
         logprobs: given.logprobs,
         prompt_logprobs: given.prompt_logprobs,
     };
-    params.check(info.vocab_size).map_err(|e| Refusal::Invalid(e.to_string()))?;
+    params.check(info.vocab_size)?;
     // More than fits is no mistake: the output ends with the context.
     params.max_tokens = params.max_tokens.min(room);
     params.min_tokens = params.min_tokens.min(params.max_tokens);
@@ -192,20 +199,23 @@ fn sampling(
 
 fn check_stops(stops: &[String]) -> Result<(), Refusal> {
     if stops.len() > MAX_STOPS {
-        let limit = format!("at most {MAX_STOPS}");
-        return Err(Refusal::field("the number of stop strings", stops.len(), &limit));
+        let given = stops.len();
+        let what = format!("the number of stop strings is {given}; it must be at most {MAX_STOPS}");
+        return Err(Refusal::wrong("stop", what));
     }
     let wrong = stops.iter().find(|stop| !(1..=MAX_STOP_BYTES).contains(&stop.len()));
     wrong.map_or(Ok(()), |stop| {
+        let given = stop.len();
         let limit = format!("from 1 to {MAX_STOP_BYTES} bytes long");
-        Err(Refusal::field("a stop string", format_args!("{} bytes", stop.len()), &limit))
+        Err(Refusal::wrong("stop", format!("a stop string is {given} bytes; it must be {limit}")))
     })
 }
 
 fn checked_salt(salt: &str) -> Result<CacheSalt, Refusal> {
     if salt.len() > MAX_SALT_BYTES {
-        let limit = format!("at most {MAX_SALT_BYTES}");
-        return Err(Refusal::field("cache_salt's length", salt.len(), &limit));
+        let given = salt.len();
+        let what = format!("cache_salt's length is {given}; it must be at most {MAX_SALT_BYTES}");
+        return Err(Refusal::wrong("cache_salt", what));
     }
     Ok(CacheSalt::from_text(salt))
 }

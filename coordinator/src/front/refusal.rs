@@ -1,5 +1,9 @@
 //! Why a request was refused or failed, and the gRPC status that says so.
+//! The HTTP front says the same in its own way (`openai/error.rs`).
 
+use std::time::Duration;
+
+use baton_proto::sampling::InvalidSampling;
 use tonic::metadata::MetadataValue;
 use tonic::{Code, Status};
 
@@ -8,10 +12,18 @@ use super::models::UnknownModel;
 use super::text::EncodeError;
 use crate::core::{RequestError, SubmitError};
 
-/// A request was refused before anything was started.
+/// A request was refused before anything was started, or it failed.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Refusal {
-    /// A field is wrong; names it, its value and the limit.
+    /// A field is wrong.
+    #[error("{message}")]
+    Field {
+        /// Its name in `GenerateRequest` or below it.
+        field: String,
+        /// Names it, its value and the limit.
+        message: String,
+    },
+    /// The request is wrong, and not because of one field.
     #[error("{0}")]
     Invalid(String),
     /// The model is.
@@ -23,17 +35,28 @@ pub(crate) enum Refusal {
     /// The deadline passed before the request was placed.
     #[error("the request's deadline passed")]
     Late,
+    /// It was started and failed.
+    #[error(transparent)]
+    Failed(#[from] RequestError),
 }
 
 impl Refusal {
     /// `field is value; it must be limit`.
     pub(crate) fn field(field: &str, value: impl std::fmt::Display, limit: &str) -> Self {
-        Self::Invalid(format!("{field} is {value}; it must be {limit}"))
+        Self::wrong(field, format!("{field} is {value}; it must be {limit}"))
     }
 
-    fn code(&self) -> Code {
+    /// `field` is wrong; the message names it.
+    pub(crate) fn wrong(field: &str, message: impl Into<String>) -> Self {
+        Self::Field { field: field.to_owned(), message: message.into() }
+    }
+
+    /// What gRPC calls this.
+    pub(crate) fn code(&self) -> Code {
         match self {
-            Self::Invalid(_) | Self::Model(UnknownModel::Ambiguous { .. }) => Code::InvalidArgument,
+            Self::Field { .. } | Self::Invalid(_) | Self::Model(UnknownModel::Ambiguous { .. }) => {
+                Code::InvalidArgument
+            }
             Self::Model(UnknownModel::NotServed { .. }) => Code::NotFound,
             Self::Late => Code::DeadlineExceeded,
             Self::Submit(error) => match error {
@@ -50,13 +73,37 @@ impl Refusal {
                 // Ids are drawn here, at random.
                 SubmitError::DuplicateId(_) => Code::Internal,
             },
+            Self::Failed(error) => match error {
+                RequestError::DeadlineExceeded => Code::DeadlineExceeded,
+                RequestError::Cancelled => Code::Cancelled,
+                RequestError::NoNodes { .. }
+                | RequestError::Exhausted { .. }
+                | RequestError::ShuttingDown => Code::Unavailable,
+                RequestError::Rejected(_) => Code::FailedPrecondition,
+            },
         }
+    }
+
+    /// When to come back, if coming back helps.
+    pub(crate) fn retry_after(&self) -> Option<Duration> {
+        match self {
+            Self::Submit(
+                SubmitError::Overloaded { retry_after } | SubmitError::TooLate { retry_after },
+            ) => Some(*retry_after),
+            _ => None,
+        }
+    }
+}
+
+impl From<InvalidSampling> for Refusal {
+    fn from(error: InvalidSampling) -> Self {
+        Self::wrong(error.field, error.to_string())
     }
 }
 
 impl From<ChatError> for Refusal {
     fn from(error: ChatError) -> Self {
-        Self::Invalid(error.to_string())
+        Self::wrong("chat.messages", error.to_string())
     }
 }
 
@@ -70,26 +117,10 @@ impl From<Refusal> for Status {
     /// An overloaded coordinator says in `retry-after-ms` when to come back.
     fn from(refusal: Refusal) -> Self {
         let mut status = Self::new(refusal.code(), refusal.to_string());
-        if let Refusal::Submit(
-            SubmitError::Overloaded { retry_after } | SubmitError::TooLate { retry_after },
-        ) = refusal
-        {
+        if let Some(retry_after) = refusal.retry_after() {
             let wait = MetadataValue::from(retry_after.as_millis() as u64);
             status.metadata_mut().insert("retry-after-ms", wait);
         }
         status
     }
-}
-
-/// The status of a request that was started and failed.
-pub(crate) fn failure(error: &RequestError) -> Status {
-    let code = match error {
-        RequestError::DeadlineExceeded => Code::DeadlineExceeded,
-        RequestError::Cancelled => Code::Cancelled,
-        RequestError::NoNodes { .. }
-        | RequestError::Exhausted { .. }
-        | RequestError::ShuttingDown => Code::Unavailable,
-        RequestError::Rejected(_) => Code::FailedPrecondition,
-    };
-    Status::new(code, error.to_string())
 }

@@ -203,6 +203,41 @@ async fn a_stop_string_ends_the_request_and_is_never_seen() {
 }
 
 #[tokio::test]
+async fn what_ends_the_output_is_text_if_asked_for() {
+    let played = start(|_| Play::UntilStopped(says("The code is 4712. END more", None))).await;
+    let sampling = Sampling {
+        stop: vec![" END".to_owned()],
+        include_stop_string: Some(true),
+        ..Sampling::default()
+    };
+    let messages = all(&played, sampled(sampling)).await.unwrap();
+    assert_eq!(text_of(&messages), "The code is 4712. END");
+
+    let end = tokenizer().encode("<|im_end|>", false).unwrap();
+    let [end] = end[..] else { panic!("{end:?} is one special token") };
+    let script = move |_: &_| {
+        let mut updates = says("ok", None);
+        updates.push(Update::Tokens(vec![output(end, Some(NodeFinish::StopToken(end)))]));
+        Play::Accept(updates)
+    };
+    let played = start(script).await;
+    for (include, skip, text) in [
+        (None, None, "ok"),
+        (Some(true), None, "ok"),
+        (None, Some(false), "ok"),
+        (Some(true), Some(false), "ok<|im_end|>"),
+    ] {
+        let sampling = Sampling {
+            include_stop_string: include,
+            skip_special_tokens: skip,
+            ..Sampling::default()
+        };
+        let messages = all(&played, sampled(sampling)).await.unwrap();
+        assert_eq!(text_of(&messages), text, "{include:?} {skip:?}");
+    }
+}
+
+#[tokio::test]
 async fn min_tokens_delays_stop_strings_too() {
     let text = "END and END";
     let played = start(|_| Play::UntilStopped(says(text, None))).await;

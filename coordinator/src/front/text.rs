@@ -51,8 +51,18 @@ impl Tokenizer {
     /// The text of token ids, special tokens left out. Bytes that are no UTF-8 become U+FFFD.
     #[must_use]
     pub fn decode(&self, ids: &[u32]) -> String {
+        self.text(ids, true)
+    }
+
+    /// The same with special tokens.
+    #[must_use]
+    pub fn decode_with_special(&self, ids: &[u32]) -> String {
+        self.text(ids, false)
+    }
+
+    fn text(&self, ids: &[u32], skip_special: bool) -> String {
         // A decoder made of regular expressions can fail; such a token has no text.
-        self.inner.decode(ids, true).unwrap_or_default()
+        self.inner.decode(ids, skip_special).unwrap_or_default()
     }
 }
 
@@ -62,7 +72,9 @@ impl Tokenizer {
 /// incomplete character waits for the next token.
 pub struct Detokenizer {
     tokenizer: Arc<Tokenizer>,
-    /// A window over the sequence: settled tokens, then those that wait. No special tokens.
+    /// Special tokens have no text, and none of them is in the window.
+    skip_special: bool,
+    /// A window over the sequence: settled tokens, then those that wait.
     window: Vec<u32>,
     /// How many tokens of the window have settled.
     settled: usize,
@@ -78,7 +90,7 @@ const MAX_WAITING_TOKENS: usize = 12;
 impl Detokenizer {
     /// Begins after `prompt`.
     #[must_use]
-    pub fn new(tokenizer: Arc<Tokenizer>, prompt: &[u32]) -> Self {
+    pub fn new(tokenizer: Arc<Tokenizer>, prompt: &[u32], skip_special: bool) -> Self {
         let text = prompt.iter().rev().filter(|id| !tokenizer.special.contains(id));
         let mut window: Vec<u32> =
             text.take(PROMPT_TOKENS + MAX_EXTRA_PROMPT_TOKENS).copied().collect();
@@ -87,16 +99,16 @@ impl Detokenizer {
         let whole = |&skip: &usize| !tokenizer.decode(&window[skip..]).starts_with('\u{fffd}');
         let skip = (0..=most).rev().find(whole).unwrap_or(most);
         window.drain(..skip);
-        Self { settled: window.len(), tokenizer, window }
+        Self { settled: window.len(), tokenizer, skip_special, window }
     }
 
     /// Takes the next token and appends the text that it completes.
     pub fn push(&mut self, token: u32, out: &mut String) {
-        if self.tokenizer.special.contains(&token) {
+        if self.skip_special && self.tokenizer.special.contains(&token) {
             return;
         }
         self.window.push(token);
-        let text = self.tokenizer.decode(&self.window);
+        let text = self.text(&self.window);
         let waiting = self.window.len() - self.settled;
         if !text.ends_with('\u{fffd}') {
             self.settle(self.window.len(), out);
@@ -108,7 +120,7 @@ impl Detokenizer {
     /// How many tokens of the window, which decodes to `text`, come before a character that may
     /// still be completed: its bytes are in the last three tokens.
     fn whole_tokens(&self, text: &str) -> usize {
-        let characters = |tokens: &[u32]| self.tokenizer.decode(tokens).chars().count();
+        let characters = |tokens: &[u32]| self.text(tokens).chars().count();
         let (length, all) = (self.window.len(), text.chars().count());
         let cuts =
             |&at: &usize| characters(&self.window[..at]) + characters(&self.window[at..]) == all;
@@ -122,12 +134,16 @@ impl Detokenizer {
 
     /// Appends the text of the window's first `tokens` tokens, as far as it is new.
     fn settle(&mut self, tokens: usize, out: &mut String) {
-        let text = self.tokenizer.decode(&self.window[..tokens]);
-        let known = self.tokenizer.decode(&self.window[..self.settled]);
+        let text = self.text(&self.window[..tokens]);
+        let known = self.text(&self.window[..self.settled]);
         // By characters and not by bytes: nonsense that was settled may decode differently now.
         out.extend(text.chars().skip(known.chars().count()));
         self.window.drain(..self.settled);
         self.settled = tokens - self.settled;
+    }
+
+    fn text(&self, ids: &[u32]) -> String {
+        self.tokenizer.text(ids, self.skip_special)
     }
 }
 
@@ -144,7 +160,7 @@ mod tests {
     }
 
     fn piecewise(tokenizer: &Arc<Tokenizer>, prompt: &[u32], ids: &[u32]) -> String {
-        let mut detokenizer = Detokenizer::new(tokenizer.clone(), prompt);
+        let mut detokenizer = Detokenizer::new(tokenizer.clone(), prompt, true);
         let mut out = String::new();
         for &id in ids {
             detokenizer.push(id, &mut out);
@@ -170,7 +186,7 @@ mod tests {
     fn a_character_waits_until_it_is_whole() {
         let tokenizer = tokenizer();
         let ids = tokenizer.encode("a🚚b", false).unwrap();
-        let mut detokenizer = Detokenizer::new(tokenizer.clone(), &[]);
+        let mut detokenizer = Detokenizer::new(tokenizer.clone(), &[], true);
         for &id in &ids {
             let mut out = String::new();
             detokenizer.push(id, &mut out);
@@ -202,7 +218,7 @@ mod tests {
     fn nonsense_does_not_wait_for_ever() {
         let tokenizer = tokenizer();
         let first_byte = tokenizer.encode("🚚", false).unwrap()[0];
-        let mut detokenizer = Detokenizer::new(tokenizer, &[]);
+        let mut detokenizer = Detokenizer::new(tokenizer, &[], true);
         let mut out = String::new();
         for _ in 0..1000 {
             detokenizer.push(first_byte, &mut out);
