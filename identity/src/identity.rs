@@ -5,17 +5,14 @@ use std::path::Path;
 use std::sync::Arc;
 
 use baton_proto::ids::NodeId;
-use rustls::client::WebPkiServerVerifier;
-use rustls::client::danger::ServerCertVerifier;
 use rustls::crypto::CryptoProvider;
 use rustls::crypto::aws_lc_rs::{self, cipher_suite};
-use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 use rustls::server::WebPkiClientVerifier;
 use rustls::{ClientConfig, RootCertStore, ServerConfig, version};
 
-use crate::files::{self, CA_CERT, FileError, NODE_CERT, NODE_KEY};
-use crate::name::{self, Part};
+use crate::certified::{Certified, Current, certificates};
+use crate::files::{self, CA_CERT, FileError, NODE_CERT};
+use crate::name::Part;
 
 /// An identity's folder is incomplete or inconsistent; names the file and what is wrong.
 #[derive(Debug, thiserror::Error)]
@@ -30,8 +27,8 @@ struct Inner {
     name: NodeId,
     part: Part,
     ca_pem: String,
-    cert_pem: String,
-    key_pem: String,
+    roots: Arc<RootCertStore>,
+    current: Arc<Current>,
     server: ServerConfig,
     client: ClientConfig,
 }
@@ -40,22 +37,26 @@ impl Identity {
     /// Loads `ca.pem`, `node.pem` and `node.key` from `dir` and checks that they belong together
     /// and are valid now.
     pub fn load(dir: &Path) -> Result<Self, LoadError> {
-        let (ca, cert, key) = (dir.join(CA_CERT), dir.join(NODE_CERT), dir.join(NODE_KEY));
-        let (ca_pem, cert_pem) = (files::read(&ca)?, files::read(&cert)?);
-        let key_pem = files::read_key(&key)?;
-
+        let ca = dir.join(CA_CERT);
+        let ca_pem = files::read(&ca)?;
         let roots = Arc::new(roots(&ca, &ca_pem)?);
-        let chain = certificates(&cert, &cert_pem)?;
-        let (name, part) = name::peer(&chain[0]).map_err(|e| FileError::new(&cert, e))?;
-        check_issued_by(&roots, &chain, &part.dns_name(&name))
-            .map_err(|e| FileError::new(&cert, format!("not valid under {CA_CERT}: {e}")))?;
-        let private = PrivateKeyDer::from_pem_slice(key_pem.as_bytes())
-            .map_err(|_| FileError::new(&key, "no private key in PEM form"))?;
+        let (name, part, certified) = Certified::load(dir, &roots)?;
+        let current = Arc::new(Current::new(certified));
+        let server = server_config(&roots, current.clone());
+        let client = client_config(&roots, current.clone());
+        Ok(Self(Arc::new(Inner { name, part, ca_pem, roots, current, server, client })))
+    }
 
-        let unfit = |e| FileError::new(&key, format!("does not fit {NODE_CERT}: {e}"));
-        let server = server_config(&roots, chain.clone(), private.clone_key()).map_err(unfit)?;
-        let client = client_config(&roots, chain, private).map_err(unfit)?;
-        Ok(Self(Arc::new(Inner { name, part, ca_pem, cert_pem, key_pem, server, client })))
+    /// Loads certificate and key again, for connections from now on; those that exist go on. The
+    /// name, the part and the authority cannot change; after an error everything is as before.
+    pub fn reload(&self, dir: &Path) -> Result<(), LoadError> {
+        let (name, part, certified) = Certified::load(dir, &self.0.roots)?;
+        if (&name, part) != (self.node_id(), self.part()) {
+            let what = format!("it is {part:?} {name}'s, and this is {self:?}");
+            return Err(FileError::new(&dir.join(NODE_CERT), what).into());
+        }
+        self.0.current.replace(certified);
+        Ok(())
     }
 
     /// This member's name.
@@ -92,16 +93,16 @@ impl Identity {
         &self.0.ca_pem
     }
 
-    /// This member's certificate.
+    /// This member's certificate at the moment.
     #[must_use]
-    pub fn cert_pem(&self) -> &str {
-        &self.0.cert_pem
+    pub fn cert_pem(&self) -> String {
+        self.0.current.get().cert_pem.clone()
     }
 
-    /// This member's private key: a secret, never to be logged.
+    /// This member's private key at the moment: a secret, never to be logged.
     #[must_use]
-    pub fn key_pem(&self) -> &str {
-        &self.0.key_pem
+    pub fn key_pem(&self) -> String {
+        self.0.current.get().key_pem.clone()
     }
 }
 
@@ -112,7 +113,7 @@ impl fmt::Debug for Identity {
 }
 
 /// AES-128-GCM first: the fastest suite on machines with AES instructions, which carry the KV.
-fn provider() -> Arc<CryptoProvider> {
+pub(crate) fn provider() -> Arc<CryptoProvider> {
     Arc::new(CryptoProvider {
         cipher_suites: vec![
             cipher_suite::TLS13_AES_128_GCM_SHA256,
@@ -123,36 +124,27 @@ fn provider() -> Arc<CryptoProvider> {
     })
 }
 
-fn server_config(
-    roots: &Arc<RootCertStore>,
-    chain: Vec<CertificateDer<'static>>,
-    key: PrivateKeyDer<'static>,
-) -> Result<ServerConfig, rustls::Error> {
+fn server_config(roots: &Arc<RootCertStore>, current: Arc<Current>) -> ServerConfig {
     let verifier = WebPkiClientVerifier::builder_with_provider(roots.clone(), provider())
         .build()
         .expect("the store holds the cluster's CA");
-    ServerConfig::builder_with_provider(provider())
-        .with_protocol_versions(&[&version::TLS13])?
+    let mut config = ServerConfig::builder_with_provider(provider())
+        .with_protocol_versions(&[&version::TLS13])
+        .expect("the provider has suites of TLS 1.3")
         .with_client_cert_verifier(verifier)
-        .with_single_cert(chain, key)
+        .with_cert_resolver(current);
+    // A certificate that was replaced or has run out must not live on in a ticket. Connections last
+    // long, so that whole handshakes cost nothing.
+    config.send_tls13_tickets = 0;
+    config
 }
 
-fn client_config(
-    roots: &Arc<RootCertStore>,
-    chain: Vec<CertificateDer<'static>>,
-    key: PrivateKeyDer<'static>,
-) -> Result<ClientConfig, rustls::Error> {
+fn client_config(roots: &Arc<RootCertStore>, current: Arc<Current>) -> ClientConfig {
     ClientConfig::builder_with_provider(provider())
-        .with_protocol_versions(&[&version::TLS13])?
+        .with_protocol_versions(&[&version::TLS13])
+        .expect("the provider has suites of TLS 1.3")
         .with_root_certificates(roots.clone())
-        .with_client_auth_cert(chain, key)
-}
-
-fn certificates(path: &Path, pem: &str) -> Result<Vec<CertificateDer<'static>>, FileError> {
-    match CertificateDer::pem_slice_iter(pem.as_bytes()).collect::<Result<Vec<_>, _>>() {
-        Ok(chain) if !chain.is_empty() => Ok(chain),
-        _ => Err(FileError::new(path, "no certificate in PEM form")),
-    }
+        .with_client_cert_resolver(current)
 }
 
 fn roots(path: &Path, pem: &str) -> Result<RootCertStore, FileError> {
@@ -161,17 +153,4 @@ fn roots(path: &Path, pem: &str) -> Result<RootCertStore, FileError> {
         roots.add(certificate).map_err(|e| FileError::new(path, e))?;
     }
     Ok(roots)
-}
-
-/// What a peer will check, so that it fails at start and not at the first connection.
-fn check_issued_by(
-    roots: &Arc<RootCertStore>,
-    chain: &[CertificateDer<'static>],
-    dns_name: &str,
-) -> Result<(), rustls::Error> {
-    let verifier = WebPkiServerVerifier::builder_with_provider(roots.clone(), provider())
-        .build()
-        .expect("the store holds the cluster's CA");
-    let name = ServerName::try_from(dns_name).expect("a member's name is a DNS name");
-    verifier.verify_server_cert(&chain[0], &chain[1..], &name, &[], UnixTime::now()).map(|_| ())
 }

@@ -15,6 +15,7 @@
 //! An identity is a folder of three files: `ca.pem`, `node.pem` and `node.key`.
 
 mod ca;
+mod certified;
 mod files;
 mod identity;
 mod name;

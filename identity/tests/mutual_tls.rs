@@ -173,3 +173,30 @@ fn nothing_is_overwritten_and_broken_files_are_named() {
     let error = Identity::load(&n).unwrap_err().to_string();
     assert!(error.contains("ca.pem: No such file"), "{error}");
 }
+
+#[test]
+fn a_renewed_certificate_counts_from_the_next_connection_on() {
+    let dir = TempDir::new().unwrap();
+    let ca = ClusterCa::create(&dir.path().join("ca")).unwrap();
+    let node = issue(&ca, dir.path(), Part::Node, "decode-0");
+    let dialler = issue(&ca, dir.path(), Part::Node, "prefill-0");
+    let shown = |node: &Identity| {
+        let (client, _) = handshake(&dialler, node, node_server_name(&name("decode-0"))).unwrap();
+        client.peer_certificates().unwrap()[0].clone()
+    };
+    let before = shown(&node);
+    let renewed = dir.path().join("renewed");
+    ca.issue(Part::Node, &name("decode-0"), &[], &renewed).unwrap();
+    node.reload(&renewed).unwrap();
+    let after = shown(&node);
+    assert_ne!(before, after);
+    assert_eq!(std::fs::read_to_string(renewed.join("node.pem")).unwrap(), node.cert_pem());
+
+    let error = node.reload(&dir.path().join("prefill-0")).unwrap_err().to_string();
+    assert!(error.contains("prefill-0") && error.contains("decode-0"), "{error}");
+    let stranger = ClusterCa::create(&dir.path().join("other")).unwrap();
+    let strange = dir.path().join("strange");
+    stranger.issue(Part::Node, &name("decode-0"), &[], &strange).unwrap();
+    assert!(node.reload(&strange).is_err());
+    assert_eq!(shown(&node), after, "after an error everything is as before");
+}

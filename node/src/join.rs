@@ -139,14 +139,10 @@ impl Joiner {
     }
 
     async fn dial(&self, coordinator: &str) -> Result<Channel, SessionError> {
-        let pem = |pem: &str| pem.as_bytes().to_vec();
         let identity = &self.identity;
         let tls = ClientTlsConfig::new()
-            .ca_certificate(Certificate::from_pem(pem(identity.ca_pem())))
-            .identity(tonic::transport::Identity::from_pem(
-                pem(identity.cert_pem()),
-                pem(identity.key_pem()),
-            ))
+            .ca_certificate(Certificate::from_pem(identity.ca_pem()))
+            .identity(tonic::transport::Identity::from_pem(identity.cert_pem(), identity.key_pem()))
             .domain_name(COORDINATOR_SERVER_NAME);
         let endpoint = Endpoint::from_shared(format!("https://{coordinator}"))?
             .tls_config(tls)?
