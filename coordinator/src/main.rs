@@ -4,7 +4,9 @@ use std::io::Write;
 use std::process::ExitCode;
 
 use baton_coordinator::config::Config;
+use baton_coordinator::core::Core;
 use baton_coordinator::server::{Coordinator, install_metrics};
+use sd_notify::NotifyState;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 
@@ -47,11 +49,16 @@ async fn run(config: &Config) -> Result<(), Box<dyn std::error::Error>> {
     let Coordinator { grpc, http, cluster, .. } = &coordinator;
     // Whoever started this process with free ports reads them here.
     writeln!(std::io::stdout(), "ready grpc={grpc} http={http} cluster={cluster}")?;
+    let serving = format!("gRPC at {grpc}, HTTP at {http}, nodes at {cluster}");
+    tell_systemd(&[NotifyState::Ready, NotifyState::Status(&serving)]);
+    let core = coordinator.core().clone();
     tokio::select! {
         why = coordinator.broken() => return Err(why.into()),
+        () = watch(&core) => unreachable!("it goes on for ever"),
         () = stop.requested() => {}
     }
     tracing::info!("draining: taking nothing new, finishing what runs");
+    tell_systemd(&[NotifyState::Stopping, NotifyState::Status("draining")]);
     tokio::select! {
         () = coordinator.drain() => {}
         () = tokio::time::sleep(config.drain_timeout) => tracing::warn!("not drained in time"),
@@ -59,6 +66,24 @@ async fn run(config: &Config) -> Result<(), Box<dyn std::error::Error>> {
     }
     coordinator.stop().await;
     Ok(())
+}
+
+/// Vouches for the process as often as the unit's `WatchdogSec` asks, while decisions are made.
+async fn watch(core: &Core) {
+    let Some(patience) = sd_notify::watchdog_enabled() else { return std::future::pending().await };
+    let mut interval = tokio::time::interval(patience / 4);
+    loop {
+        interval.tick().await;
+        core.status().await;
+        tell_systemd(&[NotifyState::Watchdog]);
+    }
+}
+
+/// See sd_notify(3). Without systemd nothing happens.
+fn tell_systemd(state: &[NotifyState<'_>]) {
+    if let Err(error) = sd_notify::notify(state) {
+        tracing::warn!(%error, "systemd is not told");
+    }
 }
 
 /// SIGTERM and SIGINT.

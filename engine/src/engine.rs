@@ -136,6 +136,17 @@ impl Engine {
         self.0.inbox.request_snapshot();
     }
 
+    /// Makes the thread look for input, even if there is none: if it lives, [`Self::turns`] grows.
+    pub fn nudge(&self) {
+        self.0.inbox.nudge();
+    }
+
+    /// How often the thread has looked for input. It does so before every step.
+    #[must_use]
+    pub fn turns(&self) -> u64 {
+        self.0.inbox.turns()
+    }
+
     /// Where the KV cache is.
     #[must_use]
     pub fn memory(&self) -> &KvMemory {

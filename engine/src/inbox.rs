@@ -2,6 +2,7 @@
 //! refused; all of it is bounded by the jobs that the engine has.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
@@ -15,6 +16,8 @@ pub(crate) struct Inbox {
     state: Mutex<State>,
     filled: Condvar,
     max_waiting: usize,
+    /// How often the thread has looked.
+    turns: AtomicU64,
 }
 
 #[derive(Debug, Default)]
@@ -45,6 +48,8 @@ pub(crate) struct Inputs {
     pub(crate) returned: Vec<TransferId>,
     /// Somebody wants to know the whole prefix cache.
     pub(crate) snapshot: bool,
+    /// Somebody wants to know whether the thread still looks.
+    nudge: bool,
     /// Nobody holds the engine any more.
     pub(crate) stop: bool,
 }
@@ -55,7 +60,7 @@ impl Inputs {
         let new = submitted.is_empty() && released.is_empty();
         let arrived = imported.is_empty() && fetched.is_empty();
         let over = cancelled.is_empty() && returned.is_empty();
-        new && arrived && over && !self.snapshot && !self.stop
+        new && arrived && over && !self.snapshot && !self.nudge && !self.stop
     }
 }
 
@@ -72,7 +77,8 @@ pub(crate) enum Wait {
 
 impl Inbox {
     pub(crate) fn new(max_waiting: usize) -> Self {
-        Self { state: Mutex::default(), filled: Condvar::new(), max_waiting }
+        let turns = AtomicU64::new(0);
+        Self { state: Mutex::default(), filled: Condvar::new(), max_waiting, turns }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -146,6 +152,15 @@ impl Inbox {
         self.filled.notify_one();
     }
 
+    pub(crate) fn nudge(&self) {
+        self.state().inputs.nudge = true;
+        self.filled.notify_one();
+    }
+
+    pub(crate) fn turns(&self) -> u64 {
+        self.turns.load(Ordering::Relaxed)
+    }
+
     pub(crate) fn stop(&self) {
         self.state().inputs.stop = true;
         self.filled.notify_one();
@@ -153,6 +168,7 @@ impl Inbox {
 
     /// All input so far, after waiting for some as `wait` says.
     pub(crate) fn take(&self, wait: Wait) -> Inputs {
+        self.turns.fetch_add(1, Ordering::Relaxed);
         let mut state = self.state();
         while state.inputs.is_empty() {
             state = match wait {

@@ -1,6 +1,7 @@
 //! The process of a node: configuration, start, signals, end.
 
 use std::io::Write;
+use std::path::Path;
 use std::process::ExitCode;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -16,7 +17,7 @@ use crate::epoch::next_epoch;
 use crate::load::{LoadFailure, Loaded};
 use crate::node::{Node, Setup};
 use crate::settings::Settings;
-use crate::telemetry;
+use crate::{supervisor, telemetry};
 
 /// Threads for sockets and timers; computing has its own.
 const RUNTIME_THREADS: usize = 2;
@@ -83,15 +84,28 @@ fn configure(name: &'static str, about: &'static str) -> Result<Config, String> 
 
 async fn run(config: Config, role: Role) -> Result<(), StartError> {
     let mut stop = Stop::new().map_err(StartError::Signals)?;
-    let drain_timeout = config.drain_timeout;
+    let mut hangup = signal(SignalKind::hangup()).map_err(StartError::Signals)?;
+    let (drain_timeout, dir) = (config.drain_timeout, config.identity.clone());
+    // Everything that can be wrong is found before the long part, loading.
+    let identity = Identity::load(&dir)?;
+    if identity.part() != Part::Node {
+        return Err(StartError::NotANode(identity.node_id().clone()));
+    }
     let mut node = tokio::select! {
-        node = start(config, role) => node?,
+        node = start(config, identity.clone(), role) => node?,
         () = stop.requested() => return Ok(()),
     };
     let (events, endpoint) = (node.events.clone(), node.endpoint.clone());
+    let watch = supervisor::watch(node.engine.clone());
+    let renewed = async {
+        while hangup.recv().await.is_some() {
+            supervisor::reloading(|| reload(&identity, &dir));
+        }
+    };
     let stopped = async {
         stop.requested().await;
         tracing::info!("draining: taking nothing new, finishing what runs");
+        supervisor::draining(drain_timeout);
         // A node that takes no events has drained.
         let _ = events.send(Event::Leave).await;
         tokio::select! {
@@ -102,6 +116,7 @@ async fn run(config: Config, role: Role) -> Result<(), StartError> {
     tokio::select! {
         () = node.serve() => tracing::info!("nothing is left to do"),
         () = stopped => {}
+        () = async { tokio::join!(watch, renewed); } => {}
     }
     let engine_stopped = node.engine_stopped();
     node.leave().await;
@@ -109,12 +124,15 @@ async fn run(config: Config, role: Role) -> Result<(), StartError> {
     if engine_stopped { Err(StartError::Engine) } else { Ok(()) }
 }
 
-async fn start(config: Config, role: Role) -> Result<Node, StartError> {
-    // Everything that can be wrong is found before the long part, loading.
-    let identity = Identity::load(&config.identity)?;
-    if identity.part() != Part::Node {
-        return Err(StartError::NotANode(identity.node_id().clone()));
+/// Takes a renewed certificate; everything else of the configuration needs a restart.
+fn reload(identity: &Identity, dir: &Path) {
+    match identity.reload(dir) {
+        Ok(()) => tracing::info!("certificate and key are loaded again"),
+        Err(error) => tracing::error!(%error, "the old certificate stays"),
     }
+}
+
+async fn start(config: Config, identity: Identity, role: Role) -> Result<Node, StartError> {
     let name = identity.node_id().clone();
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     let epoch =
@@ -145,6 +163,7 @@ async fn start(config: Config, role: Role) -> Result<Node, StartError> {
     }
     // Whoever started the daemon may have closed its end.
     let _ = writeln!(std::io::stdout(), "ready {role}={name} kv={kv_address}");
+    supervisor::ready(&format!("{role} node {name}, KV at {kv_address}"));
     Ok(node)
 }
 

@@ -16,6 +16,7 @@ mod driver;
 mod load;
 mod memory;
 mod outbox;
+mod supervisor;
 
 pub use driver::{Event, MAX_EVENTS};
 pub use outbox::MAX_OUTBOX;

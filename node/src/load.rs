@@ -1,4 +1,5 @@
-//! Loading the model to what computes it, with progress for people on standard error.
+//! Loading the model to what computes it, with progress for people on standard error and for
+//! systemd.
 
 use std::io::Write;
 use std::time::{Duration, Instant};
@@ -8,6 +9,7 @@ use baton_engine::model::{LoadError, LoadFormat, LoadOptions, LoadProgress, Mode
 use baton_engine::{EngineConfig, Executor, HostExecutor};
 
 use crate::config::{self, Config, DeviceChoice, KvSize};
+use crate::supervisor;
 
 /// The seed of made-up weights: equal on all nodes, which then can exchange KV.
 const DUMMY_SEED: u64 = 0;
@@ -156,6 +158,7 @@ fn progress() -> impl FnMut(LoadProgress) {
             let line = line(percent, done_bytes, begun.elapsed());
             // Nobody may be reading.
             let _ = writeln!(std::io::stderr(), "{line}");
+            supervisor::loading(percent);
         }
     }
 }
