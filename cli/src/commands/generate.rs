@@ -123,7 +123,6 @@ impl From<SamplingArgs> for Sampling {
             repetition_penalty: args.repetition_penalty,
             presence_penalty: args.presence_penalty,
             frequency_penalty: args.frequency_penalty,
-            logit_bias: Default::default(),
             seed: args.seed,
             max_tokens: args.max_tokens,
             min_tokens: args.min_tokens,
@@ -132,6 +131,7 @@ impl From<SamplingArgs> for Sampling {
             stop_token_ids: args.stop_token_ids,
             logprobs: args.logprobs,
             prompt_logprobs: args.prompt_logprobs,
+            ..Self::default()
         }
     }
 }
