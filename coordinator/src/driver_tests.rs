@@ -63,6 +63,7 @@ fn request(id: u128) -> NewRequest {
         salt: CacheSalt::default(),
         standing: Default::default(),
         deadline: None,
+        trace: None,
     }
 }
 

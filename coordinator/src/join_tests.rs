@@ -82,6 +82,7 @@ impl World {
             salt: CacheSalt::default(),
             standing: Default::default(),
             deadline: None,
+            trace: None,
         };
         self.core.submit(request).await.unwrap()
     }

@@ -133,6 +133,7 @@ fn a_coordinator_spares_the_node_that_another_one_uses() {
             salt: CacheSalt::default(),
             standing: Default::default(),
             deadline: None,
+            trace: None,
         };
         control.submit(request, Vec::new(), now, now, &mut out).unwrap();
         let sent = out.drain(..).find_map(|action| match action {

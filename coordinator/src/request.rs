@@ -282,6 +282,7 @@ impl Request {
             sampling,
             salt: self.new.salt,
             deadline: self.deadline.map(|at| at.saturating_duration_since(now)),
+            trace: self.new.trace,
         }
     }
 

@@ -135,6 +135,7 @@ impl World {
             salt,
             standing: Default::default(),
             deadline: None,
+            trace: None,
         };
         change(&mut new);
         let chain = model.root.chain(new.salt, &new.tokens, 4);

@@ -169,6 +169,7 @@ impl Bench {
                 sampling,
                 salt: CacheSalt::default(),
                 deadline: None,
+                trace: None,
             };
             self.engine.submit(Submission { job, kind: Kind::Local, held: false })?;
         }

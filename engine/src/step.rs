@@ -2,6 +2,7 @@
 #![expect(unsafe_code, reason = "lets the device write to blocks that the scheduler gave it")]
 
 mod chunks;
+mod meters;
 
 use std::collections::{HashMap, VecDeque};
 use std::ops::{ControlFlow, Range};
@@ -22,6 +23,7 @@ use crate::pace::Pace;
 use crate::scheduler::{Event, Plan, Scheduler};
 
 use chunks::step_chunk;
+use meters::Meters;
 
 /// All that the thread owns.
 pub(crate) struct Device {
@@ -38,6 +40,7 @@ pub(crate) struct Device {
     inbox: Arc<Inbox>,
     report: Arc<Mutex<Report>>,
     sink: Sink,
+    meters: Meters,
 }
 
 struct InFlight {
@@ -74,6 +77,7 @@ impl Device {
             inbox,
             report,
             sink,
+            meters: Meters::new(),
         }
     }
 
@@ -252,6 +256,7 @@ impl Device {
         };
         let decode = plan.chunks.iter().filter(|chunk| chunk.decode).count();
         self.pace.observe(plan.prefill_tokens(), decode, outcome.took);
+        self.meters.step(&plan, decode, outcome.took);
         self.scheduler.complete(&plan, outcome);
         self.tell(&[], false);
         Ok(())

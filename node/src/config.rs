@@ -8,6 +8,7 @@ use baton_kvtransfer::Transport;
 use baton_kvtransfer::limits::MAX_PENDING_OFFERS_PER_PEER;
 use baton_proto::geometry::KvDtype;
 use baton_proto::message::MAX_PRICE;
+use baton_telemetry::LogFormat;
 
 use crate::settings::Settings;
 
@@ -103,7 +104,8 @@ pub struct Config {
     pub metrics_listen: Option<SocketAddr>,
     pub price: f64,
     pub log: String,
-    pub log_json: bool,
+    pub log_format: Option<LogFormat>,
+    pub otlp_endpoint: Option<String>,
     pub drain_timeout: Duration,
 }
 
@@ -143,7 +145,8 @@ impl TryFrom<Settings> for Config {
                 .transpose()?,
             price: price(given.price)?,
             log: given.log.unwrap_or_else(|| "info".to_owned()),
-            log_json: log_json(given.log_format.as_deref())?,
+            log_format: given.log_format.as_deref().map(log_format).transpose()?,
+            otlp_endpoint: given.otlp_endpoint,
             drain_timeout: Duration::from_secs(given.drain_timeout_s.unwrap_or(60)),
             model,
         })
@@ -222,12 +225,8 @@ fn load_format(value: Option<&str>) -> Result<LoadFormat, ConfigError> {
     }
 }
 
-fn log_json(value: Option<&str>) -> Result<bool, ConfigError> {
-    match value {
-        None | Some("text") => Ok(false),
-        Some("json") => Ok(true),
-        Some(other) => invalid("log_format", other, "text or json"),
-    }
+fn log_format(name: &str) -> Result<LogFormat, ConfigError> {
+    name.parse().or_else(|_| invalid("log_format", name, "text, json or journal"))
 }
 
 fn block_tokens(value: Option<u32>) -> Result<u32, ConfigError> {
@@ -340,7 +339,7 @@ mod tests {
         let text = "model='m'\nmodel_name='n'\nload_format='dummy'\nblock_tokens=32\nkv_blocks=1
             kv_memory='1'\nkv_dtype='f16'\ndevice='cpu'\ncuda_libraries='c'\nmax_batch_tokens=1\nmax_sequences=1\nmax_waiting=1\nmax_model_len=1
             threads=1\nkv_listen='l'\nkv_advertise='a'\nkv_transports=['quic']\ncoordinator=['c']\nidentity='i'\nstate='s'
-            metrics_listen='m'\nprice=2.5\nlog='debug'\nlog_format='json'\ndrain_timeout_s=1";
+            metrics_listen='m'\nprice=2.5\nlog='debug'\nlog_format='json'\notlp_endpoint='o'\ndrain_timeout_s=1";
         let keys = Settings::augment_args(clap::Command::new("")).get_arguments().count();
         assert_eq!(text.matches('=').count(), keys, "the text names every key");
         let all = settings(text);

@@ -8,6 +8,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use baton_identity::{Identity, Part};
 use baton_kvtransfer::{BindError, Endpoint, Timing};
 use baton_proto::ids::{NodeId, Role};
+use baton_telemetry::{Tracer, start_logging};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
@@ -17,7 +18,7 @@ use crate::epoch::next_epoch;
 use crate::load::{LoadFailure, Loaded};
 use crate::node::{Node, Setup};
 use crate::settings::Settings;
-use crate::{supervisor, telemetry};
+use crate::{metrics, supervisor};
 
 /// Threads for sockets and timers; computing has its own.
 const RUNTIME_THREADS: usize = 2;
@@ -42,6 +43,10 @@ enum StartError {
     Load(#[from] LoadFailure),
     #[error("cannot watch for signals: {0}")]
     Signals(std::io::Error),
+    #[error("metrics: {0}")]
+    Recorder(#[from] metrics_exporter_prometheus::BuildError),
+    #[error(transparent)]
+    Traces(#[from] baton_telemetry::StartError),
     #[error("the engine failed")]
     Engine,
 }
@@ -78,7 +83,7 @@ fn configure(name: &'static str, about: &'static str) -> Result<Config, String> 
     let text = |error: ConfigError| error.to_string();
     let settings = Settings::from_process(name, about).map_err(text)?;
     let config = Config::try_from(settings).map_err(text)?;
-    telemetry::start_logging(&config.log, config.log_json)?;
+    start_logging(&config.log, config.log_format)?;
     Ok(config)
 }
 
@@ -139,9 +144,17 @@ async fn start(config: Config, identity: Identity, role: Role) -> Result<Node, S
         next_epoch(config.state.as_deref(), now.as_millis() as u64).map_err(StartError::State)?;
     let endpoint = Endpoint::bind(config.kv_listen, &identity, epoch, Timing::default())?;
     let kv_address = config.kv_address(endpoint.local_addr());
-    let metrics = match config.metrics_listen {
-        Some(address) => Some(TcpListener::bind(address).await.map_err(StartError::Metrics)?),
+    let scraped = match config.metrics_listen {
+        Some(address) => {
+            let listener = TcpListener::bind(address).await.map_err(StartError::Metrics)?;
+            Some((listener, metrics::install()?))
+        }
         None => None,
+    };
+
+    let tracer = match &config.otlp_endpoint {
+        Some(endpoint) => Tracer::start(endpoint, "baton-node", name.as_str(), 0.0)?,
+        None => Tracer::default(),
     };
 
     let (loaded, config) = load(config).await?;
@@ -156,10 +169,11 @@ async fn start(config: Config, identity: Identity, role: Role) -> Result<Node, S
         engine: loaded.engine,
         price: config.price,
         coordinators: config.coordinators,
+        tracer,
     };
     let node = Node::start(setup, loaded.executor);
-    if let Some(listener) = metrics {
-        tokio::spawn(telemetry::serve_metrics(listener, node.figures()));
+    if let Some((listener, handle)) = scraped {
+        tokio::spawn(metrics::serve(listener, handle, node.gauges()));
     }
     // Whoever started the daemon may have closed its end.
     let _ = writeln!(std::io::stdout(), "ready {role}={name} kv={kv_address}");

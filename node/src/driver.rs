@@ -11,10 +11,13 @@ use baton_kvtransfer::{
 };
 use baton_proto::ids::TransferId;
 use baton_proto::message::{Command, Hello, NodeEvent, Report};
+use baton_telemetry::Tracer;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::memory::{LeaseSink, LeaseSource};
+use crate::metrics;
 use crate::outbox::Outboxes;
+use crate::spans::Spans;
 use crate::worker::{Action, Input, News, StreamId, Transfer, Worker};
 
 /// Most events that wait for the driver; their senders wait then, the engine's thread among them.
@@ -78,6 +81,7 @@ pub(crate) struct Driver {
     /// Of the admission that is being handled.
     lease: Option<Arc<BlockLease>>,
     engine_stopped: bool,
+    spans: Spans,
     news: watch::Sender<News>,
 }
 
@@ -87,6 +91,7 @@ impl Driver {
         (engine, endpoint, hello): (Engine, Endpoint, Hello),
         events: mpsc::Sender<Event>,
         news: watch::Sender<News>,
+        tracer: Tracer,
     ) -> Self {
         Self {
             worker: Worker::new(hello.role, hello.root, hello.geometry),
@@ -99,6 +104,7 @@ impl Driver {
             receives: HashMap::new(),
             lease: None,
             engine_stopped: false,
+            spans: Spans::new(tracer),
             news,
         }
     }
@@ -151,6 +157,8 @@ impl Driver {
                 Input::Received { id, outcome }
             }
             Event::Sent(id, outcome) => {
+                metrics::sent(&outcome);
+                self.spans.sent(id, &outcome);
                 self.sends.remove(&id);
                 Input::Sent { id, outcome }
             }
@@ -163,6 +171,10 @@ impl Driver {
         match event {
             EngineEvent::Admitted { id, lease, cached_tokens, queued } => {
                 self.lease = lease;
+                self.spans.admitted(id, cached_tokens);
+                if !id.is_pull() {
+                    metrics::hit(cached_tokens);
+                }
                 let cached_blocks = cached_tokens / self.hello.geometry.block_tokens;
                 Input::Admitted { id, cached_blocks, queued }
             }
@@ -171,11 +183,21 @@ impl Driver {
                 layer: layer as u32,
                 blocks: blocks.start as u32..blocks.end as u32,
             },
-            EngineEvent::Tokens(tokens) => Input::Tokens(tokens),
+            EngineEvent::Tokens(tokens) => {
+                self.spans.tokens(&tokens);
+                Input::Tokens(tokens)
+            }
             EngineEvent::PromptLogprobs { id, tokens } => Input::PromptLogprobs { id, tokens },
-            EngineEvent::Failed { id, reason, retry } => Input::Failed { id, reason, retry },
-            EngineEvent::Ended { id } => Input::Ended(id),
+            EngineEvent::Failed { id, reason, retry } => {
+                self.spans.ended(id, Some(&reason));
+                Input::Failed { id, reason, retry }
+            }
+            EngineEvent::Ended { id } => {
+                self.spans.ended(id, None);
+                Input::Ended(id)
+            }
             EngineEvent::CacheChanged { stored, removed } => {
+                metrics::evicted(removed.len());
                 Input::CacheChanged { stored, removed }
             }
             EngineEvent::Snapshot(hashes) => Input::Snapshot(hashes),
@@ -202,8 +224,13 @@ impl Driver {
             Action::AskSnapshot => self.engine.snapshot(),
             Action::Submit(submission) => {
                 let id = submission.job.id;
+                self.spans.submitted(&submission);
+                if !id.is_pull() {
+                    metrics::queried(submission.job.tokens.len());
+                }
                 if let Err(error) = self.engine.submit(submission) {
                     let (reason, retry) = (error.to_string(), error.retry());
+                    self.spans.ended(id, Some(&reason));
                     self.worker.input(Instant::now(), Input::Failed { id, reason, retry });
                 }
             }

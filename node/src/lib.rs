@@ -9,13 +9,14 @@ pub mod epoch;
 pub mod join;
 pub mod node;
 pub mod settings;
-pub mod telemetry;
 pub mod worker;
 
 mod driver;
 mod load;
 mod memory;
+mod metrics;
 mod outbox;
+mod spans;
 mod supervisor;
 
 pub use driver::{Event, MAX_EVENTS};

@@ -10,12 +10,13 @@ use baton_identity::Identity;
 use baton_kvtransfer::{Endpoint, Transport};
 use baton_proto::ids::{Epoch, Role};
 use baton_proto::message::Hello;
+use baton_telemetry::Tracer;
 use tokio::sync::{mpsc, watch};
 
 use crate::driver::{self, Driver, Event, MAX_EVENTS};
 use crate::join::Joiner;
 use crate::memory::EngineMemory;
-use crate::telemetry::Figures;
+use crate::metrics;
 use crate::worker::News;
 
 /// How long leaving may take, a second to carry what is queued included.
@@ -43,6 +44,8 @@ pub struct Setup {
     pub price: f64,
     /// Cluster addresses of all coordinators.
     pub coordinators: Vec<String>,
+    /// Traces its part in requests.
+    pub tracer: Tracer,
 }
 
 /// A running node. Dropping it leaves every coordinator.
@@ -73,7 +76,7 @@ impl Node {
         let hello = hello(&setup, &engine.info());
         let (news, reported) = watch::channel(News { role: hello.role, ..News::default() });
         let parts = (engine.clone(), setup.endpoint.clone(), hello.clone());
-        let driver = Driver::new(parts, events.clone(), news);
+        let driver = Driver::new(parts, events.clone(), news, setup.tracer);
         let joiner = Arc::new(Joiner {
             identity: setup.identity,
             hello,
@@ -98,13 +101,13 @@ impl Node {
         }
     }
 
-    /// Says what metrics are made of.
-    pub fn figures(&self) -> impl Fn() -> Figures + Send + 'static {
+    /// Sets the gauges to what holds at the moment of a call.
+    pub(crate) fn gauges(&self) -> impl Fn() + Clone + Send + Sync + 'static {
         let (engine, news) = (self.engine.clone(), self.news.clone());
         let endpoint = self.endpoint.clone();
-        move || Figures {
-            report: driver::report(&engine, &endpoint, *news.borrow()),
-            kv_sent: endpoint.sent_bytes(),
+        move || {
+            let report = driver::report(&engine, &endpoint, *news.borrow());
+            metrics::report(&report, &engine.info());
         }
     }
 

@@ -87,9 +87,14 @@ pub struct Settings {
     /// What is logged to standard error, e.g. `info` or `info,baton_node=debug`. Default: info.
     #[arg(long, env = "BATON_LOG", value_name = "FILTER")]
     pub log: Option<String>,
-    /// `text` or `json`. Default: text.
+    /// `text`, `json`, or `journal` for systemd's journal with its fields. Default: journal under
+    /// systemd, else text.
     #[arg(long, env = "BATON_LOG_FORMAT", value_name = "FORMAT")]
     pub log_format: Option<String>,
+    /// Where traces are sent, as OTLP over gRPC, e.g. http://127.0.0.1:4317. Of a request that its
+    /// coordinator traces, the node's part is. Default: nowhere.
+    #[arg(long, env = "BATON_OTLP_ENDPOINT", value_name = "URL")]
+    pub otlp_endpoint: Option<String>,
     /// Seconds that running requests get to finish after SIGTERM. Default: 60.
     #[arg(long, env = "BATON_DRAIN_TIMEOUT_S", value_name = "SECONDS")]
     pub drain_timeout_s: Option<u64>,
@@ -151,6 +156,7 @@ impl Settings {
             price: self.price.or(other.price),
             log: self.log.or(other.log),
             log_format: self.log_format.or(other.log_format),
+            otlp_endpoint: self.otlp_endpoint.or(other.otlp_endpoint),
             drain_timeout_s: self.drain_timeout_s.or(other.drain_timeout_s),
         }
     }

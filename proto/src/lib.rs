@@ -11,6 +11,7 @@ pub mod ids;
 pub mod message;
 pub mod sampling;
 pub mod share;
+pub mod trace;
 
 mod convert;
 pub use convert::InvalidMessage;

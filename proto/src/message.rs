@@ -7,6 +7,7 @@ use crate::geometry::KvGeometry;
 use crate::hash::{BlockHash, CacheSalt, ModelRoot};
 use crate::ids::{Epoch, NodeId, Role, TransferId};
 use crate::sampling::SamplingParams;
+use crate::trace::TraceContext;
 
 /// Version of the join stream; a node with another one is refused.
 pub const PROTOCOL: u32 = 2;
@@ -28,6 +29,8 @@ pub struct Job {
     pub salt: CacheSalt,
     /// Time left at receipt.
     pub deadline: Option<Duration>,
+    /// The span of the request, if it is traced.
+    pub trace: Option<TraceContext>,
 }
 
 impl Job {

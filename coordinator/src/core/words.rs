@@ -8,6 +8,7 @@ use baton_proto::hash::{CacheSalt, ModelRoot};
 use baton_proto::ids::{NodeId, RequestId};
 use baton_proto::message::{Logprobs, NodeFinish};
 use baton_proto::sampling::SamplingParams;
+use baton_proto::trace::TraceContext;
 
 use crate::placement::Standing;
 
@@ -43,6 +44,8 @@ pub struct NewRequest {
     pub standing: Standing,
     /// Time left.
     pub deadline: Option<Duration>,
+    /// Its span, if it is traced.
+    pub trace: Option<TraceContext>,
 }
 
 /// A request was not accepted; nothing was started.

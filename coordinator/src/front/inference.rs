@@ -139,6 +139,7 @@ impl Front {
                 salt: prepared.salt,
                 standing: prepared.standing,
                 deadline: left,
+                trace: None,
             };
             accepted.push((choice, self.core.submit(request).await?));
         }

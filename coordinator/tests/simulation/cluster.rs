@@ -205,6 +205,7 @@ impl Sim {
             salt: CacheSalt::default(),
             standing: Default::default(),
             deadline: late.then_some(Duration::from_millis(100)),
+            trace: None,
         };
         let root = ModelRoot::new(&[0; 32], &GEOMETRY);
         let chain = root.chain(CacheSalt::default(), &prompt, 4);

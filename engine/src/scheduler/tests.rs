@@ -30,7 +30,15 @@ fn job(request: u128, tokens: Vec<u32>, max_tokens: u32) -> Job {
     let sampling = SamplingParams { max_tokens, ..SamplingParams::default() };
     let prompt_tokens = tokens.len();
     let salt = CacheSalt::default();
-    Job { id: id(request), tokens: tokens.into(), prompt_tokens, sampling, salt, deadline: None }
+    Job {
+        id: id(request),
+        tokens: tokens.into(),
+        prompt_tokens,
+        sampling,
+        salt,
+        deadline: None,
+        trace: None,
+    }
 }
 
 /// The token of a fake model: a function of what precedes it.

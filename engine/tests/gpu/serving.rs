@@ -35,7 +35,15 @@ fn id(request: u32) -> TransferId {
 fn job(request: u32, tokens: Vec<u32>, max_tokens: u32) -> Job {
     let sampling = SamplingParams { temperature: 0.0, max_tokens, ..SamplingParams::default() };
     let (prompt_tokens, salt) = (tokens.len(), CacheSalt::default());
-    Job { id: id(request), tokens: tokens.into(), prompt_tokens, sampling, salt, deadline: None }
+    Job {
+        id: id(request),
+        tokens: tokens.into(),
+        prompt_tokens,
+        sampling,
+        salt,
+        deadline: None,
+        trace: None,
+    }
 }
 
 impl Node {

@@ -65,7 +65,15 @@ pub(crate) fn job(request: u32, tokens: Vec<u32>, max_tokens: u32) -> Job {
     let sampling = SamplingParams { temperature: 0.0, max_tokens, ..SamplingParams::default() };
     let prompt_tokens = tokens.len();
     let salt = CacheSalt::default();
-    Job { id: id(request), tokens: tokens.into(), prompt_tokens, sampling, salt, deadline: None }
+    Job {
+        id: id(request),
+        tokens: tokens.into(),
+        prompt_tokens,
+        sampling,
+        salt,
+        deadline: None,
+        trace: None,
+    }
 }
 
 /// The tokens of a greedy job, computed without cache and batch.

@@ -49,7 +49,7 @@ impl Fetch {
 /// What names a prefix to the engine.
 pub(super) fn prefix(id: TransferId, tokens: Vec<u32>, salt: CacheSalt) -> Job {
     let (prompt_tokens, sampling) = (tokens.len(), SamplingParams::default());
-    Job { id, tokens: tokens.into(), prompt_tokens, sampling, salt, deadline: None }
+    Job { id, tokens: tokens.into(), prompt_tokens, sampling, salt, deadline: None, trace: None }
 }
 
 impl Worker {

@@ -19,6 +19,7 @@ use baton_proto::message::{Command, Hello, Job, NodeEvent, Peer, Report, Retry, 
 use baton_proto::sampling::SamplingParams;
 use baton_proto::wire::node::join_server::{Join, JoinServer};
 use baton_proto::wire::node::{FromNode, ToNode, Welcome, to_node};
+use baton_telemetry::Tracer;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
@@ -286,6 +287,7 @@ fn setup(role: Role, identity: Identity, coordinator: SocketAddr) -> Setup {
             max_waiting: 8,
         },
         coordinators: vec![coordinator.to_string()],
+        tracer: Tracer::default(),
     }
 }
 
@@ -305,6 +307,7 @@ pub(crate) fn job(id: TransferId, seed: u32, length: usize, max_tokens: u32) -> 
         sampling: SamplingParams { temperature: 0.0, max_tokens, ..SamplingParams::default() },
         salt: CacheSalt::default(),
         deadline: None,
+        trace: None,
     }
 }
 

@@ -84,6 +84,7 @@ impl From<Job> for wire::Job {
             sampling: Some(job.sampling.into()),
             salt: salt_bytes(job.salt),
             deadline_ms: deadline as u32,
+            traceparent: job.trace.map_or_else(String::new, |trace| trace.to_string()),
         }
     }
 }
@@ -106,6 +107,8 @@ impl TryFrom<wire::Job> for Job {
             sampling: required(job.sampling, "job.sampling")?.try_into()?,
             salt: salt(&job.salt, "job.salt")?,
             deadline: (job.deadline_ms > 0).then(|| Duration::from_millis(job.deadline_ms.into())),
+            // A trace that cannot be read is no reason to fail.
+            trace: job.traceparent.parse().ok(),
         })
     }
 }

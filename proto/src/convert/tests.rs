@@ -9,6 +9,7 @@ use crate::message::{
     TokenEvent,
 };
 use crate::sampling::SamplingParams;
+use crate::trace::TraceContext;
 use crate::wire::node::from_node::Message as Up;
 
 fn job() -> Job {
@@ -24,6 +25,7 @@ fn job() -> Job {
         },
         salt: CacheSalt::from_text("tenant"),
         deadline: Some(Duration::from_millis(1500)),
+        trace: Some(TraceContext { trace: 1 << 90, span: 7, sampled: true }),
     }
 }
 
@@ -43,7 +45,11 @@ fn commands_survive_the_wire() {
         Command::Prefill { job: job(), decode: peer(), pull: Some(pull()) },
         Command::Decode { job: job(), prefill: Some(peer()), pull: None },
         Command::Decode { job: job(), prefill: None, pull: Some(pull()) },
-        Command::Decode { job: Job { deadline: None, ..job() }, prefill: None, pull: None },
+        Command::Decode {
+            job: Job { deadline: None, trace: None, ..job() },
+            prefill: None,
+            pull: None,
+        },
         Command::Serve { id: job().id.pull(), tokens: vec![5], salt: job().salt, to: peer() },
         Command::Serve { id: job().id.pull(), tokens: vec![5], salt: CacheSalt(None), to: peer() },
         Command::Cancel(job().id),

@@ -24,6 +24,7 @@ fn job(request: usize, seed: u32, length: usize, max_tokens: u32) -> Job {
         sampling: SamplingParams { max_tokens, ..SamplingParams::default() },
         salt: CacheSalt::default(),
         deadline: (seed == 2).then(|| Duration::from_millis(20)),
+        trace: None,
     }
 }
 

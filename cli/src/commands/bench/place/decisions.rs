@@ -273,6 +273,7 @@ fn arrival(samples: &[(Vec<Segment>, usize)], tokens: &[u32], number: u64) -> Ar
         salt: CacheSalt::default(),
         standing: Standing::default(),
         deadline: None,
+        trace: None,
     };
     (request, chain)
 }

@@ -1,0 +1,7 @@
+//! What the daemons say of themselves: logs and traces. Their metrics are each daemon's own.
+
+mod logging;
+mod tracer;
+
+pub use logging::{LogFormat, start_logging};
+pub use tracer::{Span, SpanKind, StartError, Tracer, Value};
