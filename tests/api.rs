@@ -108,13 +108,16 @@ async fn stops_choices_and_logprobs_work_across_the_hand_over() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_chat_answers_from_its_prompt() {
     let cluster = TestCluster::start(options(1, 1)).await;
-    let message =
-        |role: &str, content: &str| ChatMessage { role: role.into(), content: content.into() };
+    let message = |role: &str, content: &str| ChatMessage {
+        role: role.into(),
+        content: content.into(),
+        ..Default::default()
+    };
     let facts = "You answer questions about this register of depots. The code of Otter is 4711. \
                  The city of Otter is Oslo. The code of Raven is 9302. The city of Raven is Lima.";
     let messages = vec![message("system", facts), message("user", "What is the code of Raven?")];
     let request = GenerateRequest {
-        input: Some(Input::Chat(Chat { messages, add_generation_prompt: None })),
+        input: Some(Input::Chat(Chat { messages, ..Chat::default() })),
         sampling: Some(Sampling { temperature: Some(0.0), ..Sampling::default() }),
         ..GenerateRequest::default()
     };

@@ -111,11 +111,11 @@ async fn ask_all(
 }
 
 fn message(role: &str, content: &str) -> ChatMessage {
-    ChatMessage { role: role.to_owned(), content: content.to_owned() }
+    ChatMessage { role: role.to_owned(), content: content.to_owned(), ..ChatMessage::default() }
 }
 
 async fn ask(target: &Target, messages: &[ChatMessage]) -> Result<Completion, CommandError> {
-    let chat = Chat { messages: messages.to_vec(), add_generation_prompt: None };
+    let chat = Chat { messages: messages.to_vec(), ..Chat::default() };
     let sampling = Sampling { temperature: Some(0.0), max_tokens: Some(64), ..Sampling::default() };
     let request = GenerateRequest {
         input: Some(Input::Chat(chat)),

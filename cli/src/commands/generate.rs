@@ -158,9 +158,9 @@ impl InputArgs {
                 .map_err(|e| format!("{}: {e}", path.display()))?;
             let messages = messages
                 .into_iter()
-                .map(|m| ChatMessage { role: m.role, content: m.content })
+                .map(|m| ChatMessage { role: m.role, content: m.content, ..Default::default() })
                 .collect();
-            return Ok(Input::Chat(Chat { messages, add_generation_prompt: None }));
+            return Ok(Input::Chat(Chat { messages, ..Chat::default() }));
         }
         Ok(match self.token_ids {
             Some(ids) => Input::TokenIds(TokenIds { ids }),

@@ -13,6 +13,7 @@ use minijinja::{AutoEscape, Environment, Error, ErrorKind, Value, context};
 use serde_json::{Map, Value as Json};
 
 use super::models::{ModelFileError, read_json, read_text};
+use super::tools::ToolFormat;
 use super::{python_json, strftime};
 
 /// A model's chat template.
@@ -20,6 +21,8 @@ pub struct ChatTemplate {
     environment: Environment<'static>,
     /// Names of special tokens and their texts, such as `bos_token`.
     special_tokens: Map<String, Json>,
+    knows_tools: bool,
+    tool_format: Option<ToolFormat>,
 }
 
 /// A conversation to render.
@@ -30,6 +33,9 @@ pub struct Conversation<'a> {
     pub tools: Option<&'a Json>,
     /// The prompt ends where the assistant's answer begins.
     pub add_generation_prompt: bool,
+    /// Further names that some templates know, such as `enable_thinking`; they go before special
+    /// tokens.
+    pub kwargs: &'a Map<String, Json>,
     /// Some templates tell the model the date.
     pub now: SystemTime,
 }
@@ -76,6 +82,7 @@ impl ChatTemplate {
     /// Compiles `source`: a text, or a list of `{"name": …, "template": …}`.
     pub fn new(source: &Json, special_tokens: Map<String, Json>) -> Result<Self, ChatError> {
         let mut environment = environment();
+        let mut for_tools = "";
         let mut add = |name: &str, source: &Json| {
             let source = source
                 .as_str()
@@ -87,15 +94,37 @@ impl ChatTemplate {
         match source {
             Json::Array(named) => {
                 for entry in named {
-                    add(entry["name"].as_str().unwrap_or_default(), &entry["template"])?;
+                    let name = entry["name"].as_str().unwrap_or_default();
+                    add(name, &entry["template"])?;
+                    if name == NAMES[1] || for_tools.is_empty() {
+                        for_tools = entry["template"].as_str().unwrap_or_default();
+                    }
                 }
             }
-            text => add(NAMES[0], text)?,
+            text => {
+                add(NAMES[0], text)?;
+                for_tools = text.as_str().unwrap_or_default();
+            }
         }
         if environment.get_template(NAMES[0]).is_err() {
             return Err(ChatError("there is no template named default".to_owned()));
         }
-        Ok(Self { environment, special_tokens })
+        let knows_tools = for_tools.contains("tools");
+        let tool_format = ToolFormat::of_template(for_tools);
+        Ok(Self { environment, special_tokens, knows_tools, tool_format })
+    }
+
+    /// Whether the template tells the model of tools.
+    #[must_use]
+    pub fn knows_tools(&self) -> bool {
+        self.knows_tools
+    }
+
+    /// How the template teaches the model to call tools; `None` if it does not, or in a way that is
+    /// not known here.
+    #[must_use]
+    pub fn tool_format(&self) -> Option<ToolFormat> {
+        self.tool_format
     }
 
     /// The prompt of a conversation.
@@ -110,12 +139,13 @@ impl ChatTemplate {
         let own = context! {
             messages => conversation.messages,
             tools => conversation.tools,
-            documents => (),
+            documents => conversation.kwargs.get("documents"),
             add_generation_prompt => conversation.add_generation_prompt,
             strftime_now => Value::from_function(move |format: &str| strftime::utc(format, now)),
         };
+        let kwargs = Value::from_serialize(conversation.kwargs);
         let tokens = Value::from_serialize(&self.special_tokens);
-        template.render(context! { ..own, ..tokens }).map_err(|error| {
+        template.render(context! { ..own, ..kwargs, ..tokens }).map_err(|error| {
             // The innermost cause says what is wrong: what the template raised, most often.
             let detail = error.detail().map(str::to_owned);
             ChatError(detail.unwrap_or_else(|| error.to_string()))
@@ -134,6 +164,8 @@ fn environment() -> Environment<'static> {
         Err(Error::new(ErrorKind::InvalidOperation, message))
     });
     environment.add_filter("tojson", tojson);
+    // Python cannot iterate over None; templates ask that of tools.
+    environment.add_test("iterable", |value: &Value| !value.is_none() && value.try_iter().is_ok());
     environment
 }
 
@@ -214,6 +246,7 @@ mod tests {
             messages,
             tools,
             add_generation_prompt: true,
+            kwargs: &Map::new(),
             now: SystemTime::UNIX_EPOCH,
         })
     }
@@ -231,6 +264,7 @@ mod tests {
                     messages: &case["messages"],
                     tools: Some(&case["tools"]).filter(|tools| !tools.is_null()),
                     add_generation_prompt: case["add_generation_prompt"] == true,
+                    kwargs: case["kwargs"].as_object().unwrap_or(&Map::new()),
                     now: SystemTime::UNIX_EPOCH,
                 });
                 let expected = match case["error"].as_str() {
@@ -241,7 +275,7 @@ mod tests {
                 cases += 1;
             }
         }
-        assert!(cases > 50, "the fixture has only {cases} cases");
+        assert!(cases > 250, "the fixture has only {cases} cases");
     }
 
     #[test]
@@ -274,6 +308,7 @@ mod tests {
                 messages: &json!([]),
                 tools: None,
                 add_generation_prompt: true,
+                kwargs: &Map::new(),
                 now: SystemTime::UNIX_EPOCH,
             })
         };

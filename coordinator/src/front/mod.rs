@@ -13,10 +13,12 @@ pub mod defaults;
 pub mod models;
 pub mod stop;
 pub mod text;
+pub mod tools;
 
 mod aliases;
 mod choice;
 mod cluster;
+mod conversation;
 mod http;
 mod inference;
 mod prepare;

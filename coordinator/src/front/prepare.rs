@@ -6,9 +6,8 @@ use baton_proto::hash::CacheSalt;
 use baton_proto::sampling::SamplingParams;
 use baton_proto::wire::v1::generate_request::Input;
 use baton_proto::wire::v1::{Chat, GenerateRequest, Sampling};
-use serde_json::json;
 
-use super::chat::Conversation;
+use super::conversation;
 use super::defaults::Defaults;
 use super::models::ServedModel;
 use super::refusal::Refusal;
@@ -132,14 +131,7 @@ fn chat_prompt(chat: &Chat, model: &ServedModel, now: SystemTime) -> Result<Vec<
     if chat.messages.is_empty() {
         return Err(Refusal::wrong("chat.messages", "chat.messages is empty"));
     }
-    let messages = chat.messages.iter();
-    let messages = messages.map(|m| json!({"role": m.role, "content": m.content})).collect();
-    let text = template.render(&Conversation {
-        messages: &messages,
-        tools: None,
-        add_generation_prompt: chat.add_generation_prompt.unwrap_or(true),
-        now,
-    })?;
+    let text = conversation::render(chat, template, now)?;
     Ok(model.tokenizer.encode(&text, false)?)
 }
 

@@ -68,7 +68,7 @@ async fn bad_requests_are_refused_by_field_and_limit() {
         change(&mut request);
         request
     };
-    let no_messages = Chat { messages: Vec::new(), add_generation_prompt: None };
+    let no_messages = Chat::default();
     let cases = [
         (GenerateRequest::default(), "one of prompt, token_ids and chat is required"),
         (prompt(""), "prompt is empty"),
