@@ -60,6 +60,7 @@ pub struct Cluster {
     coordinators: Vec<Coordinator>,
     /// The coordinators first.
     processes: Vec<Process>,
+    metrics: Vec<SocketAddr>,
     /// Names of those whose end [`Cluster::next_end`] has told.
     told: Vec<String>,
     state: PathBuf,
@@ -76,9 +77,10 @@ impl Cluster {
             Ok(result) => {
                 let coordinators = result?;
                 launch.write_state_file(&coordinators)?;
-                let Launch { processes, state, temporary, .. } = launch;
+                let Launch { processes, metrics, state, temporary, .. } = launch;
                 let told = Vec::new();
-                Ok(Self { coordinators, processes, told, state, _temporary: temporary })
+                let _temporary = temporary;
+                Ok(Self { coordinators, processes, metrics, told, state, _temporary })
             }
             Err(_) => Err(StartError::Timeout { reason: launch.last_reason }),
         }
@@ -100,6 +102,12 @@ impl Cluster {
     #[must_use]
     pub fn coordinators(&self) -> &[Coordinator] {
         &self.coordinators
+    }
+
+    /// Where nodes show their metrics, over HTTP.
+    #[must_use]
+    pub fn metrics(&self) -> &[SocketAddr] {
+        &self.metrics
     }
 
     /// Folder of certificates, logs and `cluster.json`.

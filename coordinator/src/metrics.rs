@@ -1,31 +1,119 @@
-//! What the coordinator counts. Names are `baton_*`; durations are seconds.
+//! What the coordinator counts. Names are `baton_*`, and the few of vLLM's that gateways and
+//! dashboards made for it read; durations are seconds.
 
-use metrics::{counter, gauge, histogram};
+use std::time::Duration;
 
-use crate::core::{RequestError, StatusView, SubmitError, Update};
+use metrics::{counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
+use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder, PrometheusHandle};
+
+use crate::core::{RequestError, StatusView, SubmitError, Summary, Timings, Update};
+
+/// Upper bounds of buckets. Per output token: a GPU's decode step takes 2 to 8 ms.
+const PER_TOKEN: [f64; 26] = [
+    0.0005, 0.001, 0.002, 0.003, 0.004, 0.005, 0.006, 0.008, 0.01, 0.0125, 0.015, 0.02, 0.025,
+    0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5,
+];
+/// To the first token, and phases of a request.
+const FIRST_TOKEN: [f64; 22] = [
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.15, 0.25, 0.5, 0.75, 1.0, 1.5, 2.5, 5.0,
+    7.5, 10.0, 20.0, 40.0, 80.0, 160.0,
+];
+/// Whole requests.
+const REQUEST: [f64; 22] = [
+    0.05, 0.1, 0.2, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0,
+    60.0, 120.0, 240.0, 480.0, 960.0,
+];
+/// Decisions and transfers.
+const SHORT: [f64; 18] = [
+    0.00005, 0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0,
+    2.5, 5.0, 10.0, 60.0,
+];
+const TOKENS: [f64; 21] = [
+    1.0,
+    2.0,
+    4.0,
+    8.0,
+    16.0,
+    32.0,
+    64.0,
+    128.0,
+    256.0,
+    512.0,
+    1024.0,
+    2048.0,
+    4096.0,
+    8192.0,
+    16384.0,
+    32768.0,
+    65536.0,
+    131_072.0,
+    262_144.0,
+    524_288.0,
+    1_048_576.0,
+];
+
+/// Lets the process count, and gives what shows the counts.
+pub(crate) fn install() -> Result<PrometheusHandle, BuildError> {
+    let name = |name: &str| Matcher::Full(name.to_owned());
+    let handle = PrometheusBuilder::new()
+        .set_buckets_for_metric(name("baton_time_per_output_token_seconds"), &PER_TOKEN)?
+        .set_buckets_for_metric(name("vllm:request_time_per_output_token_seconds"), &PER_TOKEN)?
+        .set_buckets_for_metric(name("baton_time_to_first_token_seconds"), &FIRST_TOKEN)?
+        .set_buckets_for_metric(name("vllm:time_to_first_token_seconds"), &FIRST_TOKEN)?
+        .set_buckets_for_metric(name("baton_request_phase_seconds"), &FIRST_TOKEN)?
+        .set_buckets_for_metric(name("baton_request_seconds"), &REQUEST)?
+        .set_buckets_for_metric(name("vllm:e2e_request_latency_seconds"), &REQUEST)?
+        .set_buckets_for_metric(Matcher::Suffix("_seconds".into()), &SHORT)?
+        .set_buckets_for_metric(Matcher::Suffix("_tokens".into()), &TOKENS)?
+        .install_recorder()?;
+    describe();
+    Ok(handle)
+}
+
+fn describe() {
+    describe_counter!("baton_requests_total", "Requests that ended, by outcome");
+    describe_counter!("baton_requests_rejected_total", "Requests that were not taken, by reason");
+    describe_counter!("baton_retries_total", "Attempts after a request's first");
+    describe_counter!("baton_placements_total", "Answered requests, by who computed the prompt");
+    describe_counter!(
+        "baton_prompt_tokens_total",
+        "Tokens of prompts, by where their KV came from"
+    );
+    describe_counter!("baton_output_tokens_total", "Tokens generated");
+    describe_histogram!("baton_prompt_tokens", "Tokens of a prompt");
+    describe_histogram!("baton_output_tokens", "Tokens of an answer");
+    describe_histogram!("baton_time_to_first_token_seconds", "Arrival to first token");
+    describe_histogram!(
+        "baton_time_per_output_token_seconds",
+        "Mean gap between a request's tokens"
+    );
+    describe_histogram!("baton_request_seconds", "Arrival to last token");
+    describe_histogram!("baton_request_phase_seconds", "Phases of a request; they add up to it");
+    describe_histogram!("baton_place_seconds", "Choosing the nodes");
+    describe_histogram!(
+        "baton_transfer_hidden_seconds",
+        "KV transfer while the prompt was computed"
+    );
+    describe_histogram!("baton_transfer_exposed_seconds", "KV transfer after the first token");
+    describe_counter!("baton_transfer_bytes_total", "KV that prefill nodes sent");
+    describe_gauge!("baton_requests_active", "Requests that are not over");
+    describe_gauge!("baton_requests_waiting", "Of these, those that wait for their turn on a node");
+    describe_gauge!("baton_nodes", "Joined nodes by role");
+    describe_gauge!("baton_peers", "Other coordinators that are heard");
+    describe_gauge!("baton_index_blocks", "KV blocks in the index of the nodes' caches");
+    describe_gauge!("baton_ready", "1 if a request would be served now");
+    describe_gauge!("baton_build_info", "1; the version is a label");
+}
 
 /// News of a request.
 pub(crate) fn update(update: &Update) {
     match update {
         Update::Tokens(tokens) => {
             counter!("baton_output_tokens_total").increment(tokens.len() as u64);
+            counter!("vllm:generation_tokens_total").increment(tokens.len() as u64);
         }
         Update::PromptLogprobs(_) => {}
-        Update::Done(summary) => {
-            counter!("baton_requests_total", "outcome" => "done").increment(1);
-            let retries = summary.placement.attempts.saturating_sub(1);
-            counter!("baton_retries_total").increment(retries.into());
-            let usage = summary.usage;
-            counter!("baton_prompt_tokens_total").increment(usage.prompt_tokens.into());
-            counter!("baton_cached_tokens_total").increment(usage.cached_tokens.into());
-            let way = if summary.placement.prefill.is_some() { "remote" } else { "local" };
-            counter!("baton_placements_total", "prefill" => way).increment(1);
-            let times = &summary.timings;
-            histogram!("baton_time_to_first_token_seconds").record(times.first_token);
-            histogram!("baton_request_seconds").record(times.total);
-            histogram!("baton_place_seconds").record(times.place);
-            histogram!("baton_transfer_exposed_seconds").record(times.transfer_exposed);
-        }
+        Update::Done(summary) => done(summary),
         Update::Failed(error) => {
             let outcome = match error {
                 RequestError::DeadlineExceeded => "deadline_exceeded",
@@ -40,9 +128,61 @@ pub(crate) fn update(update: &Update) {
     }
 }
 
+fn done(summary: &Summary) {
+    counter!("baton_requests_total", "outcome" => "done").increment(1);
+    counter!("vllm:request_success_total").increment(1);
+    let retries = summary.placement.attempts.saturating_sub(1);
+    counter!("baton_retries_total").increment(retries.into());
+    let way = if summary.placement.prefill.is_some() { "remote" } else { "local" };
+    counter!("baton_placements_total", "prefill" => way).increment(1);
+
+    let usage = summary.usage;
+    let computed = usage.prompt_tokens.saturating_sub(usage.cached_tokens);
+    counter!("baton_prompt_tokens_total", "source" => "computed").increment(computed.into());
+    let cached = u64::from(usage.cached_tokens);
+    counter!("baton_prompt_tokens_total", "source" => "cached").increment(cached);
+    counter!("vllm:prompt_tokens_total").increment(usage.prompt_tokens.into());
+    histogram!("baton_prompt_tokens").record(usage.prompt_tokens);
+    histogram!("baton_output_tokens").record(usage.completion_tokens);
+    times(&summary.timings, usage.completion_tokens);
+}
+
+fn times(times: &Timings, output_tokens: u32) {
+    histogram!("baton_time_to_first_token_seconds").record(times.first_token);
+    histogram!("vllm:time_to_first_token_seconds").record(times.first_token);
+    histogram!("baton_request_seconds").record(times.total);
+    histogram!("vllm:e2e_request_latency_seconds").record(times.total);
+    histogram!("baton_place_seconds").record(times.place);
+    histogram!("baton_transfer_hidden_seconds").record(times.transfer_hidden);
+    histogram!("baton_transfer_exposed_seconds").record(times.transfer_exposed);
+    counter!("baton_transfer_bytes_total").increment(times.transfer_bytes);
+    let after_first = times.total.saturating_sub(times.first_token);
+    if output_tokens > 1 {
+        let each = after_first / (output_tokens - 1);
+        histogram!("baton_time_per_output_token_seconds").record(each);
+        histogram!("vllm:request_time_per_output_token_seconds").record(each);
+    }
+    for (phase, took) in phases(times) {
+        histogram!("baton_request_phase_seconds", "phase" => phase).record(took);
+    }
+}
+
+/// The phases of a request, which add up to its duration. `other`: on the way between coordinator
+/// and nodes, and the nodes of attempts that failed.
+fn phases(times: &Timings) -> [(&'static str, Duration); 5] {
+    let known = times.queue + times.place + times.prefill;
+    [
+        ("queue", times.queue),
+        ("place", times.place),
+        ("prefill", times.prefill),
+        ("other", times.first_token.saturating_sub(known)),
+        ("decode", times.total.saturating_sub(times.first_token)),
+    ]
+}
+
 /// A request was not taken in.
 pub(crate) fn refused(error: &SubmitError) {
-    let outcome = match error {
+    let reason = match error {
         SubmitError::UnknownModel(_)
         | SubmitError::PromptTooLong { .. }
         | SubmitError::EmptyPrompt
@@ -53,16 +193,40 @@ pub(crate) fn refused(error: &SubmitError) {
         SubmitError::TooLate { .. } => "too_late",
         SubmitError::ShuttingDown => "shutting_down",
     };
-    counter!("baton_requests_total", "outcome" => outcome).increment(1);
+    counter!("baton_requests_rejected_total", "reason" => reason).increment(1);
 }
 
 /// What is there now.
 pub(crate) fn gauges(status: &StatusView, index_blocks: u64) {
+    let running = status.requests_active.saturating_sub(status.requests_waiting);
     gauge!("baton_requests_active").set(status.requests_active as f64);
     gauge!("baton_requests_waiting").set(status.requests_waiting as f64);
+    gauge!("vllm:num_requests_running").set(running as f64);
+    gauge!("vllm:num_requests_waiting").set(status.requests_waiting as f64);
     gauge!("baton_nodes", "role" => "prefill").set(status.prefill_nodes as f64);
     gauge!("baton_nodes", "role" => "decode").set(status.decode_nodes as f64);
     gauge!("baton_peers").set(status.peers.len() as f64);
     gauge!("baton_index_blocks").set(index_blocks as f64);
     gauge!("baton_ready").set(f64::from(u8::from(status.ready)));
+    gauge!("baton_build_info", "version" => env!("CARGO_PKG_VERSION")).set(1.0);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_phases_add_up_to_the_whole() {
+        let ms = Duration::from_millis;
+        let times = Timings {
+            queue: ms(5),
+            place: ms(1),
+            prefill: ms(30),
+            first_token: ms(40),
+            total: ms(100),
+            ..Timings::default()
+        };
+        let sum: Duration = phases(&times).iter().map(|(_, took)| *took).sum();
+        assert_eq!(sum, times.total);
+    }
 }

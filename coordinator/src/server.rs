@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use baton_identity::Identity;
-use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder, PrometheusHandle};
+use metrics_exporter_prometheus::{BuildError, PrometheusHandle};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
@@ -20,9 +20,6 @@ use crate::join;
 
 /// How long the front may take to end streams whose requests have ended.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
-/// Upper bounds of the histograms' buckets, in seconds.
-const BUCKETS: [f64; 14] =
-    [0.0001, 0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 60.0];
 
 /// Why a coordinator cannot start.
 #[derive(Debug, thiserror::Error)]
@@ -153,9 +150,7 @@ impl Coordinator {
 
 /// Lets the process count, and gives what shows the counts.
 pub fn install_metrics() -> Result<PrometheusHandle, StartError> {
-    let builder = PrometheusBuilder::new();
-    let builder = builder.set_buckets_for_metric(Matcher::Suffix("_seconds".into()), &BUCKETS)?;
-    Ok(builder.install_recorder()?)
+    Ok(crate::metrics::install()?)
 }
 
 async fn bind(

@@ -144,9 +144,11 @@ async fn start(config: Config, identity: Identity, role: Role) -> Result<Node, S
         next_epoch(config.state.as_deref(), now.as_millis() as u64).map_err(StartError::State)?;
     let endpoint = Endpoint::bind(config.kv_listen, &identity, epoch, Timing::default())?;
     let kv_address = config.kv_address(endpoint.local_addr());
+    let mut shown_at = None;
     let scraped = match config.metrics_listen {
         Some(address) => {
             let listener = TcpListener::bind(address).await.map_err(StartError::Metrics)?;
+            shown_at = listener.local_addr().ok();
             Some((listener, metrics::install()?))
         }
         None => None,
@@ -176,7 +178,8 @@ async fn start(config: Config, identity: Identity, role: Role) -> Result<Node, S
         tokio::spawn(metrics::serve(listener, handle, node.gauges()));
     }
     // Whoever started the daemon may have closed its end.
-    let _ = writeln!(std::io::stdout(), "ready {role}={name} kv={kv_address}");
+    let metrics = shown_at.map_or_else(String::new, |address| format!(" metrics={address}"));
+    let _ = writeln!(std::io::stdout(), "ready {role}={name} kv={kv_address}{metrics}");
     supervisor::ready(&format!("{role} node {name}, KV at {kv_address}"));
     Ok(node)
 }

@@ -102,7 +102,7 @@ pub(crate) async fn serve(
 
 /// What the node is told to coordinators. The names of vLLM are those that gateways and dashboards
 /// made for it read.
-pub(crate) fn report(report: &Report, engine: &EngineInfo) {
+pub(crate) fn report(report: &Report, engine: &EngineInfo, model: &str) {
     let blocks = report.blocks;
     let states = [
         ("free", blocks.free),
@@ -123,12 +123,14 @@ pub(crate) fn report(report: &Report, engine: &EngineInfo) {
     gauge!("baton_node_prefill_tokens_per_second").set(report.prefill_tokens_per_second);
     gauge!("baton_node_decode_step_seconds").set(report.decode_step_ms / 1e3);
 
-    gauge!("vllm:num_requests_waiting").set(report.waiting);
-    gauge!("vllm:num_requests_running").set(report.running);
+    let name = || ("model_name", model.to_owned());
+    gauge!("vllm:num_requests_waiting", &[name()]).set(report.waiting);
+    gauge!("vllm:num_requests_running", &[name()]).set(report.running);
     let used = (blocks.active + blocks.leased) as f64 / engine.kv_blocks.max(1) as f64;
-    gauge!("vllm:kv_cache_usage_perc").set(used);
+    gauge!("vllm:kv_cache_usage_perc", &[name()]).set(used);
     let block_tokens = engine.geometry.block_tokens.to_string();
-    let sizes = [("block_size", block_tokens), ("num_gpu_blocks", engine.kv_blocks.to_string())];
+    let sizes =
+        [name(), ("block_size", block_tokens), ("num_gpu_blocks", engine.kv_blocks.to_string())];
     gauge!("vllm:cache_config_info", &sizes).set(1.0);
 }
 
@@ -191,7 +193,8 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
         let address = listener.local_addr().expect("bound");
         let blocks = BlockCounts { free: 3, active: 4, cached: 5, leased: 6 };
-        let refresh = move || report(&Report { running: 7, blocks, ..Report::default() }, &ENGINE);
+        let refresh =
+            move || report(&Report { running: 7, blocks, ..Report::default() }, &ENGINE, "m");
         let server = tokio::spawn(serve(listener, handle, refresh));
         let times = (Duration::from_millis(3), Duration::from_micros(200));
         let transport = Transport::Quic;
@@ -208,8 +211,8 @@ mod tests {
             "baton_node_kv_sent_bytes_total{transport=\"quic\"} 9",
             "baton_node_kv_transfer_hidden_seconds_bucket{le=\"0.003\"} 1",
             "baton_node_kv_transfer_exposed_seconds_bucket{le=\"0.0001\"} 0",
-            "vllm:num_requests_running 7",
-            "vllm:cache_config_info{block_size=\"16\",num_gpu_blocks=\"18\"} 1",
+            "vllm:num_requests_running{model_name=\"m\"} 7",
+            "vllm:cache_config_info{model_name=\"m\",block_size=\"16\",num_gpu_blocks=\"18\"} 1",
         ] {
             assert!(text.contains(&format!("\n{line}\n")), "{line} is not in\n{text}");
         }

@@ -56,6 +56,7 @@ pub struct Node {
     pub engine: Engine,
     /// Moves KV.
     pub endpoint: Endpoint,
+    model: String,
     news: watch::Receiver<News>,
     driver: Driver,
     received: mpsc::Receiver<Event>,
@@ -94,6 +95,7 @@ impl Node {
             events,
             engine,
             endpoint: setup.endpoint,
+            model: setup.model_name,
             news: reported,
             driver,
             received,
@@ -104,10 +106,10 @@ impl Node {
     /// Sets the gauges to what holds at the moment of a call.
     pub(crate) fn gauges(&self) -> impl Fn() + Clone + Send + Sync + 'static {
         let (engine, news) = (self.engine.clone(), self.news.clone());
-        let endpoint = self.endpoint.clone();
+        let (endpoint, model) = (self.endpoint.clone(), self.model.clone());
         move || {
             let report = driver::report(&engine, &endpoint, *news.borrow());
-            metrics::report(&report, &engine.info());
+            metrics::report(&report, &engine.info(), &model);
         }
     }
 

@@ -28,6 +28,8 @@ pub(super) struct Launch {
     ca: ClusterCa,
     pub(super) state: PathBuf,
     pub(super) temporary: Option<tempfile::TempDir>,
+    /// Where nodes show their metrics.
+    pub(super) metrics: Vec<SocketAddr>,
     pub(super) processes: Vec<Process>,
     pub(super) last_reason: String,
 }
@@ -54,6 +56,7 @@ impl Launch {
             state,
             temporary,
             processes: Vec::new(),
+            metrics: Vec::new(),
             last_reason: "the daemons are starting".to_owned(),
         })
     }
@@ -79,7 +82,8 @@ impl Launch {
             }
         }
         for index in coordinators.len()..self.processes.len() {
-            self.ready_line(index).await?;
+            let line = self.ready_line(index).await?;
+            self.metrics.extend(address(&line, "metrics"));
         }
         for coordinator in &coordinators {
             self.served(coordinator.grpc).await?;
@@ -146,6 +150,8 @@ impl Launch {
             self.state.join(name).display().to_string(),
             "--threads".to_owned(),
             threads.to_string(),
+            "--metrics-listen".to_owned(),
+            "127.0.0.1:0".to_owned(),
         ];
         push(&mut arguments, "--model-name", &self.model_name());
         push(&mut arguments, "--load-format", &options.load_format);
