@@ -37,6 +37,8 @@ const CONTEXT: usize = 4096;
 const OUTPUT: usize = 512;
 const BATCHES: [usize; 4] = [1, 8, 32, MAX_BATCH];
 const MAX_BATCH: usize = 64;
+/// As a node allows for.
+const WARM_UP: Duration = Duration::from_secs(10);
 /// Nothing takes longer.
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -55,8 +57,10 @@ fn main() -> Result<(), Failure> {
         Some(folder) => load(&device, Path::new(folder), LoadFormat::Safetensors)?,
         None => made_up(&device)?,
     };
+    let warm_up = model.warm_up().took.as_secs_f64();
     let mut bench = Bench::start(model, !flags.is_empty())?;
     bench.say("load", began.elapsed().as_secs_f64(), "s");
+    bench.say("warm_up", warm_up, "s");
     bench.run(&[0], 1, 1)?;
     bench.say("cold_start", began.elapsed().as_secs_f64(), "s");
     bench.prefill()?;
@@ -82,6 +86,7 @@ fn load(device: &Arc<Device>, dir: &Path, format: LoadFormat) -> Result<GpuModel
         block_tokens: BLOCK_TOKENS,
         max_batch_tokens: PROMPT,
         max_sequences: MAX_BATCH,
+        warm_up: WARM_UP,
         on_progress: &mut |_| {},
     };
     Ok(GpuModel::load(device, options)?)

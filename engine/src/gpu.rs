@@ -24,9 +24,10 @@ mod scoring;
 mod shard;
 mod step;
 mod upload;
+mod warm_up;
 mod weights;
 
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::{BTreeSet, HashMap, VecDeque};
 
 use baton_kernels::cuda::{Buffer, DecodeScratch, DeviceError, DeviceSampler, Gemm, Graph, Stream};
 
@@ -43,6 +44,7 @@ use crate::config::ModelConfig;
 pub use self::find::{Unavailable, find_nccl, open};
 pub use self::load::{GpuLoadError, GpuOptions};
 pub use self::parallel::ParallelModel;
+pub use self::warm_up::WarmUp;
 
 /// Steps that may be in flight.
 const DEPTH: usize = 2;
@@ -69,7 +71,10 @@ pub struct GpuModel {
     // Graphs before what they point to.
     graphs: HashMap<usize, Graph>,
     /// Rows of graphs that were run once, so that nothing is loaded during a capture.
-    warm: HashSet<usize>,
+    warm: BTreeSet<usize>,
+    /// Memory that graphs will take, as far as it is known.
+    graph_bytes: usize,
+    warm_up: WarmUp,
     flights: VecDeque<Flight>,
     slots: [Slot; DEPTH],
     /// Steps launched so far.
@@ -98,12 +103,18 @@ impl GpuModel {
         &self.config
     }
 
-    /// Bytes of the device that nobody has.
+    /// Bytes of the device that nobody has, less what graphs will take.
     ///
     /// # Errors
     /// If the device is lost.
     pub fn free_bytes(&self) -> Result<usize, DeviceError> {
-        Ok(self.stream.device().memory()?.free_bytes)
+        Ok(self.stream.device().memory()?.free_bytes.saturating_sub(self.graph_bytes))
+    }
+
+    /// What was done before the first request.
+    #[must_use]
+    pub fn warm_up(&self) -> &WarmUp {
+        &self.warm_up
     }
 
     /// Tokens that end a sequence, from `generation_config.json` or else `config.json`.

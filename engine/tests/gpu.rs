@@ -11,8 +11,10 @@ mod serving;
 mod support;
 
 use std::path::Path;
+use std::time::Duration;
 
 use baton_engine::Wanted;
+use baton_engine::gpu::{GpuModel, GpuOptions, WarmUp};
 use baton_engine::model::LoadFormat;
 use baton_proto::geometry::KvDtype;
 use safetensors::Dtype;
@@ -25,6 +27,9 @@ use support::{Asked, Gpu, device};
 /// Log-probabilities of bf16 activations differ from those of single precision by so much.
 const TOLERANCE: f64 = 0.15;
 const MEAN_TOLERANCE: f64 = 0.03;
+
+/// More time than preparing takes.
+const AMPLE: Duration = Duration::from_secs(3600);
 
 const BASE: Shape = Shape { hidden: 64, ffn: 96, head_dim: 64, vocab: 101, ..PLAIN };
 
@@ -126,6 +131,47 @@ fn graphs_follow_their_inputs_to_another_place() {
     let before = gpu.generate(&few, 5, true, false);
     assert_eq!(gpu.generate(&many, 5, true, false), before, "biases of 0 change nothing");
     assert_eq!(gpu.generate(&few, 5, true, false), before);
+}
+
+/// With time to prepare a model has its graphs and its algorithms before it is asked for anything.
+#[test]
+fn a_prepared_model_computes_the_same() {
+    let Some(device) = device() else { return };
+    let dir = checkpoint(&Shape { qwen3: true, ..BASE }, None);
+    let prompts = [tokens(37, 101, 1), tokens(5, 101, 2), tokens(16, 101, 3)];
+    let asked: Vec<_> = prompts.iter().map(|prompt| Asked::greedy(prompt)).collect();
+    let mut gpu =
+        Gpu::load_within(std::slice::from_ref(device), dir.path(), (16, 3), AMPLE).unwrap();
+    let outputs = gpu.generate(&asked, 6, true, false);
+    for (prompt, output) in prompts.iter().zip(&outputs) {
+        assert_greedy(&dir, prompt, output);
+    }
+}
+
+#[test]
+fn preparing_captures_steps_of_all_sizes() {
+    let Some(device) = device() else { return };
+    let dir = checkpoint(&BASE, None);
+    let load = |warm_up| {
+        let options = GpuOptions {
+            dir: dir.path(),
+            format: LoadFormat::Safetensors,
+            threads: 1,
+            max_model_len: None,
+            kv_dtype: None,
+            block_tokens: 16,
+            max_batch_tokens: 8,
+            max_sequences: 3,
+            warm_up,
+            on_progress: &mut |_| {},
+        };
+        GpuModel::load(device, options).unwrap()
+    };
+    let ready = load(AMPLE);
+    // Of 1, 2 and 4 rows; a layer's four products, and logits, of each, and four of 8 rows.
+    assert_eq!((ready.warm_up().graphs, ready.warm_up().tuned.len()), (3, 3 * 5 + 4));
+    assert!(ready.free_bytes().unwrap() > 0);
+    assert_eq!(load(Duration::ZERO).warm_up(), &WarmUp::default());
 }
 
 #[test]

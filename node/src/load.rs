@@ -14,6 +14,10 @@ use crate::supervisor;
 /// The seed of made-up weights: equal on all nodes, which then can exchange KV.
 const DUMMY_SEED: u64 = 0;
 
+/// How long a GPU may be prepared for its first steps, beside reading the weights: a node is to serve
+/// within 30 s of its start.
+const WARM_UP: Duration = Duration::from_secs(10);
+
 /// Least time between two lines of progress.
 const PROGRESS_PAUSE: Duration = Duration::from_millis(500);
 
@@ -97,13 +101,16 @@ fn on_gpus(config: &Config, ordinals: &[usize]) -> Result<Loaded, LoadFailure> {
         block_tokens: config.block_tokens as usize,
         max_batch_tokens: config.max_batch_tokens.unwrap_or(ON_GPU.max_batch_tokens),
         max_sequences: config.max_sequences.unwrap_or(ON_GPU.max_sequences),
+        warm_up: WARM_UP,
         on_progress: &mut progress(),
     };
     let (free_bytes, executor): (_, Box<dyn Executor>) = if let [device] = &devices[..] {
         let model = GpuModel::load(device, options)?;
+        tracing::info!("{}", model.warm_up());
         (model.free_bytes(), Box::new(model))
     } else {
         let model = ParallelModel::load(&devices, &gpu::find_nccl(folders)?, options)?;
+        tracing::info!("{}", model.warm_up());
         (model.free_bytes(), Box::new(model))
     };
     let memory = free_bytes.map_err(GpuLoadError::from)? as u64;

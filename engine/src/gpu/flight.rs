@@ -87,6 +87,11 @@ impl Results {
         Ok(Self { buffer: Buffer::new(device, rows * ROW_WORDS)?, rows })
     }
 
+    /// Most rows that sample.
+    pub(super) fn rows(&self) -> usize {
+        self.rows
+    }
+
     /// The tokens.
     pub(super) fn tokens(&self) -> Slice<'_, u32> {
         self.buffer.slice(0..self.rows)

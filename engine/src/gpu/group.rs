@@ -1,11 +1,15 @@
 //! [`Group`]: the devices that compute a model together, and how they add up.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use baton_kernels::cuda::{Communicator, Device, DeviceError, Nccl, NcclError, Slice, Stream};
 use half::bf16;
 
 use super::shard::Shard;
+
+/// How long a step may take before the devices are given up.
+const STEP_TIMEOUT: Duration = Duration::from_secs(120);
 
 /// The devices of a model. Sums of which one device does not take part never end; so whoever fails
 /// [aborts](Self::abort) those of all.
@@ -31,6 +35,28 @@ impl Group {
         for rank in 0..self.communicators.len() {
             drop(self.locked(rank).take());
         }
+    }
+
+    /// Waits until what `reached` asks for is so on all devices. If one fails, or it takes too long,
+    /// all are given up.
+    pub(super) fn wait(
+        &self,
+        reached: impl Fn() -> Result<bool, DeviceError>,
+    ) -> Result<(), DeviceError> {
+        let deadline = Instant::now() + STEP_TIMEOUT;
+        let error = loop {
+            match reached().and_then(|reached| self.check().map(|()| reached)) {
+                Ok(true) => return Ok(()),
+                Ok(false) if Instant::now() < deadline => std::thread::yield_now(),
+                Ok(false) => {
+                    let error = "a step takes too long".to_owned();
+                    break DeviceError::Lost { call: "NCCL", error };
+                }
+                Err(error) => break error,
+            }
+        };
+        self.abort();
+        Err(error)
     }
 
     fn with(

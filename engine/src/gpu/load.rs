@@ -1,8 +1,9 @@
 //! From a checkpoint to a model on a device.
 
-use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
+use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use baton_kernels::cuda::{
     self, DecodePlan, DecodeScratch, Device, DeviceError, DeviceSampler, Gemm, HeadShape, Stream,
@@ -18,9 +19,11 @@ use super::places::AttentionShape;
 use super::scoring::Scoring;
 use super::shard::Shard;
 use super::upload::upload;
+use super::warm_up::{WarmUp, warm_up};
 use super::weights::Weights;
 use super::{DEPTH, GpuModel, MAX_GRAPH_ROWS, Sizes};
 use crate::config::ModelConfig;
+use crate::executor::DeviceFailure;
 use crate::model::{LoadError, LoadFormat, LoadProgress, Opened};
 
 /// What to load, and for what steps.
@@ -41,6 +44,10 @@ pub struct GpuOptions<'a> {
     pub max_batch_tokens: usize,
     /// Most sequences of a step.
     pub max_sequences: usize,
+    /// How long to prepare for the first steps at most: to choose algorithms of matrix products by
+    /// trying them, to load kernels, and to capture graphs. What there is no time for is done as
+    /// steps come, and with no time at all nothing is tried.
+    pub warm_up: Duration,
     /// Called as weights are read.
     pub on_progress: &'a mut dyn FnMut(LoadProgress),
 }
@@ -54,6 +61,9 @@ pub enum GpuLoadError {
     /// The device is at fault.
     #[error(transparent)]
     Device(#[from] DeviceError),
+    /// It failed at the first steps.
+    #[error(transparent)]
+    Failed(#[from] DeviceFailure),
     /// There is no kernel for such a model. It can be served by the CPU.
     #[error("{0}")]
     Unsupported(String),
@@ -69,7 +79,11 @@ impl GpuModel {
     /// If the folder cannot be served, by this device, or its memory is not enough.
     pub fn load(device: &Arc<Device>, options: GpuOptions<'_>) -> Result<Self, GpuLoadError> {
         let opened = Opened::open(options.dir, options.format, options.max_model_len)?;
-        Self::load_shard(device, &opened, options, None)
+        let (block_tokens, tokens) = (options.block_tokens, options.max_batch_tokens);
+        let budget = options.warm_up;
+        let mut model = Self::load_shard(device, &opened, options, None)?;
+        warm_up(&mut model, block_tokens, tokens, budget)?;
+        Ok(model)
     }
 
     /// Loads what a device has of an opened model.
@@ -117,7 +131,9 @@ impl GpuModel {
             launched: 0,
             sampled: Vec::new(),
             graphs: HashMap::new(),
-            warm: HashSet::new(),
+            warm: BTreeSet::new(),
+            graph_bytes: 0,
+            warm_up: WarmUp::default(),
             cache: None,
             config: config.clone(),
             member,

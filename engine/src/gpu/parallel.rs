@@ -7,7 +7,6 @@
 #![expect(unsafe_code, reason = "implements an unsafe function")]
 
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
 
 use baton_kernels::cpu::ThreadPool;
 use baton_kernels::cuda::{Device, DeviceError, Event, Nccl};
@@ -15,6 +14,7 @@ use baton_proto::geometry::KvGeometry;
 
 use super::group::{Group, Member};
 use super::shard::Shard;
+use super::warm_up::{Parts, WarmUp, Work, capture, warm_up};
 use super::{GpuLoadError, GpuModel, GpuOptions};
 use crate::config::ModelConfig;
 use crate::executor::{AfterLayer, DeviceFailure, Executor, Step};
@@ -22,9 +22,6 @@ use crate::memory::KvMemory;
 use crate::model::{LoadProgress, Opened};
 use crate::scheduler::Outcome;
 use crate::staging::DeviceKv;
-
-/// How long a step may take before the devices are given up.
-const STEP_TIMEOUT: Duration = Duration::from_secs(120);
 
 /// A model on several GPUs.
 pub struct ParallelModel {
@@ -49,7 +46,8 @@ impl ParallelModel {
         Shard::check(&opened.config, devices.len()).map_err(GpuLoadError::Unsupported)?;
         let group = Group::of(nccl, devices)?;
         let total_bytes = opened.weights.total_bytes(&opened.config);
-        let GpuOptions { on_progress, .. } = options;
+        let GpuOptions { on_progress, block_tokens, max_batch_tokens, .. } = options;
+        let budget = options.warm_up;
         let mut ranks = Vec::new();
         // One after the other: the threads that read are what takes time.
         for (rank, device) in devices.iter().enumerate() {
@@ -64,7 +62,15 @@ impl ParallelModel {
             ranks.push(GpuModel::load_shard(device, &opened, options, Some(member))?);
         }
         let threads = ThreadPool::new(devices.len());
-        Ok(Self { ranks, group, config: opened.config, threads })
+        let mut model = Self { ranks, group, config: opened.config, threads };
+        warm_up(&mut model, block_tokens, max_batch_tokens, budget)?;
+        Ok(model)
+    }
+
+    /// What was done before the first request.
+    #[must_use]
+    pub fn warm_up(&self) -> &WarmUp {
+        self.ranks[0].warm_up()
     }
 
     /// The configuration that the model was loaded with.
@@ -90,26 +96,31 @@ impl ParallelModel {
 
     /// Waits until every device has reached its event. If one fails, all are given up.
     fn wait(&self, event: impl Fn(&GpuModel) -> &Event) -> Result<(), DeviceError> {
-        let deadline = Instant::now() + STEP_TIMEOUT;
-        let reached = || {
+        self.group.wait(|| {
             let mut all = true;
             for rank in &self.ranks {
                 all &= event(rank).is_done()?;
             }
             Ok(all)
-        };
-        let result = loop {
-            let timed_out =
-                DeviceError::Lost { call: "NCCL", error: "a step takes too long".to_owned() };
-            match reached().and_then(|all| self.group.check().map(|()| all)) {
-                Ok(true) => return Ok(()),
-                Ok(false) if Instant::now() < deadline => std::thread::yield_now(),
-                Ok(false) => break timed_out,
-                Err(error) => break error,
+        })
+    }
+}
+
+impl Parts for ParallelModel {
+    fn on_each(&mut self, work: &Work<'_>) -> Result<(), DeviceError> {
+        let failed = Mutex::new(None);
+        self.threads.for_each_chunk(&mut self.ranks, 1, &|_, rank| {
+            if let Err(error) = work(&mut rank[0]) {
+                failed.lock().expect("nothing panics with the lock").get_or_insert(error);
+                // The others wait for sums in which this one takes no part.
+                self.group.abort();
             }
-        };
-        self.group.abort();
-        Err(result)
+        });
+        failed.into_inner().expect("nothing panics with the lock").map_or(Ok(()), Err)
+    }
+
+    fn first(&mut self) -> &mut GpuModel {
+        &mut self.ranks[0]
     }
 }
 
@@ -139,7 +150,10 @@ impl Executor for ParallelModel {
         let reserve = |rank: &mut GpuModel| rank.reserve_cache(block_tokens, blocks);
         let shards = self.ranks.iter_mut().map(reserve).collect::<Result<_, _>>();
         let memory = shards.and_then(DeviceKv::memory_of_shards);
-        memory.unwrap_or_else(|error| panic!("no memory for the KV cache: {error}"))
+        let memory = memory.unwrap_or_else(|e| panic!("no memory for the KV cache: {e}"));
+        // What fails here fails again in a step, and there is somebody to tell.
+        let _ = capture(self);
+        memory
     }
 
     unsafe fn launch(
@@ -147,18 +161,7 @@ impl Executor for ParallelModel {
         step: &Step<'_>,
         _: &mut AfterLayer<'_>,
     ) -> Result<(), DeviceFailure> {
-        let failed = Mutex::new(None);
-        self.threads.for_each_chunk(&mut self.ranks, 1, &|_, rank| {
-            if let Err(error) = rank[0].queue(step) {
-                failed.lock().expect("nothing panics with the lock").get_or_insert(error);
-                // The others wait for sums in which this one takes no part.
-                self.group.abort();
-            }
-        });
-        match failed.into_inner().expect("nothing panics with the lock") {
-            Some(error) => Err(error.into()),
-            None => Ok(()),
-        }
+        Ok(self.on_each(&|rank| rank.queue(step))?)
     }
 
     fn finish(

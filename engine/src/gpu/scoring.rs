@@ -53,6 +53,9 @@ impl Scoring {
         }
         let here = self.logits.as_mut().expect("it was just made");
         pass.stream.download(logits, here, 0)?;
+        if let Some(member) = pass.member {
+            member.group.wait(|| here.is_ready())?;
+        }
         let rows = here.as_slice()?.chunks(stride).zip(tokens);
         Ok(rows.map(|(row, token)| (*token, logprobs(&row[..vocab], *token, top))).collect())
     }

@@ -13,6 +13,7 @@ use super::pass::Pass;
 use super::places::Places;
 use super::rows::Rows;
 use super::shard::Shard;
+use super::warm_up::capture;
 use super::{DEPTH, GpuModel, MAX_GRAPH_ROWS};
 use crate::executor::{AfterLayer, DeviceFailure, Executor, Step};
 use crate::memory::KvMemory;
@@ -54,7 +55,10 @@ impl Executor for GpuModel {
 
     fn allocate(&mut self, block_tokens: u32, blocks: usize) -> KvMemory {
         let memory = self.reserve_cache(block_tokens, blocks).and_then(DeviceKv::memory);
-        memory.unwrap_or_else(|error| panic!("no memory for the KV cache: {error}"))
+        let memory = memory.unwrap_or_else(|e| panic!("no memory for the KV cache: {e}"));
+        // What fails here fails again in a step, and there is somebody to tell.
+        let _ = capture(self);
+        memory
     }
 
     unsafe fn launch(

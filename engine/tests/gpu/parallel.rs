@@ -6,7 +6,7 @@ use baton_kernels::cuda::testing::{fail_streams, test_device};
 use crate::common::tiny::Shape;
 use crate::serving::{Node, hand_over};
 use crate::support::{Asked, Gpu, devices};
-use crate::{BASE, assert_close, assert_greedy, by_cpu, checkpoint, tokens};
+use crate::{AMPLE, BASE, assert_close, assert_greedy, by_cpu, checkpoint, tokens};
 
 /// Something of everything for each of four devices.
 const WIDE: Shape = Shape { heads: 8, kv_heads: 4, biases: true, ..BASE };
@@ -39,6 +39,18 @@ fn devices_go_through_graphs_and_queued_steps_together() {
     assert_eq!(run(true, false), one_by_one);
     for (prompt, output) in prompts.iter().zip(&one_by_one) {
         assert_greedy(&dir, prompt, output);
+    }
+}
+
+#[test]
+fn devices_are_prepared_together() {
+    let Some(devices) = devices(2) else { return };
+    let dir = checkpoint(&BASE, None);
+    let prompts = [tokens(19, BASE.vocab, 1), tokens(6, BASE.vocab, 2)];
+    let asked: Vec<_> = prompts.iter().map(|prompt| Asked::greedy(prompt)).collect();
+    let mut gpus = Gpu::load_within(&devices, dir.path(), (16, prompts.len()), AMPLE).unwrap();
+    for (prompt, output) in prompts.iter().zip(gpus.generate(&asked, 5, true, false)) {
+        assert_greedy(&dir, prompt, &output);
     }
 }
 

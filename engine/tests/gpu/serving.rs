@@ -69,6 +69,7 @@ impl Node {
             block_tokens: config.block_tokens,
             max_batch_tokens: config.max_batch_tokens,
             max_sequences: config.max_sequences,
+            warm_up: Duration::ZERO,
             on_progress: &mut |_| {},
         };
         let model = load_model(&devices(count)?, options).unwrap();

@@ -3,6 +3,7 @@
 use std::ops::ControlFlow;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use baton_engine::gpu::{GpuLoadError, GpuModel, GpuOptions, ParallelModel};
 use baton_engine::model::LoadFormat;
@@ -111,6 +112,16 @@ impl Gpu {
         block_tokens: usize,
         sequences: usize,
     ) -> Result<Self, GpuLoadError> {
+        Self::load_within(devices, dir, (block_tokens, sequences), Duration::ZERO)
+    }
+
+    /// With so much time to prepare.
+    pub(crate) fn load_within(
+        devices: &[Arc<Device>],
+        dir: &Path,
+        (block_tokens, sequences): (usize, usize),
+        warm_up: Duration,
+    ) -> Result<Self, GpuLoadError> {
         let mut done = (0, 0);
         let options = GpuOptions {
             dir,
@@ -121,6 +132,7 @@ impl Gpu {
             block_tokens,
             max_batch_tokens: 128,
             max_sequences: sequences,
+            warm_up,
             on_progress: &mut |progress| done = (progress.done_bytes, progress.total_bytes),
         };
         let mut model = load_model(devices, options)?;

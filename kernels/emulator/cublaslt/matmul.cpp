@@ -189,6 +189,12 @@ BLAS_API cublasLtMatmulAlgoGetHeuristic(void*, void* description, void* a, void*
   }
   return SUCCESS;
 }
+BLAS_API cublasLtMatmulAlgoCheck(void*, void* description, void* a, void* b, void* c, void*, const Algorithm* algorithm, Heuristic* result) {
+  if (!supported(*(Description*)description, *(Layout*)a, *(Layout*)b, *(Layout*)c)) return NOT_SUPPORTED;
+  if (algorithm->magic != MAGIC || algorithm->index >= ALGORITHMS) return INVALID_VALUE;
+  *result = {*algorithm, algorithm->workspace, SUCCESS, 1.f, {}};
+  return SUCCESS;
+}
 BLAS_API cublasLtMatmul(void*, void* description, const float* alpha, const void* a, void* a_layout, const void* b, void* b_layout,
                         const float* beta, const void* c, void* c_layout, void* d, void* d_layout, const Algorithm* algorithm,
                         void* workspace, size_t workspace_bytes, void* stream) {

@@ -28,7 +28,7 @@ int devices() { return from_environment("BATON_EMULATOR_DEVICES", 8); }
 int capability() { return from_environment("BATON_EMULATOR_CAPABILITY", 90); }
 
 // CUdevice_attribute
-enum { MAX_THREADS = 1, WARP_SIZE = 10, SM_COUNT = 16, CAPABILITY_MAJOR = 75, CAPABILITY_MINOR = 76, SHARED_OPTIN = 97 };
+enum { MAX_THREADS = 1, WARP_SIZE = 10, SM_COUNT = 16, CACHE_BYTES = 38, CAPABILITY_MAJOR = 75, CAPABILITY_MINOR = 76, SHARED_OPTIN = 97 };
 
 thread_local void* current_context = nullptr;
 // A context is this and its device's number.
@@ -95,6 +95,7 @@ DRIVER_API cuDeviceGetAttribute(int* value, int attribute, int) {
     case MAX_THREADS: *value = 1024; break;
     case WARP_SIZE: *value = 32; break;
     case SM_COUNT: *value = 3; break;  // few, so that grids with a block for each go around
+    case CACHE_BYTES: *value = 4096; break;
     case CAPABILITY_MAJOR: *value = capability() / 10; break;
     case CAPABILITY_MINOR: *value = capability() % 10; break;
     case SHARED_OPTIN: *value = (capability() == 89 ? 99 : 227) << 10; break;

@@ -124,6 +124,15 @@ impl Device {
         self.facts.multiprocessors
     }
 
+    /// Bytes of the cache in front of its memory.
+    ///
+    /// # Errors
+    /// If the driver fails.
+    pub(super) fn cache_bytes(&self) -> Result<usize, DeviceError> {
+        let bytes = attribute(self.handle, Attribute::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE)?;
+        Ok(bytes as usize)
+    }
+
     /// Free and total memory now.
     ///
     /// # Errors

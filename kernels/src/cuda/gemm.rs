@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 
-use cudarc::cublaslt::sys::{self, cublasStatus_t, cudaDataType};
+use cudarc::cublaslt::sys::{self, cublasLtMatmulAlgo_t, cublasStatus_t, cudaDataType};
 use half::bf16;
 
 use super::device::Device;
@@ -12,24 +12,37 @@ use super::memory::{Buffer, Element, Slice};
 use super::stream::Stream;
 
 mod plan;
+mod shape;
 mod tune;
 
-use plan::{Plan, Shape};
+use plan::Plan;
+use shape::Shape;
 pub use tune::Tuned;
+use tune::Tuner;
 
 /// What NVIDIA recommends for Hopper.
 const WORKSPACE_BYTES: usize = 32 << 20;
 /// Most products of different shapes that are remembered. Prefill has as many as chunk lengths.
 const MAX_PLANS: usize = 4096;
 
-/// Matrix products. Descriptors and the algorithm are chosen once for each shape.
+/// Matrix products. An algorithm is chosen once for all shapes of about as many rows.
 ///
 /// For one stream at a time: products share a workspace.
 pub struct Gemm {
     device: Arc<Device>,
     handle: sys::cublasLtHandle_t,
     workspace: Buffer<u8>,
-    plans: Mutex<HashMap<Shape, Plan>>,
+    plans: Mutex<Plans>,
+}
+
+#[derive(Default)]
+struct Plans {
+    /// Descriptors, and the algorithm, of each shape.
+    of_shapes: HashMap<Shape, Plan>,
+    /// Algorithms of [buckets](Shape::bucket), which outlive plans.
+    of_buckets: HashMap<Shape, cublasLtMatmulAlgo_t>,
+    /// There is one while algorithms are to be tried.
+    tuner: Option<Tuner>,
 }
 
 // SAFETY: the library's handle may be used by any thread.
@@ -118,7 +131,7 @@ impl Gemm {
     /// Queues a product.
     ///
     /// # Errors
-    /// If the library has no algorithm for it, or fails.
+    /// If the library has no algorithm for it, which names the product, or fails.
     ///
     /// # Panics
     /// If the slices are not of the sizes that belong together.
@@ -133,16 +146,53 @@ impl Gemm {
         }
         self.device.bind()?;
         let mut plans = self.plans.lock().expect("nothing panics with the lock");
-        if plans.len() >= MAX_PLANS && !plans.contains_key(&shape) {
-            plans.clear();
-        }
-        let plan = match plans.entry(shape) {
-            std::collections::hash_map::Entry::Occupied(entry) => entry.into_mut(),
-            std::collections::hash_map::Entry::Vacant(entry) => {
-                entry.insert(Plan::new(self.handle, &shape, WORKSPACE_BYTES)?)
+        if !plans.of_shapes.contains_key(&shape) {
+            let plan = self.plan(&mut plans, stream, (&shape, &addresses))?;
+            if plans.of_shapes.len() >= MAX_PLANS {
+                plans.of_shapes.clear();
             }
-        };
+            plans.of_shapes.insert(shape, plan);
+        }
+        let plan = &plans.of_shapes[&shape];
         plan.run(self.handle, stream.handle, &addresses, self.workspace.all())
+    }
+
+    /// A plan for a shape that there is none for.
+    fn plan(
+        &self,
+        plans: &mut Plans,
+        stream: &Stream,
+        (shape, addresses): (&Shape, &Addresses),
+    ) -> Result<Plan, DeviceError> {
+        let bucket = shape.bucket();
+        if !plans.of_buckets.contains_key(&bucket) {
+            // A product that is added to what is there can be computed only once.
+            let can_be_tried = *shape == bucket && !shape.add && !stream.is_capturing();
+            let algorithm = match plans.tuner.as_mut().filter(|_| can_be_tried) {
+                Some(tuner) => tuner.fastest(self, stream, (shape, addresses))?,
+                None => Plan::new(self.handle, &bucket, WORKSPACE_BYTES, None)?.algorithm,
+            };
+            plans.of_buckets.insert(bucket, algorithm);
+        }
+        Plan::new(self.handle, shape, WORKSPACE_BYTES, plans.of_buckets.get(&bucket))
+    }
+
+    /// From now on products of new shapes try the library's algorithms and keep the fastest, until
+    /// [`stop_tuning`](Self::stop_tuning). That waits for the stream, and takes as much memory as
+    /// the device has cache. Numbers of rows that share the algorithm of a greater one do not try.
+    ///
+    /// # Errors
+    /// If the driver fails, or there is no memory.
+    pub fn start_tuning(&self) -> Result<(), DeviceError> {
+        let tuner = Tuner::new(&self.device)?;
+        self.plans.lock().expect("nothing panics with the lock").tuner = Some(tuner);
+        Ok(())
+    }
+
+    /// Products of new shapes take the library's choice again. Gives what was tried.
+    pub fn stop_tuning(&self) -> Vec<Tuned> {
+        let mut plans = self.plans.lock().expect("nothing panics with the lock");
+        plans.tuner.take().map(|tuner| tuner.found).unwrap_or_default()
     }
 }
 

@@ -55,6 +55,11 @@ impl Stream {
         &self.device
     }
 
+    /// Whether work is being recorded for a graph.
+    pub(super) fn is_capturing(&self) -> bool {
+        self.capturing.load(Ordering::Relaxed)
+    }
+
     /// Waits until all that was queued is done.
     ///
     /// # Errors
@@ -173,7 +178,7 @@ impl Stream {
         call: &'static str,
         copy: impl FnOnce() -> CUresult,
     ) -> Result<(), DeviceError> {
-        if self.capturing.load(Ordering::Relaxed) {
+        if self.is_capturing() {
             return Err(DeviceError::Refused { call, error: "in a graph".to_owned() });
         }
         if nothing {

@@ -63,6 +63,7 @@ pub(super) const BLAS_SYMBOLS: &[&CStr] = &[
     c"cublasLtCreate",
     c"cublasLtDestroy",
     c"cublasLtMatmul",
+    c"cublasLtMatmulAlgoCheck",
     c"cublasLtMatmulAlgoGetHeuristic",
     c"cublasLtMatmulDescCreate",
     c"cublasLtMatmulDescDestroy",

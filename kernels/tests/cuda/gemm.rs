@@ -99,23 +99,68 @@ fn plans_are_for_shapes_and_not_for_addresses() {
     }
 }
 
+/// Products of all numbers of rows, most of which take the algorithm of another.
+#[test]
+fn numbers_of_rows_share_algorithms() {
+    let Some(stream) = testing::test_stream() else { return };
+    let gemm = Gemm::new(stream.device()).unwrap();
+    let mut random = Random::new(9);
+    let (most, outputs, inputs) = (70, 24, 16);
+    let (x, w) = (random.bf16s(most * inputs), random.bf16s(outputs * inputs));
+    let expected = reference(&f64s(&x), &f64s(&w), inputs);
+    let [x, w] = [&x, &w].map(|values| stream.buffer(values).unwrap());
+    for rows in (1..=most).rev() {
+        let y = stream.buffer(&vec![bf16::NAN; rows * outputs]).unwrap();
+        let factors = Factors::Bf16 { x: x.slice(0..rows * inputs), w: w.all() };
+        let product = Matmul { factors, inputs, y: y.all(), bias: None, add: false };
+        gemm.multiply(&stream, &product).unwrap();
+        let found = f64s(&stream.read(y.all()).unwrap());
+        assert_close(&found, &expected[..rows * outputs], BF16);
+    }
+}
+
+/// Not 16 outputs, as the library wants of e4m3.
+#[test]
+fn a_product_without_an_algorithm_is_named() {
+    let Some(stream) = testing::test_stream() else { return };
+    let gemm = Gemm::new(stream.device()).unwrap();
+    let (x, w) = (stream.buffer(&[0_u8; 32]).unwrap(), stream.buffer(&[0_u8; 7 * 32]).unwrap());
+    let scales = stream.buffer(&[1_f32; 8]).unwrap();
+    let factors = Factors::E4m3 {
+        x: x.all(),
+        x_scales: scales.slice(0..1),
+        w: w.all(),
+        w_scales: scales.slice(0..7),
+    };
+    let y = Buffer::<bf16>::new(stream.device(), 7).unwrap();
+    let product = Matmul { factors, inputs: 32, y: y.all(), bias: None, add: false };
+    let error = gemm.multiply(&stream, &product).unwrap_err().to_string();
+    assert!(error.contains("[1, 32] x [32, 7] of CUDA_R_8F_E4M3"), "{error}");
+}
+
 #[test]
 fn tuning_keeps_the_product_and_graphs_hold_it() {
     let Some(stream) = testing::test_stream() else { return };
     let gemm = Gemm::new(stream.device()).unwrap();
     let mut random = Random::new(8);
-    let (rows, outputs, inputs) = (9, 40, 48);
+    let (rows, outputs, inputs) = (8, 40, 48);
     let (x, w) = (random.bf16s(rows * inputs), random.bf16s(outputs * inputs));
     let expected = reference(&f64s(&x), &f64s(&w), inputs);
     let [x, w] = [&x, &w].map(|values| stream.buffer(values).unwrap());
     let y = Buffer::<bf16>::new(stream.device(), rows * outputs).unwrap();
     let factors = Factors::Bf16 { x: x.all(), w: w.all() };
     let product = Matmul { factors, inputs, y: y.all(), bias: None, add: false };
-    let tuned = gemm.tune(&stream, &product).unwrap();
-    assert!(tuned.candidates > 0 && tuned.best_us <= tuned.first_us, "{tuned:?}");
     let multiply = |stream: &Stream| gemm.multiply(stream, &product);
+    gemm.start_tuning().unwrap();
+    multiply(&stream).unwrap();
+    multiply(&stream).unwrap();
+    assert_close(&f64s(&stream.read(y.all()).unwrap()), &expected, BF16);
+    let tuned = gemm.stop_tuning();
+    assert_eq!(tuned.len(), 1, "{tuned:?}");
+    assert!(tuned[0].candidates > 0 && tuned[0].best_us <= tuned[0].first_us, "{tuned:?}");
     let graph = stream.capture::<DeviceError>(multiply).unwrap();
     stream.zero(y.all()).unwrap();
     stream.replay(&graph).unwrap();
     assert_close(&f64s(&stream.read(y.all()).unwrap()), &expected, BF16);
+    assert_eq!(gemm.stop_tuning(), []);
 }

@@ -13,6 +13,7 @@ use cudarc::cublaslt::sys::{
 };
 use cudarc::driver::sys::CUstream;
 
+use super::shape::Shape;
 use super::{Addresses, check};
 use crate::cuda::error::DeviceError;
 use crate::cuda::memory::Slice;
@@ -20,23 +21,9 @@ use crate::cuda::memory::Slice;
 /// `CUBLAS_OP_T`.
 const OPERATION_TRANSPOSE: i32 = 1;
 
-/// Everything that the choice of an algorithm depends on.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-pub(super) struct Shape {
-    pub rows: usize,
-    pub outputs: usize,
-    pub inputs: usize,
-    pub input: cudaDataType,
-    pub output: cudaDataType,
-    pub bias: bool,
-    pub add: bool,
-    /// Bytes that `w`, `x` and `y` are aligned to.
-    pub alignment: [u32; 3],
-}
-
 /// Descriptors of a product, and the algorithm that computes it.
 pub(super) struct Plan {
-    descriptors: Descriptors,
+    pub(super) descriptors: Descriptors,
     pub(super) algorithm: cublasLtMatmulAlgo_t,
     scaled: bool,
     bias: bool,
@@ -47,7 +34,7 @@ pub(super) struct Plan {
 unsafe impl Send for Plan {}
 
 /// Of A = `w`, B = `x` and D = `y`.
-struct Descriptors {
+pub(super) struct Descriptors {
     product: sys::cublasLtMatmulDesc_t,
     w: sys::cublasLtMatrixLayout_t,
     x: sys::cublasLtMatrixLayout_t,
@@ -55,33 +42,29 @@ struct Descriptors {
 }
 
 impl Plan {
-    /// A plan with the algorithm that the library likes best.
+    /// A plan with an algorithm of the shape's [bucket](Shape::bucket), if it is one for the shape
+    /// too, else with the one that the library likes best.
     pub(super) fn new(
         handle: sys::cublasLtHandle_t,
         shape: &Shape,
         workspace_bytes: usize,
+        of_bucket: Option<&cublasLtMatmulAlgo_t>,
     ) -> Result<Self, DeviceError> {
         let descriptors = Descriptors::new(shape)?;
-        let best = descriptors.algorithms(handle, shape, workspace_bytes, 1)?;
+        let usable = |algorithm: &&cublasLtMatmulAlgo_t| {
+            descriptors.accept(handle, algorithm, workspace_bytes)
+        };
+        let algorithm = match of_bucket.filter(usable) {
+            Some(algorithm) => *algorithm,
+            None => descriptors.algorithms(handle, shape, workspace_bytes, 1)?[0],
+        };
         Ok(Self {
             descriptors,
-            algorithm: best[0].algo,
+            algorithm,
             scaled: shape.input == cudaDataType::CUDA_R_8F_E4M3,
             bias: shape.bias,
             beta: if shape.add { 1.0 } else { 0.0 },
         })
-    }
-
-    /// Up to so many algorithms, the library's favourites first.
-    pub(super) fn algorithms(
-        &self,
-        handle: sys::cublasLtHandle_t,
-        shape: &Shape,
-        workspace_bytes: usize,
-        count: usize,
-    ) -> Result<Vec<cublasLtMatmulAlgo_t>, DeviceError> {
-        let found = self.descriptors.algorithms(handle, shape, workspace_bytes, count)?;
-        Ok(found.iter().map(|heuristic| heuristic.algo).collect())
     }
 
     /// Queues the product at these addresses.
@@ -163,13 +146,14 @@ impl Descriptors {
         Ok(all)
     }
 
-    fn algorithms(
+    /// Up to so many algorithms, the library's favourites first.
+    pub(super) fn algorithms(
         &self,
         handle: sys::cublasLtHandle_t,
         shape: &Shape,
         workspace_bytes: usize,
         count: usize,
-    ) -> Result<Vec<Heuristic>, DeviceError> {
+    ) -> Result<Vec<cublasLtMatmulAlgo_t>, DeviceError> {
         let preference = Preferences::new(workspace_bytes, shape.alignment)?;
         // SAFETY: plain data, of which the library fills in as many as it finds.
         let mut found: Vec<Heuristic> = vec![unsafe { std::mem::zeroed() }; count];
@@ -189,13 +173,40 @@ impl Descriptors {
                 &raw mut returned,
             )
         };
-        check("cublasLtMatmulAlgoGetHeuristic", status)?;
+        if status != cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED {
+            check("cublasLtMatmulAlgoGetHeuristic", status)?;
+        }
         found.truncate(usize::try_from(returned).unwrap_or_default());
         found.retain(|heuristic| heuristic.state == cublasStatus_t::CUBLAS_STATUS_SUCCESS);
         if found.is_empty() {
-            return Err(DeviceError::Unsupported(format!("no algorithm for {shape:?}")));
+            return Err(DeviceError::Unsupported(format!("cuBLASLt has no algorithm for {shape}")));
         }
-        Ok(found)
+        Ok(found.into_iter().map(|heuristic| heuristic.algo).collect())
+    }
+
+    /// Whether an algorithm that was chosen for another number of rows is one for this too.
+    fn accept(
+        &self,
+        handle: sys::cublasLtHandle_t,
+        algorithm: &cublasLtMatmulAlgo_t,
+        workspace_bytes: usize,
+    ) -> bool {
+        // SAFETY: plain data, which the library fills in.
+        let mut found: Heuristic = unsafe { std::mem::zeroed() };
+        // SAFETY: descriptors and algorithm live; writes one result.
+        let status = unsafe {
+            sys::cublasLtMatmulAlgoCheck(
+                handle,
+                self.product,
+                self.w,
+                self.x,
+                self.y,
+                self.y,
+                std::ptr::from_ref(algorithm),
+                &raw mut found,
+            )
+        };
+        status == cublasStatus_t::CUBLAS_STATUS_SUCCESS && found.workspaceSize <= workspace_bytes
     }
 }
 
