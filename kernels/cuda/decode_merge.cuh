@@ -99,37 +99,87 @@ struct Merge {
   // Whether this block is the last of its unit and head to store a part, in which case it sees all of them. Nobody waits for anybody.
   __device__ bool is_last(const Item& item) const {
     unsigned& flag = *reinterpret_cast<unsigned*>(memory + S::FLAG);
-    __threadfence();
-    __syncthreads();
+    __syncthreads();  // not seen by the emulator, whose blocks run one after another: all of the part is stored
     if (threadIdx.x == 0) {
+      // One fence does for what all threads stored before the barrier, and one for what they load after the next.
+      __threadfence();
       unsigned& arrived = a.arrived[item.first_part * a.kv_heads + head];
       flag = atomicAdd(&arrived, 1u) == item.parts - 1;
       if (flag) arrived = 0;
+      __threadfence();
     }
     __syncthreads();
-    __threadfence();
     return flag;
   }
 
+  // Threads share out rows x parts for the factors of parts, which go to shared memory, and then elements, each of which is added
+  // up over the parts in their order; so of a long sequence's many parts several are always being loaded.
   __device__ void add_parts(const Item& item) const {
-    for (int i = threadIdx.x; i < (int)(item.rows * a.group) * D / 2; i += WARPS * 32) {
-      const int row = i * 2 / D;
-      float reference = -INFINITY, weight = 0, first = 0, second = 0;
-      // Not from L1, which does not see other multiprocessors' stores.
-      for (unsigned p = 0; p < item.parts; p++) {
-        reference = fmaxf(reference, __ldcg(&a.part_weights[part_row(item.first_part + p) + row]).x);
+    constexpr int THREADS = WARPS * 32, STRIPES = THREADS / QUERY_ROWS, PIECES = QUERY_ROWS * D / 4 / THREADS;
+    const int rows = item.rows * a.group, row = threadIdx.x % QUERY_ROWS, stripe = threadIdx.x / QUERY_ROWS;
+    const int parts = row < rows ? item.parts : 0;
+    // Not from L1, which does not see other multiprocessors' stores.
+    const float2* of_row = a.part_weights + part_row(item.first_part) + row;
+    const size_t stride = (size_t)a.kv_heads * QUERY_ROWS;
+    float reference = -INFINITY, weight = 0;
+    for (int p = stripe; p < parts; p += STRIPES) reference = fmaxf(reference, __ldcg(of_row + p * stride).x);
+    reference = over_stripes(reference, [](float x, float y) { return fmaxf(x, y); });
+
+    float* factors = sums();  // [PART_FACTORS][QUERY_ROWS]: the block's own sums were stored
+    float4 total[PIECES] = {};
+    for (unsigned first = 0; first < item.parts; first += S::PART_FACTORS) {
+      const int end = min((int)(item.parts - first), S::PART_FACTORS);
+      for (int p = stripe; p < end && row < rows; p += STRIPES) {
+        const float2 part = __ldcg(of_row + (first + p) * stride);
+        const float factor = exp2_approx(part.x - reference);
+        weight += part.y * factor;
+        factors[p * QUERY_ROWS + row] = factor;
       }
-      for (unsigned p = 0; p < item.parts; p++) {
-        const size_t part = part_row(item.first_part + p);
-        const float2 of_row = __ldcg(&a.part_weights[part + row]);
-        const float2 sum = __ldcg(reinterpret_cast<const float2*>(a.part_sums + part * D) + i);
-        const float factor = exp2_approx(of_row.x - reference);
-        weight += of_row.y * factor;
-        first += sum.x * factor;
-        second += sum.y * factor;
-      }
-      write(item, i, first * (a.value_scale / weight), second * (a.value_scale / weight));
+      __syncthreads();
+#pragma unroll
+      for (int i = 0; i < PIECES; i++) add_piece(total[i], i * THREADS + threadIdx.x, rows, part_row(item.first_part + first), end, factors);
+      __syncthreads();
     }
+    weight = over_stripes(weight, [](float x, float y) { return x + y; });
+    // Rows of elements are not those of factors.
+    if (stripe == 0) factors[row] = a.value_scale / weight;
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < PIECES; i++) {
+      const int piece = i * THREADS + threadIdx.x;
+      if (piece * 4 >= rows * D) continue;
+      const float factor = factors[piece * 4 / D];
+      write(item, piece * 2, total[i].x * factor, total[i].y * factor);
+      write(item, piece * 2 + 1, total[i].z * factor, total[i].w * factor);
+    }
+  }
+
+  // Adds four elements of `count` parts, the first of which lies in row `at` of the parts' sums.
+  __device__ void add_piece(float4& total, int piece, int rows, size_t at, int count, const float* factors) const {
+    if (piece * 4 >= rows * D) return;
+    const float4* from = reinterpret_cast<const float4*>(a.part_sums + at * D) + piece;
+    const size_t stride = (size_t)a.kv_heads * QUERY_ROWS * D / 4;
+#pragma unroll 8
+    for (int p = 0; p < count; p++) {
+      const float4 sum = __ldcg(from + p * stride);
+      const float factor = factors[p * QUERY_ROWS + piece * 4 / D];
+      total.x += sum.x * factor;
+      total.y += sum.y * factor;
+      total.z += sum.z * factor;
+      total.w += sum.w * factor;
+    }
+  }
+
+  // Over the threads that have the same row: two in each warp. Calls are to have a barrier between them.
+  template <class Combine>
+  __device__ float over_stripes(float value, Combine combine) const {
+    value = combine(value, __shfl_xor_sync(ALL_LANES, value, QUERY_ROWS));
+    float* by_warp = reinterpret_cast<float*>(weights());
+    if (lane < QUERY_ROWS) by_warp[warp * QUERY_ROWS + lane] = value;
+    __syncthreads();
+    float result = by_warp[lane % QUERY_ROWS];
+    for (int w = 1; w < WARPS; w++) result = combine(result, by_warp[w * QUERY_ROWS + lane % QUERY_ROWS]);
+    return result;
   }
 };
 

@@ -48,6 +48,8 @@ struct Shape {
   // Shared memory: rings | sums of the block [QUERY_ROWS, D] | greatest and sum of each warp's rows | a flag.
   static constexpr int SUMS = WARPS * RING_BYTES;
   static constexpr int WEIGHTS = SUMS + QUERY_ROWS * D * 4;
+  // Factors of so many parts fit where the sums are.
+  static constexpr int PART_FACTORS = D;
   static constexpr int FLAG = WEIGHTS + WARPS * QUERY_ROWS * 8;
 
   // Where a piece of a row lies in its half: rows of ldmatrix, 8 at a time, in different banks.

@@ -19,6 +19,10 @@
 
 namespace prefill {
 
+// Of a thread. Three warpgroups have 168 at entry, and no more together from then on: taking waits for what is not given.
+constexpr int PRODUCER_REGISTERS = 40, CONSUMER_REGISTERS = 232;
+static_assert(PRODUCER_REGISTERS + CONSUMERS * CONSUMER_REGISTERS <= 3 * 168, "or the consumers wait forever");
+
 template <int D, int PAGE>
 __device__ __forceinline__ void prefill_attention(const TensorMap* query_map, const TensorMap* kv_map, const Arguments& a) {
   DYNAMIC_SHARED(memory);
@@ -28,12 +32,11 @@ __device__ __forceinline__ void prefill_attention(const TensorMap* query_map, co
   const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
   if (threadIdx.x == 0) shared.initialise();
   __syncthreads();
-  // 3 x 168 registers at entry; 40 + 2 x 232 from here.
   if (warpgroup == 0) {
-    give_registers<40>();
+    give_registers<PRODUCER_REGISTERS>();
     if (warp == 0) Producer<D, PAGE>{a, query_map, kv_map, memory, shared, lane}.run();
   } else {
-    take_registers<232>();
+    take_registers<CONSUMER_REGISTERS>();
     Consumer<D>{a, shared, warpgroup - 1, warp, lane, 0}.run();
   }
 }

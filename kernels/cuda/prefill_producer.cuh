@@ -22,11 +22,12 @@ struct Producer {
     Work work;
     unsigned loaded = 0, tails = 0;
     for (unsigned round = 0; take_work(a, round, work); round++) {
-      load_queries(work, round);
       for (int tile = work.end - 1; tile >= work.first; tile--, loaded++) {
         load_keys(work, tile, loaded);
-        // In the order in which consumers want them: the next keys before these values.
-        if (tile < work.end - 1) load_values(work, tile + 1, loaded - 1, tails);
+        // In the order in which there is room and consumers want them: the first keys before the queries, whose place is free only
+        // when the tile before has ended, and the next keys before these values.
+        if (tile == work.end - 1) load_queries(work, round);
+        else load_values(work, tile + 1, loaded - 1, tails);
       }
       load_values(work, work.first, loaded - 1, tails);
     }
@@ -35,8 +36,8 @@ struct Producer {
   __device__ void load_queries(const Work& work, unsigned round) {
     const unsigned tokens = TILE_ROWS / a.group;
     mbarrier_wait(shared.queries_empty(), round & 1 ^ 1);
+    // Copies may be done before they are expected: the barrier counts below zero, and its phase cannot end before lane 0 arrives.
     if (lane == 0) mbarrier_arrive_expect(shared.queries_full(), tokens * a.group * D * sizeof(bf16));
-    __syncwarp();
     if (lane < COLUMNS) {
       tma_load_3d(shared.queries() + lane * COLUMN_BYTES, query_map, shared.queries_full(), lane * COLUMN,
                   work.kv_head * a.group, work.tile.row);
@@ -76,6 +77,7 @@ struct Producer {
 
   __device__ void load_boxes(unsigned to, unsigned barrier, int row) const {
     if (lane == 0) mbarrier_arrive_expect(barrier, Shared<D>::TILE_BYTES);
+    // Or a lane that copies nothing could fall two phases behind the barriers that it waits for, and wait forever.
     __syncwarp();
     if (lane >= PAGES * COLUMNS) return;
     const int page = lane / COLUMNS, column = lane % COLUMNS;

@@ -5,6 +5,8 @@
 // TMA brings 64 k at a time into a ring of two stages; a warpgroup multiplies, a warp of another one loads.
 constexpr int ROWS = 64, COLUMNS = 128, STAGES = 2;
 constexpr int ROW_BYTES = 128;  // of an operand's tile: 64 bf16 or 128 e4m3
+// What a thread that multiplies takes (setmaxnreg). All have as many at entry, so it should not have to wait; 232 if it does.
+constexpr int REGISTERS = 240;
 constexpr int A_BYTES = ROWS * ROW_BYTES, B_BYTES = COLUMNS * ROW_BYTES, STAGE_BYTES = A_BYTES + B_BYTES;
 
 // What differs: how B lies and what elements are.
@@ -61,7 +63,7 @@ __device__ __forceinline__ void wgmma_tile(float* c, const TensorMap* a, const T
       }
     }
   } else {
-    take_registers<240>();
+    take_registers<REGISTERS>();
     float d[COLUMNS / 2];
     for (int i = 0; i < stages; i++) {
       int s = i % STAGES;

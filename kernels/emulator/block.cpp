@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <numeric>
 #include <random>
+#include <utility>
 #include "fiber.h"
 #include "hopper_state.h"
 
@@ -108,7 +109,7 @@ struct FaultHandlers {
 void shuffle(std::vector<int>& numbers, unsigned order, std::mt19937& random) {
   std::iota(numbers.begin(), numbers.end(), 0);
   if (order == 1) std::reverse(numbers.begin(), numbers.end());
-  if (order > 1) std::shuffle(numbers.begin(), numbers.end(), random);
+  if (order > STRAGGLERS) std::shuffle(numbers.begin(), numbers.end(), random);
 }
 
 void prepare_threads(int count) {
@@ -144,7 +145,8 @@ Turn take_turn(Thread& t, std::mt19937& random) {
     return Turn::paused;
   }
   if (t.ready && !t.ready(t.watched, t.value)) return Turn::waits;
-  if (block.schedule.order > 1 && random() % 4 == 0) return Turn::paused;  // left behind by its warp
+  if (block.schedule.order == STRAGGLERS && t.warp == 0 && t.lane >= WARP / 2 && !block.idle) return Turn::waits;
+  if (block.schedule.order > STRAGGLERS && random() % 4 == 0) return Turn::paused;  // left behind by its warp
   t.ready = nullptr;
   block.current = &t;
   switch_stack(&scheduler_stack, t.stack_pointer);
@@ -155,7 +157,7 @@ Turn take_turn(Thread& t, std::mt19937& random) {
 // Runs a warp until all its lanes wait for something outside it. True if any got further.
 // In a shuffled order other warps get their turns between, and some lanes are left behind.
 bool run_warp(int warp, const std::vector<int>& lanes, std::mt19937& random) {
-  bool progress = false, again = true, shuffled = block.schedule.order > 1;
+  bool progress = false, again = true, shuffled = block.schedule.order > STRAGGLERS;
   while (again) {
     again = false;
     for (int lane : lanes) {
@@ -182,7 +184,7 @@ void report_deadlock() {
 
 void do_bulk_copy(std::mt19937& random) {
   // In any order, as hardware promises none.
-  auto at = block.bulk_copies.begin() + (block.schedule.order > 1 ? random() % block.bulk_copies.size() : 0);
+  auto at = block.bulk_copies.begin() + (block.schedule.order > STRAGGLERS ? random() % block.bulk_copies.size() : 0);
   auto copy = std::move(*at);
   block.bulk_copies.erase(at);
   try {
@@ -205,11 +207,11 @@ void run_block(std::mt19937& random) {
       progress |= run_warp(warp, lanes, random);
       if (!block.failure.empty()) return;
     }
-    if (!progress && !block.bulk_copies.empty()) {
-      do_bulk_copy(random);
-      progress = true;
-    }
-    if (!progress) report_deadlock();
+    bool idle = std::exchange(block.idle, false);
+    if (progress) continue;
+    if (!block.bulk_copies.empty()) do_bulk_copy(random);
+    else if (block.schedule.order == STRAGGLERS && !idle) block.idle = true;
+    else report_deadlock();
   }
   if (!block.failure.empty()) return;
   if (!block.bulk_copies.empty()) block.failure = "ends while bulk copies are under way";

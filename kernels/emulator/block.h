@@ -15,9 +15,12 @@ constexpr int WARPGROUP = 128;
 constexpr int NAMED_BARRIERS = 16;
 constexpr int SLOT_BYTES = 64;
 
+// Ascending, but half of the first warp's lanes run only when nobody else can.
+constexpr unsigned STRAGGLERS = 2;
+
 // How a grid is run. Any schedule that CUDA allows must give the same results, so tests run several.
 struct Schedule {
-  unsigned order = 0;  // of threads, warps and blocks: 0 ascending, 1 descending, else shuffled by this seed
+  unsigned order = 0;  // of threads, warps and blocks: 0 ascending, 1 descending, STRAGGLERS, else shuffled by this seed
   bool early = false;  // asynchronous copies and products happen when issued, instead of as late as they may
 };
 
@@ -104,6 +107,7 @@ struct Block {
   std::vector<Thread> threads;
   Thread* current = nullptr;
   int alive = 0;
+  bool idle = false;  // nobody can run but stragglers
   Barrier barriers[NAMED_BARRIERS];
   std::vector<Meeting> full_meetings;                     // by warp, of all its lanes
   std::vector<std::map<unsigned, Meeting>> meetings;      // by warp and mask

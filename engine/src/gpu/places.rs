@@ -5,8 +5,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use baton_kernels::cuda::{
-    DecodePlan, Device, HeadShape, KvElements, NO_POSITION, QueryRows, prefers_prefill,
-    prefill_tiles,
+    DecodePlan, Device, HeadShape, KvElements, NO_POSITION, QueryRows, prefill_tiles, split_runs,
 };
 
 use super::packing::Packing;
@@ -113,11 +112,8 @@ impl Tables {
             position: chunk.start,
             sequence: self.starts[index],
         };
-        let is_long = |run: &QueryRows| {
-            prefers_prefill(&shape.device, &shape.heads, KvElements::Bf16, run.rows)
-        };
-        let (long, short) = step.chunks.iter().enumerate().map(run).partition(is_long);
-        (short, long)
+        let runs: Vec<_> = step.chunks.iter().enumerate().map(run).collect();
+        split_runs(&shape.device, &shape.heads, KvElements::Bf16, &runs)
     }
 }
 

@@ -4,7 +4,7 @@
 //! [`prefill_attention`], which multiplies tiles of 128 rows; single rows and short runs go to
 //! [`decode_attention`], which reads keys and values once for as many tokens as fit 16 rows; so do
 //! long runs where there is no other kernel, over e4m3 caches and on other devices than Hopper
-//! ([`prefers_prefill`] decides). Both compute, for each row and head,
+//! ([`split_runs`] decides). Both compute, for each row and head,
 //! `softmax(q kᵀ scale) v` over the keys up to the row's own position, sums in f32, weights rounded
 //! to bf16 (f16 over e4m3 caches).
 
@@ -14,6 +14,7 @@ mod prefill;
 
 pub use decode::{DecodeScratch, decode_attention, decode_workers};
 pub use decode_plan::DecodePlan;
+use prefill::tiles_of;
 pub use prefill::{prefill_attention, prefill_tiles};
 
 use half::bf16;
@@ -56,18 +57,38 @@ pub struct AttentionInput<'a> {
 /// Most query rows for which reading the keys once for every 16 beats a tile that may be almost empty
 /// and computes its keys one after another. An estimate, to be replaced by a measurement.
 const SHORT_ROWS: usize = 64;
+/// Tiles that occupy less than this part of a device's multiprocessors are slower than reading their
+/// keys once for every 16 rows on all of them: a tile takes 16 cycles a key, by the matrix rate; its
+/// 8 times 512 bytes take 102 from L2 at 40 bytes a cycle, shared by all. An estimate, too.
+const FEW_TILES: usize = 6;
 
-/// Whether a run of so many rows is for [`prefill_attention`]: it is long, and the device has the
-/// kernel. [`decode_attention`] computes runs of any length, several times slower.
+/// Parts the runs of a step into those for [`decode_attention`] and those for
+/// [`prefill_attention`]: long ones, if the device has the kernel, and they are enough to occupy it.
+/// [`decode_attention`] computes runs of any length, though many long ones several times slower.
 #[must_use]
-pub fn prefers_prefill(
+pub fn split_runs(
     device: &Device,
     shape: &HeadShape,
     elements: KvElements,
-    rows: usize,
-) -> bool {
+    runs: &[QueryRows],
+) -> (Vec<QueryRows>, Vec<QueryRows>) {
     let exists = device.target() == Target::Hopper && elements == KvElements::Bf16;
-    exists && rows * shape.group() > SHORT_ROWS
+    split(runs, shape, if exists { device.multiprocessors() } else { usize::MAX })
+}
+
+fn split(
+    runs: &[QueryRows],
+    shape: &HeadShape,
+    multiprocessors: usize,
+) -> (Vec<QueryRows>, Vec<QueryRows>) {
+    let is_short = |run: &QueryRows| run.rows * shape.group() <= SHORT_ROWS;
+    let (short, long): (Vec<_>, Vec<_>) = runs.iter().copied().partition(is_short);
+    let tiles: usize = long.iter().map(|run| tiles_of(run.rows, shape) * shape.kv_heads).sum();
+    if tiles < multiprocessors.div_ceil(FEW_TILES) {
+        (runs.to_vec(), Vec::new())
+    } else {
+        (short, long)
+    }
 }
 
 impl AttentionInput<'_> {
@@ -102,5 +123,38 @@ impl AttentionInput<'_> {
              KV heads and a cache of {:?}",
             self.kv.elements
         ))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SHAPE: HeadShape = HeadShape { heads: 32, kv_heads: 8, head_dim: 128 };
+
+    /// How many runs are for each of the two, on so many multiprocessors.
+    fn counts(rows: &[usize], shape: &HeadShape, multiprocessors: usize) -> (usize, usize) {
+        let run = |&rows| QueryRows { row: 0, rows, position: 0, sequence: 0 };
+        let runs: Vec<_> = rows.iter().map(run).collect();
+        let (short, long) = split(&runs, shape, multiprocessors);
+        (short.len(), long.len())
+    }
+
+    #[test]
+    fn long_runs_are_for_tiles_if_they_fill_the_device() {
+        // 16 tokens are short at any number; 32 fill one tile for each of 8 heads.
+        assert_eq!(counts(&[16; 100], &SHAPE, 132), (100, 0));
+        assert_eq!(counts(&[1, 32], &SHAPE, 132), (2, 0));
+        assert_eq!(counts(&[1, 32, 32, 32], &SHAPE, 132), (1, 3));
+        assert_eq!(counts(&[1, 96], &SHAPE, 132), (1, 1));
+        assert_eq!(counts(&[1, 64], &SHAPE, 132), (2, 0));
+        // Where there are few multiprocessors, a tile fills them.
+        assert_eq!(counts(&[1, 17], &SHAPE, 3), (1, 1));
+        // A shard of one head needs longer chunks.
+        let shard = HeadShape { heads: 4, kv_heads: 1, head_dim: 128 };
+        assert_eq!(counts(&[672], &shard, 132), (1, 0));
+        assert_eq!(counts(&[673], &shard, 132), (0, 1));
+        // No kernel.
+        assert_eq!(counts(&[8192; 4], &SHAPE, usize::MAX), (4, 0));
     }
 }

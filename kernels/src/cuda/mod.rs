@@ -72,7 +72,7 @@ pub use activation::silu_mul;
 pub use advance::{Histories, RowProgress, advance};
 pub use attention::{
     AttentionInput, DecodePlan, DecodeScratch, QueryRows, decode_attention, decode_workers,
-    prefers_prefill, prefill_attention, prefill_tiles,
+    prefill_attention, prefill_tiles, split_runs,
 };
 pub use blocks::{PieceShare, gather_blocks, scatter_blocks};
 pub use device::{Device, DeviceMemory};

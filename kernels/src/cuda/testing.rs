@@ -59,14 +59,29 @@ pub fn schedules(test: impl Fn(&Stream)) {
     let Some(device) = test_device() else { return };
     let stream = test_stream().expect("there is a device");
     let Some(emulator) = &device.emulator else { return test(&stream) };
+    for (order, early) in [(0, false), (1, true), (42, false)] {
+        set_schedule(emulator, order, early);
+        test(&stream);
+    }
+}
+
+/// Runs a test with half a warp of each block as far behind as it may be, if there is the emulator.
+///
+/// # Panics
+/// As [`schedules`].
+pub fn stragglers(test: impl Fn(&Stream)) {
+    let Some(emulator) = test_device().and_then(|device| device.emulator.as_ref()) else { return };
+    set_schedule(emulator, 2, false);
+    test(&test_stream().expect("there is a device"));
+}
+
+/// In which order kernels that this thread waits for run, and whether copies are early.
+fn set_schedule(emulator: &Library, order: u32, early: bool) {
     // SAFETY: a function of the emulator with this signature.
     let set: Symbol<unsafe extern "C" fn(u32, i32)> =
         unsafe { emulator.get("emulator_set_schedule") }.expect("the emulator has it");
-    for (order, early) in [(0, 0), (1, 1), (42, 0)] {
-        // SAFETY: sets numbers of this thread.
-        unsafe { set(order, early) };
-        test(&stream);
-    }
+    // SAFETY: sets numbers of this thread.
+    unsafe { set(order, early.into()) };
 }
 
 /// Whether a device has a kernel of this name.

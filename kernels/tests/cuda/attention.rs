@@ -2,7 +2,7 @@
 
 use baton_kernels::cuda::{
     Buffer, DecodePlan, DecodeScratch, DeviceError, HeadShape, KvElements, Stream, Target,
-    decode_attention, decode_workers, prefers_prefill, prefill_attention, prefill_tiles, testing,
+    decode_attention, decode_workers, prefill_attention, prefill_tiles, split_runs, testing,
 };
 use half::bf16;
 
@@ -85,6 +85,22 @@ fn chunks_attend_to_what_came_before() {
     });
 }
 
+/// Lanes that have nothing to copy must not fall behind.
+#[test]
+fn a_warp_that_copies_stays_together() {
+    if !has_prefill() {
+        return;
+    }
+    testing::stragglers(|stream| {
+        let mut random = Random::new(12);
+        // Several tiles for each block, of several key tiles each.
+        let runs = Setup::runs(&[(300, 300), (64, 64)]);
+        let setup =
+            Setup { shape: shape(2, 2, 64), elements: BF16, block_tokens: 64, window: 0, runs };
+        check_prefill(stream, &mut random, setup);
+    });
+}
+
 #[test]
 fn chunks_of_random_shapes() {
     if !has_prefill() {
@@ -148,6 +164,21 @@ fn single_rows_attend_to_what_came_before() {
             }
         }
     });
+}
+
+/// More parts than there is room for at once where they are added up, and a warp that falls behind.
+#[test]
+fn a_long_sequence_is_added_up_from_many_parts() {
+    let check = |stream: &Stream| {
+        let runs = Setup::runs(&[(1, 140 * 128 - 30)]);
+        for (head_dim, elements) in [(128, E4M3), (64, BF16)] {
+            let (shape, runs) = (shape(1, 3, head_dim), runs.clone());
+            let setup = Setup { shape, elements, block_tokens: 64, window: 0, runs };
+            check_decode(stream, &mut Random::new(20), setup, 150);
+        }
+    };
+    testing::schedules(check);
+    testing::stragglers(check);
 }
 
 /// Windows that begin inside, at and one before the end of the 16 keys that are read at once.
@@ -268,7 +299,10 @@ fn what_has_no_kernel_is_refused() {
     let plan = (items.all(), shares.all());
     let result = decode_attention(&stream, there.out.all(), &case.input(&there), plan, &scratch);
     assert!(matches!(result, Err(DeviceError::Unsupported(_))), "{result:?}");
-    let prefers = |elements, rows| prefers_prefill(stream.device(), shape, elements, rows);
-    assert!(!prefers(E4M3, 512) && !prefers(BF16, 1));
-    assert_eq!(prefers(BF16, 512), has_prefill());
+    let prefers = |elements, rows| {
+        let runs = Setup::runs(&[(rows, 0)]);
+        !split_runs(stream.device(), shape, elements, &runs).1.is_empty()
+    };
+    assert!(!prefers(E4M3, 1 << 14) && !prefers(BF16, 1));
+    assert_eq!(prefers(BF16, 1 << 14), has_prefill());
 }

@@ -31,6 +31,34 @@ const FAULTS: &[Fault] = &[
         tests: "norm::",
     },
     Fault {
+        source: "sampling_scan.cu",
+        file: "reduce.cuh",
+        from: "__syncthreads();\n  if (threadIdx.x % 32 == 0) partial[warp] = value;",
+        to: "if (threadIdx.x % 32 == 0) partial[warp] = value;",
+        tests: "sampling::",
+    },
+    Fault {
+        source: "prefill_attention.cu",
+        file: "prefill_producer.cuh",
+        from: "__syncwarp();\n    if (lane >= PAGES * COLUMNS) return;",
+        to: "if (lane >= PAGES * COLUMNS) return;",
+        tests: "attention::a_warp_that_copies_stays_together",
+    },
+    Fault {
+        source: "decode_attention.cu",
+        file: "decode_merge.cuh",
+        from: "end, factors);\n      __syncthreads();",
+        to: "end, factors);",
+        tests: "attention::a_long_sequence",
+    },
+    Fault {
+        source: "decode_attention.cu",
+        file: "decode_merge.cuh",
+        from: "factors[row] = a.value_scale / weight;\n    __syncthreads();",
+        to: "factors[row] = a.value_scale / weight;",
+        tests: "attention::a_long_sequence",
+    },
+    Fault {
         source: "norm.cu",
         file: "norm.cu",
         from: "place(i) < width ? load_vector",
@@ -190,7 +218,8 @@ fn without(text: &str, index: usize) -> Option<(String, usize)> {
 
 /// The module of tests for a kernel's file, or all of them.
 fn tests_of(source: &str) -> &'static str {
-    let modules = ["attention::", "blocks::", "norm::", "quantize::", "rope::", "tile::"];
+    let modules =
+        ["attention::", "blocks::", "norm::", "quantize::", "rope::", "sampling::", "tile::"];
     let module = modules.iter().find(|module| source.contains(module.trim_end_matches("::")));
     module.copied().unwrap_or_default()
 }
@@ -214,7 +243,8 @@ fn files() -> Vec<(String, String)> {
             flatten(source, ("", ""), &mut seen);
             seen.contains(header)
         };
-        Some((header.clone(), sources.iter().find(included)?.clone()))
+        // The last one: of the kernels that reduce over a block, sampling does so again and again.
+        Some((header.clone(), sources.iter().rfind(included)?.clone()))
     };
     let headers = names("cuh").into_iter().filter_map(|header| with(&header)).collect::<Vec<_>>();
     let own = sources.iter().map(|source| (source.clone(), source.clone()));

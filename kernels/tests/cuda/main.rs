@@ -18,5 +18,6 @@ mod norm;
 mod quantize;
 mod resolve;
 mod rope;
+mod sampling;
 mod support;
 mod tile;

@@ -23,6 +23,11 @@ const THREADS: u32 = 384;
 /// Words of a tile: `prefill::Tile`.
 const TILE_WORDS: usize = 5;
 
+/// Tiles of one KV head that a chunk of so many tokens falls into.
+pub(super) fn tiles_of(rows: usize, shape: &HeadShape) -> usize {
+    rows.div_ceil((TILE / shape.group()).max(1))
+}
+
 /// The tiles of a step's chunks, for [`prefill_attention`] to read on the device. All layers of a
 /// step have the same.
 ///
