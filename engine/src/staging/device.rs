@@ -8,6 +8,7 @@ use super::{Copies, Direction, Slot, Staging, UNIT_BYTES};
 use crate::memory::{KvMemory, SharedKv};
 
 mod copies;
+mod marks;
 mod shards;
 mod slot;
 

@@ -25,7 +25,17 @@ impl Event {
     /// # Errors
     /// If the driver fails.
     pub fn new(device: &Arc<Device>) -> Result<Self, DeviceError> {
-        Self::with_flags(device, CUevent_flags::CU_EVENT_DISABLE_TIMING)
+        Self::with_flags(device, CUevent_flags::CU_EVENT_DISABLE_TIMING as u32)
+    }
+
+    /// An event that only orders, and whose waiting threads sleep: it takes some microseconds longer
+    /// to wake them, and they take no processor meanwhile.
+    ///
+    /// # Errors
+    /// If the driver fails.
+    pub fn blocking(device: &Arc<Device>) -> Result<Self, DeviceError> {
+        let flags = CUevent_flags::CU_EVENT_DISABLE_TIMING as u32;
+        Self::with_flags(device, flags | CUevent_flags::CU_EVENT_BLOCKING_SYNC as u32)
     }
 
     /// An event that also knows when it was reached.
@@ -33,14 +43,14 @@ impl Event {
     /// # Errors
     /// If the driver fails.
     pub fn timed(device: &Arc<Device>) -> Result<Self, DeviceError> {
-        Self::with_flags(device, CUevent_flags::CU_EVENT_DEFAULT)
+        Self::with_flags(device, CUevent_flags::CU_EVENT_DEFAULT as u32)
     }
 
-    fn with_flags(device: &Arc<Device>, flags: CUevent_flags) -> Result<Self, DeviceError> {
+    fn with_flags(device: &Arc<Device>, flags: u32) -> Result<Self, DeviceError> {
         let mut handle = std::ptr::null_mut();
         device.bind()?;
         // SAFETY: writes one handle.
-        check("cuEventCreate", unsafe { sys::cuEventCreate(&raw mut handle, flags as u32) })?;
+        check("cuEventCreate", unsafe { sys::cuEventCreate(&raw mut handle, flags) })?;
         Ok(Self { device: device.clone(), handle })
     }
 

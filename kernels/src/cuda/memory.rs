@@ -202,7 +202,7 @@ impl<T: Element> Pinned<T> {
     /// # Errors
     /// If the driver cannot lock as much memory.
     pub fn new(device: &Arc<Device>, len: usize) -> Result<Self, DeviceError> {
-        let copied = Event::new(device)?;
+        let copied = Event::blocking(device)?;
         let mut start = std::ptr::null_mut();
         let bytes = (len * size_of::<T>()).max(1);
         // Not write-combined: the host would read that very slowly.

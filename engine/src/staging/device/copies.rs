@@ -6,10 +6,11 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Weak};
 
 use baton_kernels::cuda::{
-    Buffer, Device, DeviceError, Event, PieceShare, Pinned, SharedBuffer, Slice, Stream,
-    gather_blocks, scatter_blocks,
+    Buffer, Device, DeviceError, PieceShare, Pinned, SharedBuffer, Slice, Stream, gather_blocks,
+    scatter_blocks,
 };
 
+use super::marks::Marks;
 use super::slot::DeviceSlot;
 use super::{DeviceKv, Shape, parse};
 use crate::memory::{MemoryLost, PeerKv, SharedKv};
@@ -58,9 +59,7 @@ pub(super) struct DeviceCopies {
     kv: Arc<DeviceKv>,
     stream: Stream,
     scratches: VecDeque<Scratch>,
-    /// Of copies that have begun, and of none.
-    begun: VecDeque<Event>,
-    idle: Vec<Event>,
+    marks: Marks,
     /// By their descriptions: the driver opens a cache once at a time.
     opened: HashMap<Vec<u8>, Weak<Opened>>,
 }
@@ -73,14 +72,7 @@ impl DeviceCopies {
         let scratches = (0..SCRATCHES).map(scratch).collect::<Result<_, _>>()?;
         // Small beside what computes, and somebody waits for it.
         let stream = Stream::with_priority(&device, -1)?;
-        Ok(Self {
-            kv,
-            stream,
-            scratches,
-            begun: VecDeque::new(),
-            idle: Vec::new(),
-            opened: HashMap::new(),
-        })
+        Ok(Self { kv, stream, scratches, marks: Marks::default(), opened: HashMap::new() })
     }
 
     fn begin_gather(
@@ -104,7 +96,7 @@ impl DeviceCopies {
             share,
         )?;
         stream.download(pieces, &mut to.memory, 0)?;
-        self.mark()
+        self.marks.set(&self.stream)
     }
 
     fn begin_scatter(
@@ -123,7 +115,7 @@ impl DeviceCopies {
         stream.upload(&mut from.memory, 0, scratch.pieces.slice(0..end * bytes))?;
         let pool = layer_of(kv.pieces.all(), kv.blocks, share, layer);
         scatter_runs(stream, pool, scratch.pieces.all(), (pieces, scratch.blocks.all()), share)?;
-        self.mark()
+        self.marks.set(&self.stream)
     }
 
     fn begin_pull(
@@ -146,18 +138,7 @@ impl DeviceCopies {
             let own = layer_of(kv.pieces.all(), kv.blocks, share, layer);
             scatter_blocks(stream, own, pieces, scratch.blocks.slice(count..2 * count), share)?;
         }
-        self.mark()
-    }
-
-    /// Everything that was queued belongs to the copy that has begun.
-    fn mark(&mut self) -> Result<(), DeviceError> {
-        let event = match self.idle.pop() {
-            Some(event) => event,
-            None => Event::new(self.kv.device())?,
-        };
-        event.record(&self.stream)?;
-        self.begun.push_back(event);
-        Ok(())
+        self.marks.set(&self.stream)
     }
 
     /// Whether pieces of the other cache have what this one's do, and lie where they should.
@@ -265,9 +246,6 @@ impl Copies for DeviceCopies {
     }
 
     fn wait(&mut self) -> Result<(), MemoryLost> {
-        let event = self.begun.pop_front().expect("a copy has begun");
-        event.synchronize().map_err(lost)?;
-        self.idle.push(event);
-        Ok(())
+        self.marks.wait().map_err(lost)
     }
 }

@@ -8,9 +8,10 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-use baton_kernels::cuda::{Buffer, DeviceError, Event, Pinned, Slice, Stream, gather_blocks};
+use baton_kernels::cuda::{Buffer, DeviceError, Pinned, Slice, Stream, gather_blocks};
 
 use super::copies::{layer_of, lost, scatter_runs, slot_of};
+use super::marks::Marks;
 use super::{DeviceKv, UNIT_BYTES};
 use crate::memory::MemoryLost;
 use crate::staging::{Copies, PageLocked};
@@ -24,8 +25,7 @@ struct Shard {
     stream: Stream,
     /// Numbers of blocks, on the host and on the device. Used again in the order of the stream.
     names: VecDeque<(Pinned<u32>, Buffer<u32>)>,
-    begun: VecDeque<Event>,
-    idle: Vec<Event>,
+    marks: Marks,
 }
 
 impl Shard {
@@ -37,8 +37,7 @@ impl Shard {
             kv: kv.clone(),
             stream: Stream::with_priority(device, -1)?,
             names: (0..AHEAD).map(names).collect::<Result<_, DeviceError>>()?,
-            begun: VecDeque::new(),
-            idle: Vec::new(),
+            marks: Marks::default(),
         })
     }
 
@@ -49,27 +48,14 @@ impl Shard {
         blocks: &[u32],
         copy: impl Fn(&Stream, Slice<'_, u8>, Slice<'_, u32>) -> Result<(), DeviceError>,
     ) -> Result<(), DeviceError> {
-        let Self { kv, stream, names, .. } = self;
+        let Self { kv, stream, names, marks } = self;
         names.rotate_left(1);
         let (on_host, on_device) = &mut names[0];
         let named = on_device.slice(0..blocks.len());
         on_host.as_mut_slice()?[..blocks.len()].copy_from_slice(blocks);
         stream.upload(on_host, 0, named)?;
         copy(stream, layer_of(kv.pieces.all(), kv.blocks, kv.share, layer), named)?;
-        let event = match self.idle.pop() {
-            Some(event) => event,
-            None => Event::new(self.stream.device())?,
-        };
-        event.record(&self.stream)?;
-        self.begun.push_back(event);
-        Ok(())
-    }
-
-    fn wait(&mut self) -> Result<(), DeviceError> {
-        let event = self.begun.pop_front().expect("a copy has begun");
-        event.synchronize()?;
-        self.idle.push(event);
-        Ok(())
+        marks.set(stream)
     }
 }
 
@@ -122,6 +108,6 @@ impl Copies for ShardCopies {
     }
 
     fn wait(&mut self) -> Result<(), MemoryLost> {
-        self.shards.iter_mut().try_for_each(Shard::wait).map_err(lost)
+        self.shards.iter_mut().try_for_each(|shard| shard.marks.wait()).map_err(lost)
     }
 }
