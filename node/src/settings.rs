@@ -52,8 +52,8 @@ pub struct Settings {
     /// one that serves the model, else the CPU. Default: auto.
     #[arg(long, env = "BATON_DEVICE", value_name = "DEVICE")]
     pub device: Option<String>,
-    /// Folder with the libraries of CUDA, libcublasLt.so.13 above all. Default: those of the active
-    /// Python environment, then those of the system.
+    /// Folder with the libraries of CUDA, libcublasLt.so.13 above all. Default: those that the
+    /// system's loader finds, then those of the active Python environment.
     #[arg(long, env = "BATON_CUDA_LIBRARIES", value_name = "DIR")]
     pub cuda_libraries: Option<PathBuf>,
     /// Threads that compute, or read the weights for a GPU. Default: one per CPU core.

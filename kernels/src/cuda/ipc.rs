@@ -56,7 +56,11 @@ impl SharedBuffer {
         let status =
             unsafe { sys::cuMemGetAddressRange_v2(&raw mut start, &raw mut shared.bytes, address) };
         check("cuMemGetAddressRange", status)?;
-        shared.bytes -= usize::try_from(address - start).expect("inside the allocation");
+        shared.bytes = rest_of((start, shared.bytes), address).ok_or_else(|| {
+            let error =
+                format!("{address:#x} is not in the {} bytes from {start:#x}", shared.bytes);
+            DeviceError::Refused { call: "cuMemGetAddressRange", error }
+        })?;
         Ok(shared)
     }
 
@@ -67,11 +71,30 @@ impl SharedBuffer {
     }
 }
 
+/// Bytes of an allocation from an address in it on.
+fn rest_of((start, bytes): (u64, usize), address: u64) -> Option<usize> {
+    let before = usize::try_from(address.checked_sub(start)?).ok()?;
+    bytes.checked_sub(before)
+}
+
 impl Drop for SharedBuffer {
     fn drop(&mut self) {
         if self.device.bind().is_ok() {
             // SAFETY: opened by `open`, and no slice of it is left.
             let _ = unsafe { sys::cuIpcCloseMemHandle(self.address) };
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::rest_of;
+
+    #[test]
+    fn what_the_driver_says_of_an_allocation_may_not_hold_the_address() {
+        assert_eq!(rest_of((4096, 100), 4096), Some(100));
+        assert_eq!(rest_of((4096, 100), 4106), Some(90));
+        assert_eq!(rest_of((4096, 100), 4000), None);
+        assert_eq!(rest_of((4096, 100), 4197), None);
     }
 }

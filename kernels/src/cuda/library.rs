@@ -14,10 +14,12 @@ const OLDEST_DRIVER: i32 = 13_000;
 /// Where a toolkit is installed by default.
 const TOOLKIT: &str = "/usr/local/cuda/lib64";
 
-/// Where to look for libraries besides the system's own places.
+/// Where to look for libraries besides the system's own places. What is in a folder here counts, and
+/// has to work; else it is the first that has everything: what the system's loader finds, then
+/// Python's packages, then a toolkit's.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct LibraryPaths {
-    /// Folders with libraries, taken before all others.
+    /// Folders with libraries, the first one first.
     pub folders: Vec<PathBuf>,
     /// Python environments with NVIDIA's packages.
     pub environments: Vec<PathBuf>,
@@ -31,14 +33,22 @@ impl LibraryPaths {
         Self { folders: Vec::new(), environments: named.map(PathBuf::from).collect() }
     }
 
+    /// The library of this name that somebody chose.
+    fn chosen(&self, name: &str) -> Option<PathBuf> {
+        self.folders.iter().map(|folder| folder.join(name)).find(|file| file.exists())
+    }
+
     /// Files that may be the library of this name, in the order in which they are tried.
     fn candidates(&self, name: &str) -> Vec<PathBuf> {
+        if let Some(file) = self.chosen(name) {
+            return vec![file];
+        }
         let packages =
             self.environments.iter().flat_map(|environment| package_folders(environment));
-        let folders = self.folders.iter().cloned().chain(packages);
-        let own = folders.map(|folder| folder.join(name)).filter(|file| file.exists());
+        let packages = packages.map(|folder| folder.join(name)).filter(|file| file.exists());
         // Without a folder: as the system's loader finds it.
-        own.chain([PathBuf::from(name), Path::new(TOOLKIT).join(name)]).collect()
+        let system = std::iter::once(PathBuf::from(name));
+        system.chain(packages).chain([Path::new(TOOLKIT).join(name)]).collect()
     }
 }
 
@@ -117,6 +127,7 @@ impl Libraries {
         // cudarc looks for libraries by name, and panics where it finds none. So it must find these.
         // SAFETY: loads a library that is loaded already.
         let found = unsafe { sys::is_culib_present().then(|| sys::culib()) };
+        // Another one is a toolkit's, which has functions that do nothing.
         if !found.is_some_and(|found| is_same(&library, found, DRIVER_SYMBOLS[0])) {
             return Err(Missing::Ambiguous { library: "libcuda.so.1", path: driver });
         }
@@ -126,14 +137,28 @@ impl Libraries {
         if driver_version < OLDEST_DRIVER {
             return Err(Missing::OldDriver { version: driver_version });
         }
-        let (blas, library) = load("libcublasLt.so.13", paths, BLAS_SYMBOLS)?;
-        // SAFETY: as above.
-        let found = unsafe { blas_sys::is_culib_present().then(|| blas_sys::culib()) };
-        if !found.is_some_and(|found| is_same(&library, found, BLAS_SYMBOLS[0])) {
-            return Err(Missing::Ambiguous { library: "libcublasLt.so.13", path: blas });
-        }
-        Ok(Self { driver, driver_version, blas })
+        Ok(Self { driver, driver_version, blas: find_blas(paths)? })
     }
+}
+
+/// Loads cuBLASLt, and gives the file of the one that is called. That is cudarc's, which looks for
+/// the name without a version first: if a toolkit has installed it, another one than ours.
+fn find_blas(paths: &LibraryPaths) -> Result<PathBuf, Missing> {
+    const NAME: &str = "libcublasLt.so.13";
+    let (path, library) = load(NAME, paths, BLAS_SYMBOLS)?;
+    // SAFETY: loads a library, which NVIDIA's may be at any time.
+    let found = unsafe { blas_sys::is_culib_present().then(|| blas_sys::culib()) };
+    let ambiguous = || Missing::Ambiguous { library: NAME, path: path.clone() };
+    let found = found.ok_or_else(ambiguous)?;
+    if is_same(&library, found, BLAS_SYMBOLS[0]) {
+        return Ok(path);
+    }
+    let other = file_of(address_in(found, BLAS_SYMBOLS[0]));
+    let other = other.and_then(|file| file.canonicalize().ok()).ok_or_else(ambiguous)?;
+    let version = other.file_name().is_some_and(|name| name.to_string_lossy().starts_with(NAME));
+    let complete = BLAS_SYMBOLS.iter().all(|symbol| !address_in(found, symbol).is_null());
+    let does = version && complete && paths.chosen(NAME).is_none();
+    does.then_some(other).ok_or_else(ambiguous)
 }
 
 /// Loads a library for good, so that it is found by its name from now on. Gives its file.
@@ -142,25 +167,21 @@ pub(super) fn load(
     paths: &LibraryPaths,
     symbols: &[&'static CStr],
 ) -> Result<(PathBuf, Library), Missing> {
-    let mut reasons = Vec::new();
+    let (mut reasons, mut lacking) = (Vec::new(), None);
     for file in paths.candidates(name) {
         // SAFETY: NVIDIA's libraries may be loaded at any time.
         match unsafe { Library::open(Some(&file), RTLD_NOW | RTLD_GLOBAL | libc::RTLD_NODELETE) } {
             Ok(library) => {
                 let path = file_of(address(&library, symbols[0])).unwrap_or(file);
                 let missing = symbols.iter().find(|symbol| address(&library, symbol).is_null());
-                return match missing {
-                    Some(symbol) => {
-                        let symbol = symbol.to_str().expect("names of functions are ASCII");
-                        Err(Missing::Symbol { library: name, path, symbol })
-                    }
-                    None => Ok((path, library)),
-                };
+                let Some(symbol) = missing else { return Ok((path, library)) };
+                let symbol = symbol.to_str().expect("names of functions are ASCII");
+                lacking.get_or_insert(Missing::Symbol { library: name, path, symbol });
             }
             Err(error) => reasons.push(one_line(&error)),
         }
     }
-    Err(Missing::Library { library: name, reason: reasons.join("; ") })
+    Err(lacking.unwrap_or(Missing::Library { library: name, reason: reasons.join("; ") }))
 }
 
 fn one_line(error: &libloading::Error) -> String {
@@ -171,9 +192,13 @@ fn one_line(error: &libloading::Error) -> String {
 
 /// Whether a function of two handles is the same.
 fn is_same(library: &Library, other: &libloading::Library, symbol: &CStr) -> bool {
-    // SAFETY: the address is compared only.
-    let found = unsafe { other.get::<*mut c_void>(symbol) };
-    found.is_ok_and(|found| *found == address(library, symbol))
+    address_in(other, symbol) == address(library, symbol)
+}
+
+/// Where a function of a library that cudarc has loaded is, null if there is none.
+fn address_in(library: &libloading::Library, symbol: &CStr) -> *mut c_void {
+    // SAFETY: the address is compared and looked up only.
+    unsafe { library.get::<*mut c_void>(symbol) }.map_or(std::ptr::null_mut(), |found| *found)
 }
 
 /// Where a function is, null if there is none.

@@ -133,9 +133,64 @@ fn libraries_are_found_in_python_environments() {
         std::fs::create_dir_all(package.join("lib")).unwrap();
         std::fs::copy(folder.join(library), package.join("lib").join(library)).unwrap();
     }
+    if Libraries::find(&LibraryPaths::default()).is_ok() {
+        return eprintln!("skipped: the system has its own, which goes first");
+    }
     let paths = LibraryPaths { folders: Vec::new(), environments: vec![environment.clone()] };
     let libraries = Libraries::find(&paths).unwrap();
     assert!(libraries.blas.starts_with(&environment), "{libraries:?}");
+}
+
+/// A library with the functions of cuBLASLt, which do nothing.
+fn blas_without_contents(file: &Path) -> bool {
+    let symbols = include_str!("../../src/cuda/symbols.rs");
+    let names = symbols.split("c\"cublasLt").skip(1).map(|rest| rest.split('"').next().unwrap());
+    let text: String =
+        names.map(|name| format!("int cublasLt{name}(void) {{ return 0; }}\n")).collect();
+    let source = file.with_extension("c");
+    std::fs::create_dir_all(file.parent().unwrap()).unwrap();
+    std::fs::write(&source, text).unwrap();
+    let mut command = Command::new("g++");
+    command.args(["-shared", "-fPIC", "-Wl,-soname,libcublasLt.so.13", "-x", "c", "-o"]);
+    command.arg(file).arg(source).status().is_ok_and(|status| status.success())
+}
+
+/// cudarc finds a toolkit's by the name without a version, where the packages of an active
+/// environment have another.
+#[test]
+fn a_toolkit_and_an_environment_may_both_be_there() {
+    let root = Path::new(env!("CARGO_TARGET_TMPDIR")).join("both");
+    let (toolkit, environment) = (root.join("toolkit"), root.join("environment"));
+    let installed = root.join("installed/libcublasLt.so.13.0.2");
+    let package = environment.join("lib/python3.12/site-packages/nvidia/cu13/lib");
+    let library = package.join("libcublasLt.so.13");
+    let Some(part) = child::part() else {
+        let emulated = testing::test_device().is_some_and(|device| device.emulator.is_some());
+        let folder = emulator().filter(|_| emulated).map(|mut paths| paths.folders.remove(0));
+        let Some(folder) = folder else { return };
+        assert!(blas_without_contents(&library) && blas_without_contents(&installed));
+        // Before the child starts: the loader looks once which folders there are.
+        std::fs::create_dir_all(&toolkit).unwrap();
+        let link = toolkit.join("libcublasLt.so");
+        let _ = std::fs::remove_file(&link);
+        std::os::unix::fs::symlink(&installed, link).unwrap();
+        std::fs::copy(folder.join("libcuda.so.1"), root.join("libcuda.so.1")).unwrap();
+        let path = toolkit.to_string_lossy();
+        for part in ["environment", "chosen"] {
+            let test = "failures::a_toolkit_and_an_environment_may_both_be_there";
+            child::expect(test, part, &[("LD_LIBRARY_PATH", &path)]);
+        }
+        return;
+    };
+    let mut paths = LibraryPaths { folders: vec![root], environments: vec![environment] };
+    if part == "environment" {
+        assert_eq!(Libraries::find(&paths).unwrap().blas, installed.canonicalize().unwrap());
+    } else {
+        // What somebody chose is not to be replaced without a word.
+        paths.folders.push(package);
+        let ambiguous = Missing::Ambiguous { library: "libcublasLt.so.13", path: library };
+        assert_eq!(Libraries::find(&paths), Err(ambiguous));
+    }
 }
 
 /// After a device is lost, everything says so, and memory and streams can still be dropped.

@@ -149,7 +149,8 @@ impl<'a> Build<'a> {
     /// The libraries of these objects, in a folder named after all of them.
     fn link(&self, objects: &Objects) -> Result<PathBuf, String> {
         let mut hasher = DefaultHasher::new();
-        objects.hash(&mut hasher);
+        // Raised with every change of how they are linked.
+        (1, objects).hash(&mut hasher);
         let folder = self.cache.join(format!("{:016x}", hasher.finish()));
         fs::create_dir_all(&folder).map_err(|error| error.to_string())?;
         for part in PARTS {
@@ -160,7 +161,10 @@ impl<'a> Build<'a> {
             let mut command = Command::new("g++");
             command.args(&self.flags).arg("-shared");
             command.args(objects.iter().filter(|(of, _)| *of == part.library).map(|(_, o)| o));
-            command.arg(format!("-Wl,-soname,{}", part.library));
+            // Without a version: whoever looks for that name first, as cudarc does, gets this library
+            // and not the driver's, if there is one.
+            let name = part.library.rsplit_once('.').map_or(part.library, |(name, _)| name);
+            command.arg(format!("-Wl,-soname,{name}"));
             command.arg("-L").arg(&folder).args(part.needs);
             if part.library == DRIVER {
                 command.arg(format!("-Wl,-T,{}", self.sources.join("shared.ld").display()));
