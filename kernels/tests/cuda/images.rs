@@ -107,3 +107,15 @@ fn images_are_what_drivers_load() {
         }
     }
 }
+
+/// A spilled accumulator costs more than anything else could gain.
+#[test]
+fn no_registers_are_spilled() {
+    for usage in [
+        include_str!("../../cuda/cubin/prefill_attention.json"),
+        include_str!("../../cuda/cubin/decode_attention.json"),
+    ] {
+        let mut spills = usage.split("\"spilled_bytes\": ").skip(1);
+        assert!(spills.all(|rest| rest.starts_with("0")), "{usage}");
+    }
+}
