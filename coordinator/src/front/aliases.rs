@@ -41,6 +41,11 @@ impl Aliases {
         Self(aliases.into_iter().map(known).collect())
     }
 
+    /// Each alias with the names of its models.
+    pub(super) fn names(&self) -> impl Iterator<Item = (&str, &[String])> {
+        self.0.iter().map(|known| (known.alias.name.as_str(), known.alias.models.as_slice()))
+    }
+
     /// The model that serves a request, if it names an alias.
     pub(super) async fn resolve(
         &self,

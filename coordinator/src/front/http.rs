@@ -1,22 +1,26 @@
-//! The HTTP port: health, version, metrics, models.
+//! The HTTP port: the API, health, version and metrics.
 
 use std::future::Future;
 use std::io;
 use std::time::Duration;
 
-use axum::Router;
-use axum::extract::State;
-use axum::http::{StatusCode, header};
-use axum::response::{IntoResponse, Json};
+use axum::extract::{FromRef, Request, State};
+use axum::http::{HeaderName, HeaderValue, StatusCode, header};
+use axum::middleware::{Next, from_fn};
+use axum::response::{IntoResponse, Json, Response};
 use axum::routing::get;
 use metrics_exporter_prometheus::PrometheusHandle;
-use serde_json::{Value, json};
+use serde_json::json;
 use tokio::net::TcpListener;
 
-use super::{Front, VERSION};
+use super::inference::random;
+use super::{Front, VERSION, openai};
 
 /// How often samples of histograms are merged; without it they would pile up until scraped.
 const METRICS_UPKEEP: Duration = Duration::from_secs(5);
+const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+/// A longer name is replaced by one of ours.
+const MAX_REQUEST_ID_BYTES: usize = 256;
 
 #[derive(Clone)]
 struct App {
@@ -32,18 +36,39 @@ pub async fn serve_http(
     shutdown: impl Future<Output = ()> + Send + 'static,
 ) -> io::Result<()> {
     let app = App { front, metrics: metrics.clone() };
-    let router = Router::new()
+    let router = openai::routes::<App>()
         .route("/health", get(health))
         .route("/live", get(|| async { "live\n" }))
         .route("/version", get(|| async { Json(json!({ "version": VERSION })) }))
         .route("/metrics", get(render_metrics))
-        .route("/v1/models", get(models))
+        .fallback(openai::not_found)
+        .method_not_allowed_fallback(openai::method_not_allowed)
+        .layer(from_fn(name_request))
         .with_state(app);
     let serving = axum::serve(listener, router).with_graceful_shutdown(shutdown);
     tokio::select! {
         result = serving.into_future() => result,
         () = upkeep(metrics) => unreachable!("upkeep goes on for ever"),
     }
+}
+
+impl FromRef<App> for Front {
+    fn from_ref(app: &App) -> Self {
+        app.front.clone()
+    }
+}
+
+/// Says in every response which request it answers: by the name that the client gave, or a new one.
+async fn name_request(request: Request, next: Next) -> Response {
+    let given = request.headers().get(REQUEST_ID);
+    let given = given.filter(|id| (1..=MAX_REQUEST_ID_BYTES).contains(&id.len())).cloned();
+    let mut response = next.run(request).await;
+    let id = given.unwrap_or_else(|| {
+        let id = format!("req_{:032x}", u128::from_ne_bytes(random()));
+        HeaderValue::from_str(&id).expect("hexadecimal digits are a header's value")
+    });
+    response.headers_mut().insert(REQUEST_ID, id);
+    response
 }
 
 async fn upkeep(metrics: PrometheusHandle) {
@@ -66,19 +91,4 @@ async fn health(State(app): State<App>) -> impl IntoResponse {
 
 async fn render_metrics(State(app): State<App>) -> impl IntoResponse {
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], app.metrics.render())
-}
-
-/// Models that a request would be served with now, as OpenAI lists them.
-async fn models(State(app): State<App>) -> Json<Value> {
-    let ready = app.front.core.status().await.models;
-    let models = ready.iter().filter_map(|name| app.front.core.model(name)).map(|model| {
-        json!({
-            "id": model.name,
-            "object": "model",
-            "created": 0,
-            "owned_by": "baton",
-            "max_model_len": model.max_model_len,
-        })
-    });
-    Json(json!({ "object": "list", "data": models.collect::<Vec<_>>() }))
 }

@@ -17,7 +17,7 @@ use tonic::{Request, Response, Status};
 use super::Front;
 use super::choice::{Choice, Step};
 use super::models::ServedModel;
-use super::prepare::{Prepared, prepare};
+use super::prepare::{Prepared, prepare, prompt_tokens};
 use super::refusal::Refusal;
 use crate::core::{Core, ModelInfo, NewRequest, SubmitError, Updates};
 
@@ -28,7 +28,6 @@ const WAITING_MESSAGES: usize = 16;
 type Message = Result<GenerateResponse, Refusal>;
 
 /// Completions under way. Dropping it cancels them.
-#[expect(dead_code, reason = "the HTTP front will read them")]
 pub(crate) struct Started {
     /// The model that answers.
     pub(crate) model: Arc<ServedModel>,
@@ -98,6 +97,22 @@ impl Front {
             tokio::spawn(run(choice, updates, self.core.clone(), sender.clone()));
         }
         Ok(Started { model, id, prompts, messages })
+    }
+
+    /// The tokens of a request's prompt, and whose they are.
+    pub(crate) async fn tokenize(
+        &self,
+        request: GenerateRequest,
+        add_special_tokens: bool,
+    ) -> Result<(Arc<ServedModel>, ModelInfo, Vec<u32>), Refusal> {
+        let (model, info) = self.model_for(&request).await?;
+        let now = SystemTime::now();
+        let tokenizing = move || {
+            let tokens = prompt_tokens(request.input, &model, &info, add_special_tokens, now)?;
+            Ok((model, info, tokens))
+        };
+        let tokens = tokio::task::spawn_blocking(tokenizing).await;
+        tokens.map_err(|_| Refusal::Submit(SubmitError::ShuttingDown))?
     }
 
     /// The model that serves a request.
@@ -197,7 +212,7 @@ fn grpc_timeout(metadata: &MetadataMap) -> Option<Duration> {
     })
 }
 
-fn random<const N: usize>() -> [u8; N] {
+pub(crate) fn random<const N: usize>() -> [u8; N] {
     let mut bytes = [0; N];
     getrandom::fill(&mut bytes).expect("the operating system gives random bytes");
     bytes

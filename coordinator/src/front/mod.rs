@@ -21,6 +21,8 @@ mod cluster;
 mod conversation;
 mod http;
 mod inference;
+mod openai;
+mod pieces;
 mod prepare;
 mod python_json;
 mod refusal;
@@ -43,6 +45,8 @@ pub struct Front {
     core: Core,
     models: Arc<Models>,
     aliases: Arc<Aliases>,
+    /// Seconds since 1970, as the date of the models.
+    started: u64,
 }
 
 impl Front {
@@ -50,6 +54,7 @@ impl Front {
     #[must_use]
     pub fn new(core: Core, models: Models, aliases: Vec<Alias>) -> Self {
         let aliases = Aliases::new(aliases, &models);
-        Self { core, models: Arc::new(models), aliases: Arc::new(aliases) }
+        let started = openai::unix_now();
+        Self { core, models: Arc::new(models), aliases: Arc::new(aliases), started }
     }
 }

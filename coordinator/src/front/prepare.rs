@@ -66,7 +66,7 @@ pub(crate) fn prepare(
     check_stops(&given.stop)?;
     // Once with all the room there could be, so that nothing long is tokenized for nothing.
     sampling(&given, &model.defaults, info, info.max_model_len, drawn_seed)?;
-    let tokens = prompt(request.input, model, info, now)?;
+    let tokens = prompt_tokens(request.input, model, info, true, now)?;
     let room = room_after(tokens.len(), info)?;
     Ok(Prepared {
         sampling: sampling(&given, &model.defaults, info, room, drawn_seed)?,
@@ -96,10 +96,12 @@ fn standing(priority: &str, tenant: &str) -> Result<Standing, Refusal> {
     Ok(Standing { class, tenant: TenantId::named(tenant) })
 }
 
-fn prompt(
+/// The tokens of a prompt. `add_special_tokens` is for a plain text.
+pub(crate) fn prompt_tokens(
     input: Option<Input>,
     model: &ServedModel,
     info: &ModelInfo,
+    add_special_tokens: bool,
     now: SystemTime,
 ) -> Result<Vec<u32>, Refusal> {
     match input {
@@ -107,7 +109,7 @@ fn prompt(
         Some(Input::Prompt(text)) if text.is_empty() => {
             Err(Refusal::wrong("prompt", "prompt is empty"))
         }
-        Some(Input::Prompt(text)) => Ok(model.tokenizer.encode(&text, true)?),
+        Some(Input::Prompt(text)) => Ok(model.tokenizer.encode(&text, add_special_tokens)?),
         Some(Input::TokenIds(tokens)) if tokens.ids.is_empty() => {
             Err(Refusal::wrong("token_ids", "token_ids is empty"))
         }

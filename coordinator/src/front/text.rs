@@ -5,12 +5,15 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::models::ModelFileError;
+use super::pieces::Pieces;
 
 /// A model's tokenizer, as its `tokenizer.json` describes it.
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
     /// Tokens that are no text: ends of turns and the like.
     special: HashSet<u32>,
+    /// Between single tokens and bytes.
+    pieces: Pieces,
 }
 
 /// The text cannot be tokenized.
@@ -29,7 +32,8 @@ impl Tokenizer {
         let added = inner.get_added_tokens_decoder();
         let special = added.iter().filter(|(_, token)| token.special);
         let special = special.map(|(&id, _)| id).collect();
-        Ok(Self { inner, special })
+        let pieces = Pieces::new(&inner);
+        Ok(Self { inner, special, pieces })
     }
 
     /// Token ids of a text. `add_special_tokens` puts around it what the model expects around a
@@ -46,6 +50,12 @@ impl Tokenizer {
     #[must_use]
     pub fn agrees_with(&self, other: &Self) -> bool {
         self.inner.get_vocab(true) == other.inner.get_vocab(true)
+    }
+
+    /// The bytes that a token stands for, whatever its neighbours; of a special token, its name.
+    #[must_use]
+    pub fn token_bytes(&self, id: u32) -> Vec<u8> {
+        self.pieces.bytes(id, &self.inner)
     }
 
     /// The text of token ids, special tokens left out. Bytes that are no UTF-8 become U+FFFD.

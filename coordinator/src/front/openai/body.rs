@@ -1,0 +1,143 @@
+//! From an HTTP request's body to its parameters.
+
+use axum::body::Bytes;
+use axum::extract::{FromRequest, Request};
+use axum::http::{HeaderMap, StatusCode, header};
+use serde_json::Value;
+
+use super::error::ApiError;
+use super::fields::Fields;
+
+/// Most bytes of a request: two million token ids.
+pub(crate) const MAX_BODY_BYTES: usize = 16 << 20;
+/// How deep objects and lists may be nested: tools and JSON schemas are the deepest.
+pub(crate) const MAX_JSON_DEPTH: usize = 64;
+/// A longer body is read where it holds up nobody else.
+const LONG_BODY_BYTES: usize = 64 << 10;
+
+/// The parameters of a JSON body.
+pub(crate) struct Body(pub(crate) Fields);
+
+impl<S: Send + Sync> FromRequest<S> for Body {
+    type Rejection = ApiError;
+
+    async fn from_request(request: Request, state: &S) -> Result<Self, ApiError> {
+        check_headers(request.headers())?;
+        let bytes = Bytes::from_request(request, state).await.map_err(|error| {
+            if error.status() == StatusCode::PAYLOAD_TOO_LARGE {
+                return too_large();
+            }
+            ApiError::new(StatusCode::BAD_REQUEST, "unreadable_body", error.body_text())
+        })?;
+        let fields = if bytes.len() > LONG_BODY_BYTES {
+            let parsing = tokio::task::spawn_blocking(move || parse(&bytes));
+            parsing.await.map_err(|_| ApiError::internal("the body's reader stopped"))?
+        } else {
+            parse(&bytes)
+        };
+        fields.map(Self)
+    }
+}
+
+/// What is known before the body was read.
+fn check_headers(headers: &HeaderMap) -> Result<(), ApiError> {
+    let text = |name| headers.get(name).and_then(|value| value.to_str().ok());
+    let length = text(header::CONTENT_LENGTH).and_then(|length| length.parse::<u64>().ok());
+    if length.is_some_and(|length| length > MAX_BODY_BYTES as u64) {
+        return Err(too_large());
+    }
+    let given = text(header::CONTENT_TYPE).unwrap_or_default();
+    let media_type = given.split(';').next().unwrap_or_default().trim();
+    if media_type.eq_ignore_ascii_case("application/json") {
+        return Ok(());
+    }
+    let what = format!("content-type is {given:?}; it must be application/json");
+    Err(ApiError::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, "unsupported_media_type", what))
+}
+
+fn too_large() -> ApiError {
+    let what = format!("the body has more than {MAX_BODY_BYTES} bytes");
+    ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, "request_too_large", what)
+}
+
+/// Reads a body.
+pub(crate) fn parse(bytes: &[u8]) -> Result<Fields, ApiError> {
+    let bad = |what: String| ApiError::new(StatusCode::BAD_REQUEST, "invalid_json", what);
+    if depth(bytes) > MAX_JSON_DEPTH {
+        return Err(bad(format!("the body is nested more than {MAX_JSON_DEPTH} deep")));
+    }
+    let value: Value = serde_json::from_slice(bytes)
+        .map_err(|error| bad(format!("the body is no valid JSON: {error}")))?;
+    Fields::new("", value)
+}
+
+/// How deep JSON is nested.
+fn depth(bytes: &[u8]) -> usize {
+    let (mut depth, mut most) = (0_usize, 0);
+    let (mut in_string, mut escaped) = (false, false);
+    for byte in bytes {
+        match byte {
+            _ if escaped => escaped = false,
+            b'\\' if in_string => escaped = true,
+            b'"' => in_string = !in_string,
+            _ if in_string => {}
+            b'{' | b'[' => {
+                depth += 1;
+                most = most.max(depth);
+            }
+            b'}' | b']' => depth = depth.saturating_sub(1),
+            _ => {}
+        }
+    }
+    most
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_mistake_in_json_is_shown_by_line_and_column() {
+        for (body, said) in [
+            ("", "line 1 column 0"),
+            ("{\"a\": 1,\n \"b\" 2}", "line 2 column 6"),
+            ("{\"a\": 1} x", "line 1 column 10"),
+            ("{\"a\": 1e999}", "number out of range"),
+            ("{'a': 1}", "line 1 column 2"),
+            ("[1, 2]", "the body is [1,2]; it must be an object"),
+            ("\"{}\"", "it must be an object"),
+        ] {
+            let error = parse(body.as_bytes()).unwrap_err();
+            assert!(error.message.contains(said), "{body:?}: {}", error.message);
+        }
+        assert_eq!(parse(b"{\"a\": \"\xff\"}").unwrap_err().code, "invalid_json");
+    }
+
+    #[test]
+    fn depth_is_bounded_and_strings_have_none() {
+        let nested = |depth: usize| {
+            let (open, close) = ("[".repeat(depth - 1), "]".repeat(depth - 1));
+            format!("{{\"a\": {open}{close}}}")
+        };
+        assert!(parse(nested(MAX_JSON_DEPTH).as_bytes()).is_ok());
+        let error = parse(nested(MAX_JSON_DEPTH + 1).as_bytes()).unwrap_err();
+        assert!(error.message.contains("nested more than 64 deep"), "{}", error.message);
+        assert!(parse(nested(1 << 20).as_bytes()).is_err());
+        let brackets = format!("{{\"a\": \"\\\"{}\"}}", "[{".repeat(500));
+        assert!(parse(brackets.as_bytes()).is_ok());
+    }
+
+    #[test]
+    fn only_json_of_a_bounded_length_is_read() {
+        let headers = |name: header::HeaderName, value: &str| {
+            check_headers(&HeaderMap::from_iter([(name, value.parse().unwrap())]))
+        };
+        assert!(headers(header::CONTENT_TYPE, "Application/JSON; charset=utf-8").is_ok());
+        for wrong in ["text/plain", "application/jsonp", ""] {
+            let error = headers(header::CONTENT_TYPE, wrong).unwrap_err();
+            assert_eq!(error.status, StatusCode::UNSUPPORTED_MEDIA_TYPE);
+        }
+        let error = headers(header::CONTENT_LENGTH, "16777217").unwrap_err();
+        assert_eq!(error.status, StatusCode::PAYLOAD_TOO_LARGE);
+    }
+}

@@ -1,0 +1,67 @@
+//! `/tokenize` and `/detokenize`, as vLLM has them.
+
+use axum::extract::State;
+use axum::response::Json;
+use baton_proto::wire::v1::generate_request::Input;
+use baton_proto::wire::v1::{Chat, GenerateRequest, TokenIds};
+use serde_json::{Value, json};
+
+use super::body::Body;
+use super::error::ApiError;
+use super::messages;
+use crate::core::SubmitError;
+use crate::front::Front;
+use crate::front::refusal::Refusal;
+
+/// Token ids of a text or a conversation.
+pub(super) async fn tokenize(
+    State(front): State<Front>,
+    Body(mut fields): Body,
+) -> Result<Json<Value>, ApiError> {
+    let model = fields.string("model")?.unwrap_or_default();
+    let prompt = fields.string("prompt")?;
+    let chat = prompt.is_none();
+    let input = match prompt {
+        Some(text) => Input::Prompt(text),
+        None => {
+            let messages = messages::take(&mut fields)?;
+            let add_generation_prompt = fields.bool("add_generation_prompt")?;
+            Input::Chat(Chat { messages, add_generation_prompt, ..Chat::default() })
+        }
+    };
+    let add_special_tokens = fields.bool("add_special_tokens")?.unwrap_or(!chat);
+    let strings = fields.bool("return_token_strs")?.unwrap_or(false);
+    fields.only("continue_final_message", &[json!(false)])?;
+    fields.finish()?;
+    let request = GenerateRequest { model, input: Some(input), ..GenerateRequest::default() };
+    let (model, info, tokens) = front.tokenize(request, add_special_tokens).await?;
+    let text = |&id: &u32| String::from_utf8_lossy(&model.tokenizer.token_bytes(id)).into_owned();
+    let strings = strings.then(|| tokens.iter().map(text).collect::<Vec<_>>());
+    Ok(Json(json!({
+        "count": tokens.len(),
+        "max_model_len": info.max_model_len,
+        "tokens": tokens,
+        "token_strs": strings,
+    })))
+}
+
+/// The text of token ids, special tokens included.
+pub(super) async fn detokenize(
+    State(front): State<Front>,
+    Body(mut fields): Body,
+) -> Result<Json<Value>, ApiError> {
+    let model = fields.string("model")?.unwrap_or_default();
+    let ids = fields.token_ids("tokens")?;
+    fields.finish()?;
+    let input = Some(Input::TokenIds(TokenIds { ids: ids.clone() }));
+    let request = GenerateRequest { model, input, ..GenerateRequest::default() };
+    let (model, info) = front.model_for(&request).await?;
+    if let Some(id) = ids.iter().find(|&&id| id >= info.vocab_size) {
+        let what = format!("tokens contains {id}; this model's ids are below {}", info.vocab_size);
+        return Err(ApiError::invalid("tokens", what));
+    }
+    let decoding = move || model.tokenizer.decode_with_special(&ids);
+    let prompt = tokio::task::spawn_blocking(decoding).await;
+    let prompt = prompt.map_err(|_| Refusal::from(SubmitError::ShuttingDown))?;
+    Ok(Json(json!({ "prompt": prompt })))
+}
