@@ -160,9 +160,8 @@ struct Consumer {
   // Named barrier at which a consumer waits until it may issue its products.
   __device__ static int turn_of(int number) { return 1 + number; }
 
-  // This warp has done with what the barrier guards.
+  // This warp has done with what the barrier guards: only wgmma reads it, whose wait all lanes of a warp end together.
   __device__ void release(unsigned barrier) const {
-    __syncwarp();
     if (lane == 0) mbarrier_arrive(barrier);
   }
 
