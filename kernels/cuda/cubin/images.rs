@@ -25,4 +25,6 @@ pub static IMAGES: &[Image] = &[
     Image { file: "sampling_scan.sm_90a.cubin", target: Target::Hopper, bytes: include_bytes!("sampling_scan.sm_90a.cubin") },
     Image { file: "sampling_scan.compute_80.ptx", target: Target::Portable, bytes: include_bytes!("sampling_scan.compute_80.ptx") },
     Image { file: "tile.sm_90a.cubin", target: Target::Hopper, bytes: include_bytes!("tile.sm_90a.cubin") },
+    Image { file: "widen.sm_90a.cubin", target: Target::Hopper, bytes: include_bytes!("widen.sm_90a.cubin") },
+    Image { file: "widen.compute_80.ptx", target: Target::Portable, bytes: include_bytes!("widen.compute_80.ptx") },
 ];

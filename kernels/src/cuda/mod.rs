@@ -67,6 +67,7 @@ mod symbols;
 mod tensor_map;
 #[doc(hidden)]
 pub mod testing;
+mod widen;
 
 pub use activation::silu_mul;
 pub use advance::{Histories, RowProgress, advance};
@@ -96,3 +97,4 @@ pub use sampling::{DeviceSampler, MAX_TOP, MAX_VOCAB, NO_LOGPROBS};
 pub use sampling::{SamplingInputs, SamplingOutputs, SamplingRow};
 pub use shape::MAX_WIDTH;
 pub use stream::Stream;
+pub use widen::widen_blocks;

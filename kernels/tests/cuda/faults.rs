@@ -73,6 +73,20 @@ const FAULTS: &[Fault] = &[
         tests: "norm::",
     },
     Fault {
+        source: "widen.cu",
+        file: "widen.cu",
+        from: "is_v ? v_scale : k_scale",
+        to: "k_scale",
+        tests: "widen::",
+    },
+    Fault {
+        source: "widen.cu",
+        file: "widen.cu",
+        from: "if (i + j * step >= units) continue;",
+        to: "",
+        tests: "widen::",
+    },
+    Fault {
         source: "tile.cu",
         file: "tile.cu",
         from: "cp_async_wait<0>();",

@@ -21,3 +21,4 @@ mod rope;
 mod sampling;
 mod support;
 mod tile;
+mod widen;
