@@ -1,7 +1,8 @@
 //! Speed of a model on a GPU, through the engine, as a node drives it:
-//! `cargo run --release -p baton-engine --example gpu_bench -- [--json] [FOLDER]`.
+//! `cargo run --release -p baton-engine --example gpu_bench -- [--json] [--fp8] [FOLDER]`.
 //!
-//! Without a folder the model has the shape of Qwen3-8B and made-up weights. Prints, beside tokens
+//! Without a folder the model has the shape of Qwen3-8B and made-up weights. With `--fp8` weights and
+//! KV cache are e4m3, and figures' names begin with `fp8.`. Prints, beside tokens
 //! per second, what matters to the device: operations per second of prefill, and the bytes of
 //! weights and KV cache that a decode step must read, per second.
 
@@ -12,10 +13,11 @@ use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
 use baton_engine::config::ModelConfig;
-use baton_engine::gpu::{self, GpuModel, GpuOptions};
+use baton_engine::gpu::{self, GpuModel, GpuOptions, WeightDtype};
 use baton_engine::model::LoadFormat;
 use baton_engine::{Engine, EngineConfig, EngineEvent, Kind, Submission};
 use baton_kernels::cuda::Device;
+use baton_proto::geometry::KvDtype;
 use baton_proto::hash::CacheSalt;
 use baton_proto::ids::{RequestId, TransferId};
 use baton_proto::message::Job;
@@ -45,7 +47,9 @@ const PATIENCE: Duration = Duration::from_secs(60);
 fn main() -> Result<(), Failure> {
     let began = Instant::now();
     let (flags, folders): (Vec<_>, Vec<_>) =
-        std::env::args().skip(1).partition(|argument| argument == "--json");
+        std::env::args().skip(1).partition(|argument| argument.starts_with("--"));
+    let has = |flag: &str| flags.iter().any(|given| given == flag);
+    let (json, fp8) = (has("--json"), has("--fp8"));
     let device = match gpu::open(0, &[]) {
         Ok(device) => device,
         Err(reason) => {
@@ -54,11 +58,11 @@ fn main() -> Result<(), Failure> {
         }
     };
     let model = match folders.first() {
-        Some(folder) => load(&device, Path::new(folder), LoadFormat::Safetensors)?,
-        None => made_up(&device)?,
+        Some(folder) => load(&device, Path::new(folder), LoadFormat::Safetensors, fp8)?,
+        None => made_up(&device, fp8)?,
     };
     let warm_up = model.warm_up().took.as_secs_f64();
-    let mut bench = Bench::start(model, !flags.is_empty())?;
+    let mut bench = Bench::start(model, json, fp8)?;
     bench.say("load", began.elapsed().as_secs_f64(), "s");
     bench.say("warm_up", warm_up, "s");
     bench.run(&[0], 1, 1)?;
@@ -67,22 +71,28 @@ fn main() -> Result<(), Failure> {
     BATCHES.iter().try_for_each(|&batch| bench.decode(batch))
 }
 
-fn made_up(device: &Arc<Device>) -> Result<GpuModel, Failure> {
+fn made_up(device: &Arc<Device>, fp8: bool) -> Result<GpuModel, Failure> {
     let dir: PathBuf = std::env::temp_dir().join(format!("baton-gpu-{}", std::process::id()));
     std::fs::create_dir_all(&dir)?;
     std::fs::write(dir.join("config.json"), QWEN3_8B)?;
-    let model = load(device, &dir, LoadFormat::Dummy { seed: 0 });
+    let model = load(device, &dir, LoadFormat::Dummy { seed: 0 }, fp8);
     std::fs::remove_dir_all(&dir)?;
     model
 }
 
-fn load(device: &Arc<Device>, dir: &Path, format: LoadFormat) -> Result<GpuModel, Failure> {
+fn load(
+    device: &Arc<Device>,
+    dir: &Path,
+    format: LoadFormat,
+    fp8: bool,
+) -> Result<GpuModel, Failure> {
     let options = GpuOptions {
         dir,
         format,
         threads: std::thread::available_parallelism()?.get(),
         max_model_len: None,
-        kv_dtype: None,
+        weight_dtype: if fp8 { WeightDtype::Fp8 } else { WeightDtype::Bf16 },
+        kv_dtype: fp8.then_some(KvDtype::Fp8),
         block_tokens: BLOCK_TOKENS,
         max_batch_tokens: PROMPT,
         max_sequences: MAX_BATCH,
@@ -104,15 +114,16 @@ struct Work {
 }
 
 impl Work {
-    fn of(c: &ModelConfig) -> Self {
+    fn of(c: &ModelConfig, fp8: bool) -> Self {
+        let element_bytes = if fp8 { 1.0 } else { 2.0 };
         let (hidden, layers) = (c.hidden as f64, c.layers() as f64);
         let (q, kv) = ((c.heads * c.head_dim) as f64, (c.kv_heads * c.head_dim) as f64);
         let elements = layers * hidden * (2.0 * q + 2.0 * kv + 3.0 * c.ffn as f64);
         Self {
             elements,
             pair_operations: layers * 4.0 * q,
-            kv_token_bytes: layers * 4.0 * kv,
-            weight_bytes: 2.0 * (elements + c.vocab_size as f64 * hidden),
+            kv_token_bytes: layers * 2.0 * kv * element_bytes,
+            weight_bytes: element_bytes * elements + 2.0 * c.vocab_size as f64 * hidden,
         }
     }
 }
@@ -124,11 +135,12 @@ struct Bench {
     vocab: u32,
     jobs: u128,
     json: bool,
+    fp8: bool,
 }
 
 impl Bench {
-    fn start(model: GpuModel, json: bool) -> Result<Self, Failure> {
-        let work = Work::of(model.config());
+    fn start(model: GpuModel, json: bool, fp8: bool) -> Result<Self, Failure> {
+        let work = Work::of(model.config(), fp8);
         let vocab = model.config().vocab_size as u32;
         let block_bytes = work.kv_token_bytes as usize * BLOCK_TOKENS;
         let wanted = MAX_BATCH * (CONTEXT + OUTPUT + BLOCK_TOKENS) / BLOCK_TOKENS;
@@ -142,10 +154,11 @@ impl Bench {
         let (sink, events) = channel();
         let sink = Box::new(move |event| drop(sink.send(event)));
         let engine = Engine::start(config, Box::new(model), sink);
-        Ok(Self { engine, events, work, vocab, jobs: 0, json })
+        Ok(Self { engine, events, work, vocab, jobs: 0, json, fp8 })
     }
 
     fn say(&self, name: &str, value: f64, unit: &str) {
+        let name = &if self.fp8 { format!("fp8.{name}") } else { name.to_owned() };
         if self.json {
             println!(r#"{{"name": "{name}", "value": {value:.4}, "unit": "{unit}"}}"#);
         } else {

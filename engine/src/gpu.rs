@@ -30,9 +30,10 @@ mod weights;
 use std::collections::{BTreeSet, HashMap, VecDeque};
 
 use baton_kernels::cuda::{Buffer, DecodeScratch, DeviceError, DeviceSampler, Gemm, Graph, Stream};
+use baton_proto::geometry::KvDtype;
 
 use self::activations::Activations;
-use self::cache::Cache;
+use self::cache::{Cache, Widened};
 use self::flight::{Flight, Results, Slot};
 use self::group::Member;
 use self::packing::{Inputs, Packing};
@@ -51,6 +52,19 @@ const DEPTH: usize = 2;
 /// Rows of the largest graph.
 const MAX_GRAPH_ROWS: usize = 256;
 
+/// What the matrices of layers are multiplied as. The others (embedding and output layer, norms,
+/// biases) are bf16: tables are looked up or read once for a token, and rounding logits is what
+/// changes tokens most.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum WeightDtype {
+    /// bf16, whatever the checkpoint has.
+    #[default]
+    Bf16,
+    /// e4m3, rounded when they are loaded, with a scale for each output channel; what they are
+    /// multiplied with is rounded too, with a scale for each token. On Hopper only.
+    Fp8,
+}
+
 /// Of the largest steps.
 struct Sizes {
     /// Rows.
@@ -59,13 +73,14 @@ struct Sizes {
     logit_rows: usize,
 }
 
-/// A model on a GPU, in bf16, or one GPU's part of it.
+/// A model on a GPU, or one GPU's part of it. Activations are bf16.
 pub struct GpuModel {
     /// Of this GPU's part.
     config: ModelConfig,
     /// Its place among the GPUs of the model.
     member: Option<Member>,
     max_model_len: usize,
+    kv_dtype: KvDtype,
     revision: [u8; 32],
     eos_token_ids: Vec<u32>,
     // Graphs before what they point to.
@@ -93,6 +108,7 @@ pub struct GpuModel {
     scoring: Scoring,
     results: Results,
     cache: Option<Cache>,
+    widened: Option<Widened>,
     stream: Stream,
 }
 

@@ -109,6 +109,7 @@ fn kv_layout(geometry: &KvGeometry) -> KvLayout {
         KvDtype::F32 => Dtype::F32,
         KvDtype::Bf16 => Dtype::Bf16,
         KvDtype::F16 => Dtype::F16,
+        KvDtype::Fp8 => unreachable!("no model of the CPU is loaded with it"),
     };
     KvLayout {
         layers: geometry.layers as usize,

@@ -3,6 +3,8 @@
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 mod common;
+#[path = "gpu/fp8.rs"]
+mod fp8;
 #[path = "gpu/parallel.rs"]
 mod parallel;
 #[path = "gpu/serving.rs"]
@@ -20,9 +22,9 @@ use baton_proto::geometry::KvDtype;
 use safetensors::Dtype;
 use serde_json::json;
 
-use common::tiny::{PLAIN, Shape, write_config, write_typed};
+use common::tiny::{PLAIN, Shape, Tensors, write_config, write_typed};
 use common::{Numbers, Part, Runner, load, log_probabilities};
-use support::{Asked, Gpu, device};
+use support::{Asked, Gpu, Types, device};
 
 /// Log-probabilities of bf16 activations differ from those of single precision by so much.
 const TOLERANCE: f64 = 0.15;
@@ -46,6 +48,12 @@ fn checkpoint(shape: &Shape, window: Option<usize>) -> tempfile::TempDir {
         }
     }
     write_config(dir.path(), &config);
+    let file = dir.path().join("model.safetensors");
+    write_typed(&file, &tensors_of(shape), |_| Dtype::BF16);
+    dir
+}
+
+fn tensors_of(shape: &Shape) -> Tensors {
     let mut tensors = shape.tensors(7);
     for (_, (shape, values)) in
         tensors.iter_mut().filter(|(name, _)| name.ends_with("_proj.weight"))
@@ -54,8 +62,7 @@ fn checkpoint(shape: &Shape, window: Option<usize>) -> tempfile::TempDir {
         let scale = 1.0 / (0.3 * (shape[1] as f32).sqrt());
         values.iter_mut().for_each(|value| *value *= scale);
     }
-    write_typed(&dir.path().join("model.safetensors"), &tensors, |_| Dtype::BF16);
-    dir
+    tensors
 }
 
 fn tokens(count: usize, vocab: usize, seed: u64) -> Vec<u32> {
@@ -152,13 +159,14 @@ fn a_prepared_model_computes_the_same() {
 fn preparing_captures_steps_of_all_sizes() {
     let Some(device) = device() else { return };
     let dir = checkpoint(&BASE, None);
-    let load = |warm_up| {
+    let load = |types: Types, warm_up| {
         let options = GpuOptions {
             dir: dir.path(),
             format: LoadFormat::Safetensors,
             threads: 1,
             max_model_len: None,
-            kv_dtype: None,
+            weight_dtype: types.weights,
+            kv_dtype: types.kv,
             block_tokens: 16,
             max_batch_tokens: 8,
             max_sequences: 3,
@@ -167,11 +175,13 @@ fn preparing_captures_steps_of_all_sizes() {
         };
         GpuModel::load(device, options).unwrap()
     };
-    let ready = load(AMPLE);
-    // Of 1, 2 and 4 rows; a layer's four products, and logits, of each, and four of 8 rows.
-    assert_eq!((ready.warm_up().graphs, ready.warm_up().tuned.len()), (3, 3 * 5 + 4));
-    assert!(ready.free_bytes().unwrap() > 0);
-    assert_eq!(load(Duration::ZERO).warm_up(), &WarmUp::default());
+    for types in [Types::default(), fp8::BOTH] {
+        let ready = load(types, AMPLE);
+        // Of 1, 2 and 4 rows; a layer's four products, and logits, of each, and four of 8 rows.
+        assert_eq!((ready.warm_up().graphs, ready.warm_up().tuned.len()), (3, 3 * 5 + 4));
+        assert!(ready.free_bytes().unwrap() > 0);
+    }
+    assert_eq!(load(Types::default(), Duration::ZERO).warm_up(), &WarmUp::default());
 }
 
 #[test]
@@ -232,13 +242,17 @@ fn trained_models_agree_too() {
 
 #[track_caller]
 fn assert_close(ours: &[f32], theirs: &[f64]) {
+    let (mean, most) = distance(ours, theirs);
+    assert!(mean < MEAN_TOLERANCE && most < TOLERANCE, "off by {mean:.3}, and {most:.2} at most");
+}
+
+/// By how much log-probabilities are off: on average, and at most.
+fn distance(ours: &[f32], theirs: &[f64]) -> (f64, f64) {
     assert_eq!(ours.len(), theirs.len());
     let off = ours.iter().zip(theirs).map(|(ours, theirs)| {
         // What is very unlikely is known less well.
         (f64::from(*ours) - theirs).abs() / theirs.abs().max(1.0)
     });
     let off: Vec<f64> = off.collect();
-    let mean = off.iter().sum::<f64>() / off.len() as f64;
-    let most = off.iter().copied().fold(0.0, f64::max);
-    assert!(mean < MEAN_TOLERANCE && most < TOLERANCE, "mean {mean:.3}, {off:.2?}");
+    (off.iter().sum::<f64>() / off.len() as f64, off.iter().copied().fold(0.0, f64::max))
 }

@@ -118,6 +118,7 @@ impl<'a> Reader<'a> {
             0 => Ok(KvDtype::F32),
             1 => Ok(KvDtype::Bf16),
             2 => Ok(KvDtype::F16),
+            3 => Ok(KvDtype::Fp8),
             code => Err(FrameError::UnknownCode { what: "element type", code }),
         }
     }
@@ -191,6 +192,7 @@ pub(crate) trait Writer {
             KvDtype::F32 => 0,
             KvDtype::Bf16 => 1,
             KvDtype::F16 => 2,
+            KvDtype::Fp8 => 3,
         });
         self.u32(geometry.block_tokens);
     }

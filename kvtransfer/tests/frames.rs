@@ -30,7 +30,8 @@ fn layer_runs() -> impl Strategy<Value = LayerRun> {
 }
 
 fn geometries() -> impl Strategy<Value = KvGeometry> {
-    let dtype = prop_oneof![Just(KvDtype::F32), Just(KvDtype::Bf16), Just(KvDtype::F16)];
+    let dtypes = [KvDtype::F32, KvDtype::Bf16, KvDtype::F16, KvDtype::Fp8];
+    let dtype = prop::sample::select(dtypes.to_vec());
     (1..=MAX_LAYERS, 1u32..=64, 1u32..=512, dtype, 1u32..=128).prop_map(
         |(layers, kv_heads, head_dim, dtype, block_tokens)| KvGeometry {
             layers,

@@ -4,6 +4,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
+use baton_engine::gpu::WeightDtype;
 use baton_kvtransfer::Transport;
 use baton_kvtransfer::limits::MAX_PENDING_OFFERS_PER_PEER;
 use baton_proto::geometry::KvDtype;
@@ -85,6 +86,7 @@ pub struct Config {
     pub model: PathBuf,
     pub model_name: String,
     pub load_format: LoadFormat,
+    pub weight_dtype: WeightDtype,
     pub block_tokens: u32,
     pub kv_size: Option<KvSize>,
     pub kv_dtype: Option<KvDtype>,
@@ -124,6 +126,7 @@ impl TryFrom<Settings> for Config {
         Ok(Self {
             model_name: model_name(given.model_name, &model)?,
             load_format: load_format(given.load_format.as_deref())?,
+            weight_dtype: weight_dtype(given.weight_dtype.as_deref())?,
             block_tokens: block_tokens(given.block_tokens)?,
             kv_size: kv_size(given.kv_blocks, given.kv_memory.as_deref())?,
             kv_dtype: given.kv_dtype.as_deref().map(kv_dtype).transpose()?,
@@ -229,6 +232,14 @@ fn log_format(name: &str) -> Result<LogFormat, ConfigError> {
     name.parse().or_else(|_| invalid("log_format", name, "text, json or journal"))
 }
 
+fn weight_dtype(value: Option<&str>) -> Result<WeightDtype, ConfigError> {
+    match value {
+        None | Some("auto") => Ok(WeightDtype::Bf16),
+        Some("fp8") => Ok(WeightDtype::Fp8),
+        Some(other) => invalid("weight_dtype", other, "auto or fp8"),
+    }
+}
+
 fn block_tokens(value: Option<u32>) -> Result<u32, ConfigError> {
     match value.unwrap_or(16) {
         tokens @ (16 | 32 | 64) => Ok(tokens),
@@ -276,7 +287,7 @@ fn kv_memory(text: &str) -> Option<KvSize> {
 }
 
 fn kv_dtype(text: &str) -> Result<KvDtype, ConfigError> {
-    KvDtype::parse(text).map_or_else(|| invalid("kv_dtype", text, "f32, bf16 or f16"), Ok)
+    KvDtype::parse(text).map_or_else(|| invalid("kv_dtype", text, "f32, bf16, f16 or fp8"), Ok)
 }
 
 fn parse_size(text: &str) -> Option<u64> {
@@ -336,7 +347,7 @@ mod tests {
     #[test]
     fn every_key_is_merged() {
         // A key that `over` forgot would be lost here.
-        let text = "model='m'\nmodel_name='n'\nload_format='dummy'\nblock_tokens=32\nkv_blocks=1
+        let text = "model='m'\nmodel_name='n'\nload_format='dummy'\nweight_dtype='fp8'\nblock_tokens=32\nkv_blocks=1
             kv_memory='1'\nkv_dtype='f16'\ndevice='cpu'\ncuda_libraries='c'\nmax_batch_tokens=1\nmax_sequences=1\nmax_waiting=1\nmax_model_len=1
             threads=1\nkv_listen='l'\nkv_advertise='a'\nkv_transports=['quic']\ncoordinator=['c']\nidentity='i'\nstate='s'
             metrics_listen='m'\nprice=2.5\nlog='debug'\nlog_format='json'\notlp_endpoint='o'\ndrain_timeout_s=1";
@@ -365,7 +376,8 @@ mod tests {
             ("kv_memory = '1GiB'\nkv_blocks = 2", "it must be absent when kv_blocks is set"),
             ("kv_listen = '0.0.0.0:7000'", "or kv_advertise must be set"),
             ("load_format = 'pickle'", "it must be safetensors or dummy"),
-            ("kv_dtype = 'f8'", "it must be f32, bf16 or f16"),
+            ("weight_dtype = 'int8'", "weight_dtype is \"int8\"; it must be auto or fp8"),
+            ("kv_dtype = 'f8'", "it must be f32, bf16, f16 or fp8"),
             (
                 "kv_transports = ['ipc']",
                 "kv_transports is \"ipc\"; it must be quic, or quic and ipc",

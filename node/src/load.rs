@@ -4,7 +4,9 @@
 use std::io::Write;
 use std::time::{Duration, Instant};
 
-use baton_engine::gpu::{self, GpuLoadError, GpuModel, GpuOptions, ParallelModel, Unavailable};
+use baton_engine::gpu::{
+    self, GpuLoadError, GpuModel, GpuOptions, ParallelModel, Unavailable, WeightDtype,
+};
 use baton_engine::model::{LoadError, LoadFormat, LoadOptions, LoadProgress, Model};
 use baton_engine::{EngineConfig, Executor, HostExecutor};
 
@@ -36,6 +38,8 @@ pub(crate) enum LoadFailure {
     Gpu(#[from] GpuLoadError),
     #[error("no GPU: {0}")]
     NoGpu(#[from] Unavailable),
+    #[error("weight_dtype is fp8, which takes a GPU; a CPU multiplies as the checkpoint is")]
+    Fp8Weights,
     #[error(
         "the KV cache of {needed} bytes is larger than the memory of {memory}; set kv_blocks or kv_memory lower"
     )]
@@ -74,6 +78,9 @@ pub(crate) fn load(config: &Config) -> Result<Loaded, LoadFailure> {
 }
 
 fn on_cpu(config: &Config) -> Result<Loaded, LoadFailure> {
+    if config.weight_dtype == WeightDtype::Fp8 {
+        return Err(LoadFailure::Fp8Weights);
+    }
     let model = Model::load(LoadOptions {
         dir: &config.model,
         format: format(config),
@@ -97,6 +104,7 @@ fn on_gpus(config: &Config, ordinals: &[usize]) -> Result<Loaded, LoadFailure> {
         format: format(config),
         threads: config.threads,
         max_model_len: config.max_model_len,
+        weight_dtype: config.weight_dtype,
         kv_dtype: config.kv_dtype,
         block_tokens: config.block_tokens as usize,
         max_batch_tokens: config.max_batch_tokens.unwrap_or(ON_GPU.max_batch_tokens),

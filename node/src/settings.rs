@@ -21,6 +21,11 @@ pub struct Settings {
     /// `safetensors`, or `dummy` for made-up weights (only config.json is read). Default: safetensors.
     #[arg(long, env = "BATON_LOAD_FORMAT", value_name = "FORMAT")]
     pub load_format: Option<String>,
+    /// What the matrices of layers are multiplied as: `auto` for the checkpoint's type (bf16 on a GPU), or
+    /// `fp8` for e4m3 with a scale for each output channel, rounded as they are loaded, on Hopper GPUs; the
+    /// same on all nodes of a model. Default: auto.
+    #[arg(long, env = "BATON_WEIGHT_DTYPE", value_name = "TYPE")]
+    pub weight_dtype: Option<String>,
     /// Tokens of a KV block: 16, 32 or 64; the same on all nodes of a model. Default: 16.
     #[arg(long, env = "BATON_BLOCK_TOKENS", value_name = "N")]
     pub block_tokens: Option<u32>,
@@ -31,8 +36,9 @@ pub struct Settings {
     /// model leaves, e.g. 80%; not together with kv-blocks. Default: 1GiB, on a GPU 90%.
     #[arg(long, env = "BATON_KV_MEMORY", value_name = "SIZE")]
     pub kv_memory: Option<String>,
-    /// Element type of the KV cache: f32, bf16 or f16, on a GPU bf16; the same on all nodes of a
-    /// model. Default: the type of the weights.
+    /// Element type of the KV cache: f32, bf16 or f16, on a GPU bf16 or fp8 (e4m3 without a scale: half
+    /// of the memory, and values beyond 448 are cut off); the same on all nodes of a model. Default:
+    /// the type of the weights, on a GPU bf16.
     #[arg(long, env = "BATON_KV_DTYPE", value_name = "TYPE")]
     pub kv_dtype: Option<String>,
     /// Most tokens computed in one step. Default: 512, on a GPU 8192.
@@ -135,6 +141,7 @@ impl Settings {
             model: self.model.or(other.model),
             model_name: self.model_name.or(other.model_name),
             load_format: self.load_format.or(other.load_format),
+            weight_dtype: self.weight_dtype.or(other.weight_dtype),
             block_tokens: self.block_tokens.or(other.block_tokens),
             kv_blocks: self.kv_blocks.or(other.kv_blocks),
             kv_memory: self.kv_memory.or(other.kv_memory),

@@ -9,6 +9,9 @@ pub enum KvDtype {
     Bf16,
     /// IEEE half precision.
     F16,
+    /// e4m3: a sign, 4 bits of exponent, 3 of mantissa; up to 448 in size
+    /// (<https://arxiv.org/abs/2209.05433>). It holds the values themselves, without a scale.
+    Fp8,
 }
 
 impl KvDtype {
@@ -18,23 +21,25 @@ impl KvDtype {
         match self {
             Self::F32 => 4,
             Self::Bf16 | Self::F16 => 2,
+            Self::Fp8 => 1,
         }
     }
 
-    /// `f32`, `bf16` or `f16`.
+    /// `f32`, `bf16`, `f16` or `fp8`.
     #[must_use]
     pub fn as_str(self) -> &'static str {
         match self {
             Self::F32 => "f32",
             Self::Bf16 => "bf16",
             Self::F16 => "f16",
+            Self::Fp8 => "fp8",
         }
     }
 
     /// The inverse of [`Self::as_str`].
     #[must_use]
     pub fn parse(text: &str) -> Option<Self> {
-        [Self::F32, Self::Bf16, Self::F16].into_iter().find(|d| d.as_str() == text)
+        [Self::F32, Self::Bf16, Self::F16, Self::Fp8].into_iter().find(|d| d.as_str() == text)
     }
 }
 

@@ -155,9 +155,11 @@ impl Launch {
         ];
         push(&mut arguments, "--model-name", &self.model_name());
         push(&mut arguments, "--load-format", &options.load_format);
+        push(&mut arguments, "--weight-dtype", &options.weight_dtype);
         push(&mut arguments, "--block-tokens", &options.block_tokens);
         push(&mut arguments, "--kv-blocks", &options.kv_blocks);
         push(&mut arguments, "--kv-memory", &options.kv_memory);
+        push(&mut arguments, "--kv-dtype", &options.kv_dtype);
         push(&mut arguments, "--device", &options.device);
         let libraries = options.cuda_libraries.as_ref().map(|folder| folder.display());
         push(&mut arguments, "--cuda-libraries", &libraries);

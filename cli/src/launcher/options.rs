@@ -33,6 +33,9 @@ pub struct ClusterOptions {
     /// `safetensors`, or `dummy` for made-up weights
     #[arg(long, value_name = "FORMAT")]
     pub load_format: Option<String>,
+    /// What matrices are multiplied as: `auto`, or `fp8` on Hopper GPUs
+    #[arg(long, value_name = "TYPE")]
+    pub weight_dtype: Option<String>,
     /// Tokens of a KV block
     #[arg(long, value_name = "N")]
     pub block_tokens: Option<u32>,
@@ -42,6 +45,9 @@ pub struct ClusterOptions {
     /// KV memory of each node, such as 4GiB, or 40% of what the model leaves of a GPU that two nodes share
     #[arg(long, value_name = "SIZE", conflicts_with = "kv_blocks")]
     pub kv_memory: Option<String>,
+    /// Element type of the KV cache: `f32`, `bf16`, `f16`, or on a GPU `bf16` or `fp8` [default: that of the weights]
+    #[arg(long, value_name = "TYPE")]
+    pub kv_dtype: Option<String>,
     /// What nodes compute on: `cpu`, `cuda`, `cuda:N` or `auto`
     #[arg(long, value_name = "DEVICE")]
     pub device: Option<String>,
@@ -83,9 +89,11 @@ impl Default for ClusterOptions {
             state: None,
             model_name: None,
             load_format: None,
+            weight_dtype: None,
             block_tokens: None,
             kv_blocks: None,
             kv_memory: None,
+            kv_dtype: None,
             device: None,
             cuda_libraries: None,
             kv_transports: None,

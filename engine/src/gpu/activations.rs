@@ -5,7 +5,7 @@ use std::sync::Arc;
 use baton_kernels::cuda::{Buffer, Device, DeviceError, DeviceSampler, Element, Slice};
 use half::bf16;
 
-use super::Sizes;
+use super::{Sizes, WeightDtype};
 use crate::config::ModelConfig;
 
 /// Buffers of a step's rows, each for the largest step.
@@ -32,6 +32,14 @@ pub(super) struct Activations {
     pub(super) wanted: Rows<bf16>,
     /// `[rows, vocab]` with the stride of the sampler; fewer rows than the others.
     pub(super) logits: Rows<f32>,
+    /// Where weights are e4m3: what they are multiplied with.
+    rounded: Option<Rounded>,
+}
+
+/// Rows as e4m3, each with a scale.
+struct Rounded {
+    values: Buffer<u8>,
+    scales: Buffer<f32>,
 }
 
 /// A matrix with room for many rows.
@@ -55,11 +63,16 @@ impl Activations {
     pub(super) fn new(
         device: &Arc<Device>,
         c: &ModelConfig,
+        dtype: WeightDtype,
         sizes: &Sizes,
     ) -> Result<Self, DeviceError> {
         let wide = |width| Rows::new(device, sizes.rows, width);
         let (q, kv) = (c.heads * c.head_dim, c.kv_heads * c.head_dim);
         let stride = DeviceSampler::stride(c.vocab_size);
+        let rounded = || {
+            let values = Buffer::new(device, sizes.rows * c.hidden.max(q).max(c.ffn))?;
+            Ok(Rounded { values, scales: Buffer::new(device, sizes.rows)? })
+        };
         Ok(Self {
             tokens: Rows::new(device, sizes.rows, 1)?,
             cos: Rows::new(device, sizes.rows, c.head_dim / 2)?,
@@ -73,6 +86,16 @@ impl Activations {
             update: wide(c.hidden)?,
             wanted: wide(c.hidden)?,
             logits: Rows::new(device, sizes.logit_rows, stride)?,
+            rounded: (dtype == WeightDtype::Fp8).then(rounded).transpose()?,
         })
+    }
+
+    /// Room for rows of `width` elements as e4m3, and for their scales. There is one such room.
+    ///
+    /// # Panics
+    /// If no weights are e4m3.
+    pub(super) fn rounded(&self, rows: usize, width: usize) -> (Slice<'_, u8>, Slice<'_, f32>) {
+        let Rounded { values, scales } = self.rounded.as_ref().expect("weights are e4m3");
+        (values.slice(0..rows * width), scales.slice(0..rows))
     }
 }

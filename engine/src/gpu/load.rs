@@ -7,21 +7,23 @@ use std::time::Duration;
 
 use baton_kernels::cuda::{
     self, DecodePlan, DecodeScratch, Device, DeviceError, DeviceSampler, Gemm, HeadShape, Stream,
+    Target,
 };
 
 use baton_proto::geometry::KvDtype;
 
 use super::activations::Activations;
+use super::cache::Widened;
 use super::flight::{Results, Slot};
 use super::group::Member;
 use super::packing::{Inputs, Packing};
-use super::places::AttentionShape;
+use super::places::{AttentionShape, WidenedShape};
 use super::scoring::Scoring;
 use super::shard::Shard;
 use super::upload::upload;
 use super::warm_up::{WarmUp, warm_up};
 use super::weights::Weights;
-use super::{DEPTH, GpuModel, MAX_GRAPH_ROWS, Sizes};
+use super::{DEPTH, GpuModel, MAX_GRAPH_ROWS, Sizes, WeightDtype};
 use crate::config::ModelConfig;
 use crate::executor::DeviceFailure;
 use crate::model::{LoadError, LoadFormat, LoadProgress, Opened};
@@ -36,7 +38,9 @@ pub struct GpuOptions<'a> {
     pub threads: usize,
     /// Most tokens of a sequence; the checkpoint's `max_position_embeddings` if not given.
     pub max_model_len: Option<usize>,
-    /// Element type of the KV cache: bf16.
+    /// What matrices are multiplied as.
+    pub weight_dtype: WeightDtype,
+    /// Element type of the KV cache: bf16 (if not given) or fp8.
     pub kv_dtype: Option<KvDtype>,
     /// Tokens of one KV block: 16, 32 or 64.
     pub block_tokens: usize,
@@ -96,8 +100,12 @@ impl GpuModel {
         let shard = member.as_ref().map_or(Shard::WHOLE, |member| member.shard);
         let config = &shard.config(&opened.config);
         let heads = supported(config, options.block_tokens, options.kv_dtype)?;
+        let weight_dtype = options.weight_dtype;
+        if weight_dtype == WeightDtype::Fp8 {
+            check_fp8_products(device, config)?;
+        }
         let stream = Stream::new(device)?;
-        let weights = Weights::reserve(&stream, config, shard)?;
+        let weights = Weights::reserve(&stream, config, weight_dtype, shard)?;
         let source = (&opened.weights, shard);
         upload(device, source, &weights.parts(), options.threads, options.on_progress)?;
 
@@ -106,13 +114,25 @@ impl GpuModel {
             rows: options.max_batch_tokens.max(rows.next_power_of_two().min(MAX_GRAPH_ROWS)).max(1),
             logit_rows: rows.next_power_of_two().max(Scoring::ROWS),
         };
-        let shape = attention_shape(device, config, heads);
+        let kv_dtype = options.kv_dtype.unwrap_or(KvDtype::Bf16);
+        // Only Hopper has the kernel that reads it.
+        let widened = if kv_dtype == KvDtype::Fp8 && device.target() == Target::Hopper {
+            let tokens = opened.max_model_len.max(options.max_batch_tokens);
+            let blocks = tokens.div_ceil(options.block_tokens);
+            Some(Widened::new(&stream, heads, options.block_tokens, blocks)?)
+        } else {
+            None
+        };
+        let shape = attention_shape(device, config, heads, widened.as_ref().map(Widened::shape));
         let units = rows + DecodePlan::units_of(sizes.rows, &heads) + MAX_GRAPH_ROWS;
         let items = DecodePlan::most_items(units, shape.workers);
         let slot = || Slot::new(device, config.layers(), rows);
         let mut revision = b"cuda".to_vec();
         revision.extend(RESULT_REVISION.to_le_bytes());
         revision.extend(device.capability().0.to_le_bytes());
+        if weight_dtype == WeightDtype::Fp8 {
+            revision.extend(b"fp8");
+        }
         Ok(Self {
             revision: opened.revision(&revision),
             max_model_len: opened.max_model_len,
@@ -122,7 +142,7 @@ impl GpuModel {
             scratch: DecodeScratch::new(&stream, items, &heads)?,
             inputs: Inputs::new(device)?,
             packing: Packing::default(),
-            activations: Activations::new(device, config, &sizes)?,
+            activations: Activations::new(device, config, weight_dtype, &sizes)?,
             sampler: DeviceSampler::new(&stream, rows, config.vocab_size)?,
             scoring: Scoring::default(),
             results: Results::new(device, rows)?,
@@ -135,6 +155,8 @@ impl GpuModel {
             graph_bytes: 0,
             warm_up: WarmUp::default(),
             cache: None,
+            kv_dtype,
+            widened,
             config: config.clone(),
             member,
             shape,
@@ -144,14 +166,47 @@ impl GpuModel {
     }
 }
 
-fn attention_shape(device: &Arc<Device>, config: &ModelConfig, heads: HeadShape) -> AttentionShape {
+fn attention_shape(
+    device: &Arc<Device>,
+    config: &ModelConfig,
+    heads: HeadShape,
+    widened: Option<WidenedShape>,
+) -> AttentionShape {
     let windows: BTreeSet<usize> = config.windows.iter().map(|w| w.unwrap_or(0)).collect();
     AttentionShape {
         heads,
         windows: windows.into_iter().collect(),
         workers: cuda::decode_workers(device, &heads),
         device: device.clone(),
+        widened,
     }
+}
+
+/// What the library has products of e4m3 rows for.
+fn check_fp8_products(device: &Device, c: &ModelConfig) -> Result<(), GpuLoadError> {
+    let refuse = |text: String| Err(GpuLoadError::Unsupported(text));
+    if device.target() != Target::Hopper {
+        let (major, minor) = device.capability();
+        return refuse(format!(
+            "fp8 weights on compute capability {major}.{minor}: there are products for 9.0"
+        ));
+    }
+    let (q, kv) = (c.heads * c.head_dim, c.kv_heads * c.head_dim);
+    let widths = [
+        ("hidden_size", c.hidden),
+        ("intermediate_size, of each device,", c.ffn),
+        ("query heads, of each device,", q),
+        ("key/value heads, of each device,", kv),
+    ];
+    for (what, width) in widths {
+        if !width.is_multiple_of(16) || width > cuda::MAX_WIDTH {
+            return refuse(format!(
+                "fp8 weights with {what} of {width} elements: multiples of 16 up to {}",
+                cuda::MAX_WIDTH
+            ));
+        }
+    }
+    Ok(())
 }
 
 /// What there are kernels for.
@@ -168,8 +223,9 @@ fn supported(
             c.head_dim
         ));
     }
-    if let Some(other) = kv_dtype.filter(|dtype| *dtype != KvDtype::Bf16) {
-        return refuse(format!("a KV cache of {}: there are kernels for bf16", other.as_str()));
+    if let Some(other) = kv_dtype.filter(|dtype| !matches!(dtype, KvDtype::Bf16 | KvDtype::Fp8)) {
+        let text = format!("a KV cache of {}: there are kernels for bf16 and fp8", other.as_str());
+        return refuse(text);
     }
     if heads.group() > 16 {
         return refuse(format!("{} query heads for a KV head: 16 at most", heads.group()));

@@ -1,17 +1,17 @@
 //! The forward pass on a device: one program for every family.
 
 use baton_kernels::cuda::{
-    self, AttentionInput, DecodeScratch, DeviceError, Event, Factors, Gemm, KvElements, Matmul,
-    Output, PagedKv, Slice, Stream, Turning,
+    self, AttentionInput, DecodeScratch, DeviceError, Event, Factors, Gemm, Matmul, PagedKv, Slice,
+    Stream, Turning,
 };
 use half::bf16;
 
 use super::activations::Activations;
-use super::cache::Cache;
+use super::cache::{Cache, Widened};
 use super::group::Member;
 use super::packing::Inputs;
 use super::places::{AttentionShape, Places};
-use super::weights::{Layer, Linear, Weights};
+use super::weights::{Layer, Linear, Matrix, Weights};
 use crate::config::ModelConfig;
 
 /// What a pass reads and writes.
@@ -25,6 +25,8 @@ pub(super) struct Pass<'a> {
     pub(super) shape: &'a AttentionShape,
     pub(super) scratch: &'a DecodeScratch,
     pub(super) cache: &'a Cache,
+    /// If the cache is e4m3.
+    pub(super) widened: Option<&'a Widened>,
     pub(super) inputs: &'a Inputs,
     pub(super) activations: &'a Activations,
     /// Its place among the devices of the model, if they are several.
@@ -110,7 +112,7 @@ impl Pass<'_> {
     fn kv(&self, places: &Places, index: usize) -> PagedKv<'_> {
         PagedKv {
             pieces: self.cache.layer(index),
-            elements: KvElements::Bf16,
+            elements: self.cache.elements(),
             block_tokens: self.cache.block_tokens(),
             block_tables: self.inputs.array(&places.tables),
             max_blocks: 1,
@@ -133,8 +135,12 @@ impl Pass<'_> {
             let plan = (self.inputs.array(items), self.inputs.array(shares));
             cuda::decode_attention(self.stream, mixed, &input, plan, self.scratch)?;
         }
-        if !places.tiles.is_empty() {
-            let tiles = self.inputs.array(&places.tiles);
+        for runs in &places.long {
+            let kv = match self.widened {
+                Some(wide) => wide.fill(self.stream, &input.kv, self.inputs.array(&runs.blocks))?,
+                None => input.kv,
+            };
+            let (input, tiles) = (AttentionInput { kv, ..input }, self.inputs.array(&runs.tiles));
             cuda::prefill_attention(self.stream, mixed, &input, tiles)?;
         }
         self.linear(&layer.attention_out, mixed, a.update.first(rows))?;
@@ -166,8 +172,17 @@ impl Pass<'_> {
         x: Slice<'s, bf16>,
         y: Slice<'s, bf16>,
     ) -> Result<(), DeviceError> {
-        let bias = linear.bias.as_ref().map(|bias| bias.all());
-        self.multiply(x, linear.matrix.all(), (linear.inputs(), bias), y)
+        let (inputs, bias) = (linear.inputs, linear.bias.as_ref().map(|bias| bias.all()));
+        let factors = match &linear.matrix {
+            Matrix::Bf16(matrix) => Factors::Bf16 { x, w: matrix.all() },
+            Matrix::E4m3 { values, scales } => {
+                let (rounded, x_scales) = self.activations.rounded(x.len() / inputs, inputs);
+                cuda::quantize_rows(self.stream, rounded, x_scales, x)?;
+                let (w, w_scales) = (values.all(), scales.all());
+                Factors::E4m3 { x: rounded, x_scales, w, w_scales }
+            }
+        };
+        self.gemm.multiply(self.stream, &Matmul { factors, inputs, y, bias, add: false })
     }
 
     /// Logits of rows after the last norm, `x: [rows, hidden]`.
@@ -176,17 +191,9 @@ impl Pass<'_> {
         x: Slice<'s, bf16>,
         logits: Slice<'s, f32>,
     ) -> Result<(), DeviceError> {
-        self.multiply(x, self.weights.head().all(), (self.config.hidden, None), logits)
-    }
-
-    fn multiply<Y: Output>(
-        &self,
-        x: Slice<'_, bf16>,
-        w: Slice<'_, bf16>,
-        (inputs, bias): (usize, Option<Slice<'_, bf16>>),
-        y: Slice<'_, Y>,
-    ) -> Result<(), DeviceError> {
-        let factors = Factors::Bf16 { x, w };
-        self.gemm.multiply(self.stream, &Matmul { factors, inputs, y, bias, add: false })
+        let factors = Factors::Bf16 { x, w: self.weights.head().all() };
+        let inputs = self.config.hidden;
+        let product = Matmul { factors, inputs, y: logits, bias: None, add: false };
+        self.gemm.multiply(self.stream, &product)
     }
 }

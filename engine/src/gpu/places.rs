@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use baton_kernels::cuda::{
-    DecodePlan, Device, HeadShape, KvElements, NO_POSITION, QueryRows, prefill_tiles, split_runs,
+    DecodePlan, Device, HeadShape, NO_POSITION, QueryRows, prefill_tiles, split_runs,
 };
 
 use super::packing::Packing;
@@ -25,6 +25,15 @@ pub(super) struct AttentionShape {
     pub(super) workers: usize,
     /// Which kernels there are depends on it.
     pub(super) device: Arc<Device>,
+    /// Over an e4m3 cache: blocks that can be widened at once, of the longest sequence at least.
+    pub(super) widened: Option<WidenedShape>,
+}
+
+/// Room for blocks of an e4m3 cache as bf16.
+#[derive(Clone, Copy)]
+pub(super) struct WidenedShape {
+    pub(super) blocks: usize,
+    pub(super) block_tokens: usize,
 }
 
 /// Ranges of the packed words.
@@ -39,8 +48,8 @@ pub(super) struct Places {
     pub(super) decode: BTreeMap<usize, (Range<usize>, Range<usize>)>,
     /// The tables of all sequences, one after the other.
     pub(super) tables: Range<usize>,
-    /// Tiles of long chunks.
-    pub(super) tiles: Range<usize>,
+    /// Long chunks.
+    pub(super) long: Vec<LongRuns>,
     /// Rows whose logits are wanted: first those that sample. None: every row, in order.
     pub(super) wanted: Option<Range<usize>>,
     pub(super) sampling: sampling::Places,
@@ -67,12 +76,20 @@ impl Places {
             positions: packing.array(positions(step).chain(padding)),
             sequences: packing.array_of(tables.of_rows(step), total),
             decode: pack_decode(packing, &short, padded, shape),
+            long: pack_long(packing, &long, &tables, shape),
             tables: packing.array(tables.words),
-            tiles: packing.array(prefill_tiles(&long, &shape.heads)),
             wanted: padded.is_none().then(|| packing.array(wanted(rows, step))),
             sampling: sampling::pack(packing, rows, step, sampled),
         }
     }
+}
+
+/// Long chunks whose attention is computed together.
+pub(super) struct LongRuns {
+    /// Their tiles.
+    pub(super) tiles: Range<usize>,
+    /// Over an e4m3 cache: their blocks, to be widened before.
+    pub(super) blocks: Range<usize>,
 }
 
 /// Block tables of all sequences.
@@ -113,7 +130,7 @@ impl Tables {
             sequence: self.starts[index],
         };
         let runs: Vec<_> = step.chunks.iter().enumerate().map(run).collect();
-        split_runs(&shape.device, &shape.heads, KvElements::Bf16, &runs)
+        split_runs(&shape.device, &shape.heads, &runs)
     }
 }
 
@@ -130,6 +147,35 @@ fn pack_decode(
         (*window, (items, packing.array(plan.shares().iter().copied())))
     };
     shape.windows.iter().map(of_window).collect()
+}
+
+/// All long runs at once, or as many as find room for their blocks as bf16.
+fn pack_long(
+    packing: &mut Packing,
+    runs: &[QueryRows],
+    tables: &Tables,
+    shape: &AttentionShape,
+) -> Vec<LongRuns> {
+    let mut pack = |runs: &[QueryRows], blocks: Vec<u32>| LongRuns {
+        tiles: packing.array(prefill_tiles(runs, &shape.heads)),
+        blocks: packing.array(blocks),
+    };
+    let Some(WidenedShape { blocks: room, block_tokens }) = shape.widened else {
+        return if runs.is_empty() { Vec::new() } else { vec![pack(runs, Vec::new())] };
+    };
+    let (mut packed, mut group, mut blocks) = (Vec::new(), Vec::new(), Vec::new());
+    for run in runs {
+        let count = (run.position + run.rows).div_ceil(block_tokens);
+        if blocks.len() + count > room {
+            packed.push(pack(&std::mem::take(&mut group), std::mem::take(&mut blocks)));
+        }
+        group.push(QueryRows { sequence: blocks.len(), ..*run });
+        blocks.extend_from_slice(&tables.words[run.sequence..run.sequence + count]);
+    }
+    if !group.is_empty() {
+        packed.push(pack(&group, blocks));
+    }
+    packed
 }
 
 /// Rows that sample, then rows of prompts whose log-probabilities are wanted.

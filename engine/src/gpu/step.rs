@@ -5,7 +5,7 @@
 use std::time::Duration;
 
 use baton_kernels::cuda::{DeviceError, SamplingInputs};
-use baton_proto::geometry::{KvDtype, KvGeometry};
+use baton_proto::geometry::KvGeometry;
 
 use super::cache::Cache;
 use super::flight::{Flight, Slot};
@@ -36,7 +36,7 @@ impl Executor for GpuModel {
             layers: self.config.layers() as u32,
             kv_heads: self.config.kv_heads as u32,
             head_dim: self.config.head_dim as u32,
-            dtype: KvDtype::Bf16,
+            dtype: self.kv_dtype,
             block_tokens,
         }
     }
@@ -243,6 +243,7 @@ impl GpuModel {
             shape: &self.shape,
             scratch: &self.scratch,
             cache: self.cache.as_ref().expect("the cache is allocated before the first launch"),
+            widened: self.widened.as_ref(),
             inputs: &self.inputs,
             activations: &self.activations,
             sampled: self.results.tokens(),

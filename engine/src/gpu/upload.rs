@@ -1,5 +1,6 @@
 //! Weights from a checkpoint to a device: threads read tensors, as bf16, into page-locked memory,
-//! from where the device copies them while the threads read on.
+//! from where the device copies them while the threads read on. What becomes e4m3 is rounded on the
+//! device, whole rows at a time.
 
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -9,11 +10,11 @@ use std::sync::mpsc::{self, Sender};
 
 use baton_kernels::Dtype;
 use baton_kernels::cpu::ThreadPool;
-use baton_kernels::cuda::{Device, DeviceError, Pinned, Stream};
+use baton_kernels::cuda::{self, Buffer, Device, DeviceError, Pinned, Stream};
 use half::bf16;
 
 use super::shard::Shard;
-use super::weights::Part;
+use super::weights::{Part, Place};
 use crate::model::LoadProgress;
 use crate::weights::{Tensor, Weights};
 
@@ -66,6 +67,8 @@ struct Reader {
     buffers: Vec<Pinned<bf16>>,
     /// The next buffer to fill: the one that was filled first.
     next: usize,
+    /// bf16 on the device that is to be rounded, once there is such.
+    wide: Option<Buffer<bf16>>,
     pool: ThreadPool,
 }
 
@@ -73,7 +76,8 @@ impl Reader {
     fn new(device: &Arc<Device>) -> Result<Self, DeviceError> {
         let buffers =
             (0..BUFFERS).map(|_| Pinned::new(device, STRETCH)).collect::<Result<_, _>>()?;
-        Ok(Self { stream: Stream::new(device)?, buffers, next: 0, pool: ThreadPool::new(1) })
+        let (stream, pool) = (Stream::new(device)?, ThreadPool::new(1));
+        Ok(Self { stream, buffers, next: 0, wide: None, pool })
     }
 
     /// Takes parts until none is left.
@@ -88,18 +92,37 @@ impl Reader {
             let tensor = weights.tensor(&self.pool, &part.name);
             let size = tensor.dtype.bytes();
             let mut runs = VecDeque::from(shard.runs(&part.name, weights.shape(&part.name)));
+            let room = part.to.whole_rows(STRETCH);
             let mut first = 0;
             while !runs.is_empty() {
-                let buffer = &mut self.buffers[self.next];
-                self.next = (self.next + 1) % BUFFERS;
-                let len = fill(&tensor, &mut runs, buffer.as_mut_slice()?);
-                self.stream.upload(buffer, 0, part.to.slice(first..first + len))?;
+                let turn = self.next;
+                self.next = (turn + 1) % BUFFERS;
+                let buffer = &mut self.buffers[turn].as_mut_slice()?[..room];
+                let len = fill(&tensor, &mut runs, buffer);
+                self.send(turn, part.to.part(first..first + len))?;
                 first += len;
                 // Who listens goes on until all threads have ended.
                 let _ = told.send(len * size);
             }
         }
         self.stream.synchronize()
+    }
+
+    /// Queues the first elements of a buffer to where they go.
+    fn send(&mut self, buffer: usize, to: Place<'_>) -> Result<(), DeviceError> {
+        let Self { stream, buffers, wide, .. } = self;
+        let from = &mut buffers[buffer];
+        match to {
+            Place::Bf16(to) => stream.upload(from, 0, to),
+            Place::E4m3 { values, scales } => {
+                if wide.is_none() {
+                    *wide = Some(Buffer::new(stream.device(), STRETCH)?);
+                }
+                let wide = wide.as_ref().expect("it was just made").slice(0..values.len());
+                stream.upload(from, 0, wide)?;
+                cuda::quantize_rows(stream, values, scales, wide)
+            }
+        }
     }
 }
 

@@ -1,19 +1,32 @@
-//! The weights of a model in device memory, in bf16, and which tensors of a checkpoint they are.
+//! The weights of a model in device memory, and which tensors of a checkpoint they are.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use baton_kernels::cuda::{Buffer, Device, DeviceError, DeviceSampler, Slice, Stream};
 use half::bf16;
 
+use super::WeightDtype;
 use super::shard::Shard;
 use crate::config::ModelConfig;
 
 /// `y = W x + b`. Matrices that read the same input are stacked into one.
 pub(super) struct Linear {
-    /// `[outputs, inputs]`
-    pub(super) matrix: Buffer<bf16>,
+    pub(super) matrix: Matrix,
     pub(super) bias: Option<Buffer<bf16>>,
     pub(super) outputs: usize,
+    pub(super) inputs: usize,
+}
+
+/// `[outputs, inputs]`
+pub(super) enum Matrix {
+    Bf16(Buffer<bf16>),
+    /// Each row with the scale that its elements are multiplied by. A device that has some of the
+    /// columns scales the parts of rows that it has.
+    E4m3 {
+        values: Buffer<u8>,
+        scales: Buffer<f32>,
+    },
 }
 
 /// The weights of one transformer layer.
@@ -47,7 +60,51 @@ pub(super) struct Weights {
 /// A tensor of a checkpoint, and where it goes.
 pub(super) struct Part<'a> {
     pub(super) name: String,
-    pub(super) to: Slice<'a, bf16>,
+    pub(super) to: Place<'a>,
+}
+
+/// Where a tensor goes, and as what.
+#[derive(Clone, Copy)]
+pub(super) enum Place<'a> {
+    Bf16(Slice<'a, bf16>),
+    /// Rows, with as many scales.
+    E4m3 {
+        values: Slice<'a, u8>,
+        scales: Slice<'a, f32>,
+    },
+}
+
+impl Place<'_> {
+    /// Elements.
+    pub(super) fn len(&self) -> usize {
+        match self {
+            Self::Bf16(to) => to.len(),
+            Self::E4m3 { values, .. } => values.len(),
+        }
+    }
+
+    /// The most elements up to `most` that are whole rows, if rows matter.
+    pub(super) fn whole_rows(&self, most: usize) -> usize {
+        match self {
+            Self::Bf16(_) => most,
+            Self::E4m3 { values, scales } => {
+                let width = values.len() / scales.len();
+                most / width * width
+            }
+        }
+    }
+
+    /// Some of its elements; whole rows, if rows matter.
+    pub(super) fn part(&self, elements: Range<usize>) -> Self {
+        match *self {
+            Self::Bf16(to) => Self::Bf16(to.slice(elements)),
+            Self::E4m3 { values, scales } => {
+                let width = values.len() / scales.len();
+                let rows = elements.start / width..elements.end / width;
+                Self::E4m3 { values: values.slice(elements), scales: scales.slice(rows) }
+            }
+        }
+    }
 }
 
 impl Weights {
@@ -55,6 +112,7 @@ impl Weights {
     pub(super) fn reserve(
         stream: &Stream,
         config: &ModelConfig,
+        dtype: WeightDtype,
         shard: Shard,
     ) -> Result<Self, DeviceError> {
         let device = stream.device();
@@ -66,7 +124,7 @@ impl Weights {
             stream.zero(table.slice(used..table.len()))?;
             Ok(table)
         };
-        let layer = |window: &Option<usize>| Layer::reserve(device, config, *window, shard);
+        let layer = |window: &Option<usize>| Layer::reserve(device, config, dtype, *window, shard);
         Ok(Self {
             used,
             embedding: table()?,
@@ -84,7 +142,9 @@ impl Weights {
     /// Every tensor that is to be read, whole or in part.
     pub(super) fn parts(&self) -> Vec<Part<'_>> {
         let mut parts = Vec::new();
-        let mut add = |name: &str, to| parts.push(Part { name: name.to_owned(), to });
+        let mut add = |name: &str, to| {
+            parts.push(Part { name: name.to_owned(), to: Place::Bf16(to) });
+        };
         add("model.embed_tokens.weight", self.embedding.slice(0..self.used));
         add("model.norm.weight", self.norm.all());
         if let Some(head) = &self.head {
@@ -93,7 +153,7 @@ impl Weights {
         for (index, layer) in self.layers.iter().enumerate() {
             layer.add_parts(&format!("model.layers.{index}"), &mut parts);
         }
-        parts.retain(|part| !part.to.is_empty());
+        parts.retain(|part| part.to.len() > 0);
         parts
     }
 }
@@ -102,6 +162,7 @@ impl Layer {
     fn reserve(
         device: &Arc<Device>,
         c: &ModelConfig,
+        dtype: WeightDtype,
         window: Option<usize>,
         shard: Shard,
     ) -> Result<Self, DeviceError> {
@@ -110,8 +171,9 @@ impl Layer {
         let (q, kv) = (c.heads * c.head_dim, c.kv_heads * c.head_dim);
         let vector = |len| Buffer::new(device, len);
         let linear = |outputs, inputs, bias: bool| {
+            let matrix = Matrix::reserve(device, dtype, (outputs, inputs))?;
             let bias = if bias { Some(Buffer::new(device, outputs)?) } else { None };
-            Ok(Linear { matrix: Buffer::new(device, outputs * inputs)?, bias, outputs })
+            Ok(Linear { matrix, bias, outputs, inputs })
         };
         let head_norms =
             if c.qk_norm { Some((vector(c.head_dim)?, vector(c.head_dim)?)) } else { None };
@@ -128,14 +190,16 @@ impl Layer {
     }
 
     fn add_parts<'a>(&'a self, at: &str, parts: &mut Vec<Part<'a>>) {
-        let mut add = |name: &str, to| parts.push(Part { name: format!("{at}.{name}"), to });
+        let mut add = |name: &str, to| {
+            parts.push(Part { name: format!("{at}.{name}"), to: Place::Bf16(to) });
+        };
         add("input_layernorm.weight", self.attention_norm.all());
         add("post_attention_layernorm.weight", self.mlp_norm.all());
         if let Some((q, k)) = &self.head_norms {
             add("self_attn.q_norm.weight", q.all());
             add("self_attn.k_norm.weight", k.all());
         }
-        let heads = self.attention_out.matrix.len() / self.attention_out.outputs;
+        let heads = self.attention_out.inputs;
         let kv = (self.qkv.outputs - heads) / 2;
         self.qkv.add_parts(
             at,
@@ -153,21 +217,44 @@ impl Layer {
     }
 }
 
-impl Linear {
-    /// Elements of a row of its input.
-    pub(super) fn inputs(&self) -> usize {
-        self.matrix.len() / self.outputs
+impl Matrix {
+    fn reserve(
+        device: &Arc<Device>,
+        dtype: WeightDtype,
+        (outputs, inputs): (usize, usize),
+    ) -> Result<Self, DeviceError> {
+        Ok(match dtype {
+            WeightDtype::Bf16 => Self::Bf16(Buffer::new(device, outputs * inputs)?),
+            WeightDtype::Fp8 => Self::E4m3 {
+                values: Buffer::new(device, outputs * inputs)?,
+                scales: Buffer::new(device, outputs)?,
+            },
+        })
     }
 
+    /// Some rows, each of `inputs` elements.
+    fn rows(&self, rows: Range<usize>, inputs: usize) -> Place<'_> {
+        let elements = rows.start * inputs..rows.end * inputs;
+        match self {
+            Self::Bf16(matrix) => Place::Bf16(matrix.slice(elements)),
+            Self::E4m3 { values, scales } => {
+                Place::E4m3 { values: values.slice(elements), scales: scales.slice(rows) }
+            }
+        }
+    }
+}
+
+impl Linear {
     /// The matrices that it stacks, with their outputs.
     fn add_parts<'a>(&'a self, at: &str, stacked: &[(&str, usize)], parts: &mut Vec<Part<'a>>) {
         let mut first = 0;
         for (name, outputs) in stacked {
             let range = first..first + outputs;
-            let rows = range.start * self.inputs()..range.end * self.inputs();
-            parts.push(Part { name: format!("{at}.{name}.weight"), to: self.matrix.slice(rows) });
+            let to = self.matrix.rows(range.clone(), self.inputs);
+            parts.push(Part { name: format!("{at}.{name}.weight"), to });
             if let Some(bias) = &self.bias {
-                parts.push(Part { name: format!("{at}.{name}.bias"), to: bias.slice(range) });
+                let to = Place::Bf16(bias.slice(range));
+                parts.push(Part { name: format!("{at}.{name}.bias"), to });
             }
             first += outputs;
         }

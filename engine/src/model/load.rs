@@ -37,7 +37,7 @@ pub struct LoadOptions<'a> {
     pub threads: usize,
     /// Most tokens of a sequence; the checkpoint's `max_position_embeddings` if not given.
     pub max_model_len: Option<usize>,
-    /// Element type of the KV cache; the weights' type if not given.
+    /// Element type of the KV cache, not fp8; the weights' type if not given.
     pub kv_dtype: Option<KvDtype>,
     /// Called as weights are read.
     pub on_progress: &'a mut dyn FnMut(LoadProgress),
@@ -83,6 +83,9 @@ pub enum LoadError {
     /// Weights that are not served.
     #[error(transparent)]
     Weights(#[from] WeightsError),
+    /// `kv_dtype` is one that the CPU has no operations for.
+    #[error("kv_dtype is fp8, which takes a GPU; a CPU has f32, bf16 and f16")]
+    KvDtype,
     /// `max_model_len` is not what the model was made for.
     #[error("max_model_len is {asked}; max_position_embeddings in config.json allows 1 to {most}")]
     BadLength {
@@ -138,6 +141,9 @@ impl Opened {
 impl Model {
     /// Loads the model of a folder. Nothing may write to the folder's files meanwhile.
     pub fn load(options: LoadOptions<'_>) -> Result<Self, LoadError> {
+        if options.kv_dtype == Some(KvDtype::Fp8) {
+            return Err(LoadError::KvDtype);
+        }
         let opened = Opened::open(options.dir, options.format, options.max_model_len)?;
         let revision = opened.revision(&baton_kernels::RESULT_REVISION.to_le_bytes());
         let Opened { config, max_model_len, eos_token_ids, weights, .. } = opened;

@@ -2,6 +2,7 @@
 #![allow(dead_code, unreachable_pub, reason = "each test program uses a part")]
 #![allow(unsafe_code, reason = "runs the model on a cache of its own")]
 
+pub mod naive;
 pub mod tiny;
 
 use std::ops::ControlFlow;
@@ -49,6 +50,7 @@ fn kv_store(geometry: &KvGeometry, blocks: usize) -> KvStore {
             KvDtype::F32 => Dtype::F32,
             KvDtype::Bf16 => Dtype::Bf16,
             KvDtype::F16 => Dtype::F16,
+            KvDtype::Fp8 => unreachable!("the CPU has none"),
         },
     };
     KvStore::new(layout, blocks)

@@ -17,7 +17,7 @@ use baton_proto::message::Job;
 use baton_proto::sampling::SamplingParams;
 
 use crate::common::tiny::Shape;
-use crate::support::{devices, load_model};
+use crate::support::{Types, devices, load_model};
 use crate::{BASE, assert_greedy, checkpoint, tokens};
 
 /// How long anything may take before a test fails.
@@ -53,6 +53,10 @@ impl Node {
 
     /// On so many devices.
     pub(crate) fn start_on(dir: &Path, count: usize) -> Option<Self> {
+        Self::start_as(dir, count, Types::default())
+    }
+
+    pub(crate) fn start_as(dir: &Path, count: usize, types: Types) -> Option<Self> {
         let config = EngineConfig {
             block_tokens: 16,
             kv_blocks: 20,
@@ -65,7 +69,8 @@ impl Node {
             format: LoadFormat::Safetensors,
             threads: 1,
             max_model_len: None,
-            kv_dtype: None,
+            weight_dtype: types.weights,
+            kv_dtype: types.kv,
             block_tokens: config.block_tokens,
             max_batch_tokens: config.max_batch_tokens,
             max_sequences: config.max_sequences,
@@ -190,11 +195,20 @@ fn a_cancel_while_steps_are_in_flight_leaves_nothing_behind() {
 fn a_sequence_goes_on_with_blocks_from_another_device() {
     let dir = checkpoint(&Shape { qwen3: true, ..BASE }, None);
     let Some(from) = Node::start(dir.path()) else { return };
-    hand_over(&dir, &from, &Node::start(dir.path()).unwrap());
+    let (job, output) = hand_over(&from, &Node::start(dir.path()).unwrap());
+    assert_eq!(output, alone(&from, &job));
+    assert_greedy(&dir, &job.tokens, &output);
 }
 
-/// Lets a node go on with a sequence that another one has begun.
-pub(crate) fn hand_over(dir: &tempfile::TempDir, from: &Node, to: &Node) {
+/// The tokens of a job that one node computes all of.
+pub(crate) fn alone(node: &Node, job: &Job) -> Vec<u32> {
+    let local = Job { id: id(2), ..job.clone() };
+    node.submit(&local, Kind::Local);
+    node.until_ended(1).remove(&local.id).unwrap()
+}
+
+/// Lets a node go on with a sequence that another one has begun. The job, and its tokens.
+pub(crate) fn hand_over(from: &Node, to: &Node) -> (Job, Vec<u32>) {
     // Few enough tokens for one chunk, so that both compute the same steps.
     let job = job(1, tokens(14, 101, 5), 9);
     to.submit(&job, Kind::Import);
@@ -217,12 +231,8 @@ pub(crate) fn hand_over(dir: &tempfile::TempDir, from: &Node, to: &Node) {
     drop((import, export));
     to.engine.imported(job.id, FirstToken { token: first, logprobs: None, finish: None });
     let rest = to.until_ended(1).remove(&job.id).unwrap();
-    let local = Job { id: id(2), ..job.clone() };
     from.until_ended(1);
-    from.submit(&local, Kind::Local);
-    let expected = from.until_ended(1).remove(&local.id).unwrap();
-    assert_eq!([vec![first], rest].concat(), expected);
-    assert_greedy(dir, &job.tokens, &expected);
     from.idle();
     to.idle();
+    (job, [vec![first], rest].concat())
 }

@@ -5,13 +5,14 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use baton_engine::gpu::{GpuLoadError, GpuModel, GpuOptions, ParallelModel};
+use baton_engine::gpu::{GpuLoadError, GpuModel, GpuOptions, ParallelModel, WeightDtype};
 use baton_engine::model::LoadFormat;
 use baton_engine::scheduler::Outcome;
 use baton_engine::{
     DeviceFailure, Executor, Input, KvMemory, PromptLogprobs, Sample, Step, StepChunk,
 };
 use baton_kernels::cuda::{Device, Libraries, Nccl, testing};
+use baton_proto::geometry::KvDtype;
 use baton_proto::sampling::SamplingParams;
 
 /// The device of these tests, if there is one.
@@ -38,6 +39,13 @@ pub(crate) fn load_model(
     }
     let nccl = Nccl::find(&testing::test_device().unwrap().paths).unwrap();
     Ok(Box::new(ParallelModel::load(devices, &nccl, options)?))
+}
+
+/// Types of a model on a device, if not those of its checkpoint.
+#[derive(Clone, Copy, Default, Debug)]
+pub(crate) struct Types {
+    pub(crate) weights: WeightDtype,
+    pub(crate) kv: Option<KvDtype>,
 }
 
 /// What is to be generated.
@@ -115,11 +123,31 @@ impl Gpu {
         Self::load_within(devices, dir, (block_tokens, sequences), Duration::ZERO)
     }
 
+    pub(crate) fn load_as(
+        devices: &[Arc<Device>],
+        dir: &Path,
+        block_tokens: usize,
+        sequences: usize,
+        types: Types,
+    ) -> Result<Self, GpuLoadError> {
+        Self::load_with(devices, dir, (block_tokens, sequences), types, Duration::ZERO)
+    }
+
     /// With so much time to prepare.
     pub(crate) fn load_within(
         devices: &[Arc<Device>],
         dir: &Path,
+        sizes: (usize, usize),
+        warm_up: Duration,
+    ) -> Result<Self, GpuLoadError> {
+        Self::load_with(devices, dir, sizes, Types::default(), warm_up)
+    }
+
+    fn load_with(
+        devices: &[Arc<Device>],
+        dir: &Path,
         (block_tokens, sequences): (usize, usize),
+        types: Types,
         warm_up: Duration,
     ) -> Result<Self, GpuLoadError> {
         let mut done = (0, 0);
@@ -128,7 +156,8 @@ impl Gpu {
             format: LoadFormat::Safetensors,
             threads: 2,
             max_model_len: None,
-            kv_dtype: None,
+            weight_dtype: types.weights,
+            kv_dtype: types.kv,
             block_tokens,
             max_batch_tokens: 128,
             max_sequences: sequences,
@@ -139,6 +168,10 @@ impl Gpu {
         assert!(done.0 == done.1 && done.0 > 0, "all weights were read");
         let _memory = model.allocate(block_tokens as u32, BLOCKS * sequences);
         Ok(Self { model, sequences, _memory })
+    }
+
+    pub(crate) fn model(&self) -> &dyn Executor {
+        &*self.model
     }
 
     /// Sequence `i` has blocks `i, i + sequences, ...`, so that no sequence's blocks adjoin.

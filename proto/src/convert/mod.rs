@@ -130,7 +130,7 @@ impl TryFrom<wire::Geometry> for KvGeometry {
                 return invalid(format!("{field} is {value}; it must be from 1 to {most}"));
             }
         }
-        let dtype = required(KvDtype::parse(&g.dtype), "geometry.dtype f32, bf16 or f16")?;
+        let dtype = required(KvDtype::parse(&g.dtype), "geometry.dtype f32, bf16, f16 or fp8")?;
         Ok(Self {
             layers: g.layers,
             kv_heads: g.kv_heads,
