@@ -8,7 +8,7 @@ use serde_json::{Map, Value as Json, json};
 
 use super::chat::{ChatTemplate, Conversation};
 use super::refusal::Refusal;
-use super::tools::definition;
+use super::tools::definition::{self, Tool};
 
 /// Most calls of one message.
 const MAX_CALLS: usize = 128;
@@ -47,13 +47,10 @@ pub(super) fn render(
 
 /// `None` for an empty list: templates take that for tools.
 fn tools(text: &str) -> Result<Option<Json>, Refusal> {
-    let mut tools = parse(text, "chat.tools")?;
-    definition::tools(&tools, "chat.tools")?;
-    for tool in tools.as_array_mut().into_iter().flatten() {
-        // Says how arguments are to be generated, not what the tool is.
-        tool["function"].as_object_mut().map(|function| function.remove("strict"));
-    }
-    Ok(Some(tools).filter(|tools| tools != &json!([])))
+    let tools = parse(text, "chat.tools")?;
+    let tools = definition::tools(&tools, "chat.tools", definition::nested)?;
+    let described: Vec<_> = tools.iter().map(Tool::described).collect();
+    Ok(Some(described.into()).filter(|_| !tools.is_empty()))
 }
 
 fn kwargs(text: &str) -> Result<Map<String, Json>, Refusal> {

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -112,6 +112,16 @@ pub(crate) async fn start_with(
     aliases: Vec<Alias>,
     play: impl Fn(&NewRequest) -> Play + Send + 'static,
 ) -> Played {
+    start_in(&demo_model(), names, aliases, play).await
+}
+
+/// The same for the model in a folder.
+pub(crate) async fn start_in(
+    folder: &Path,
+    names: &[&str],
+    aliases: Vec<Alias>,
+    play: impl Fn(&NewRequest) -> Play + Send + 'static,
+) -> Played {
     let hello = hello(Role::Decode, 1);
     let model = |name: &&str| ModelInfo {
         name: String::from(*name),
@@ -128,10 +138,9 @@ pub(crate) async fn start_with(
     let shared = (Arc::clone(&asked), Arc::clone(&queues));
     tokio::spawn(serve_core(asked_of_core, play, shared, ready_seen, models));
 
-    let folder = demo_model();
     let front = Front::new(
         Core::new(asks, drops, models_seen),
-        Models::load(names.iter().map(|name| (*name, folder.as_path()))).unwrap(),
+        Models::load(names.iter().map(|name| (*name, folder))).unwrap(),
         aliases,
     );
     let (grpc, http) = (listener().await, listener().await);
@@ -141,6 +150,20 @@ pub(crate) async fn start_with(
     tokio::spawn(serve_http(front, metrics, http, std::future::pending()));
     let (grpc, http) = addresses;
     Played { grpc, http, asked, queues, dropped: dropped.into(), ready }
+}
+
+/// Starts a front for a model whose template teaches calls in the format of Hermes, in few tokens.
+pub(crate) async fn start_with_tools(
+    play: impl Fn(&NewRequest) -> Play + Send + 'static,
+) -> Played {
+    let folder = tempfile::TempDir::new().unwrap();
+    std::fs::copy(demo_model().join("tokenizer.json"), folder.path().join("tokenizer.json"))
+        .unwrap();
+    let template = "{% if tools %}<tool_call>{% for tool in tools %}{{ tool.function.name }},{% endfor %}\
+        {% endif %}{% for m in messages %}{{ m.role[0] }}:{{ m.content }}{% for call in m.tool_calls %}\
+        !{{ call.function.arguments | tojson }}{% endfor %};{% endfor %}";
+    std::fs::write(folder.path().join("chat_template.jinja"), template).unwrap();
+    start_in(folder.path(), &["demo"], Vec::new(), play).await
 }
 
 async fn listener() -> TcpListener {

@@ -14,7 +14,7 @@ use serde_json::json;
 use tokio::net::TcpListener;
 
 use super::inference::random;
-use super::{Front, VERSION, openai};
+use super::{Front, VERSION, messages, openai, responses};
 
 /// How often samples of histograms are merged; without it they would pile up until scraped.
 const METRICS_UPKEEP: Duration = Duration::from_secs(5);
@@ -37,6 +37,8 @@ pub async fn serve_http(
 ) -> io::Result<()> {
     let app = App { front, metrics: metrics.clone() };
     let router = openai::routes::<App>()
+        .merge(messages::routes())
+        .merge(responses::routes())
         .route("/health", get(health))
         .route("/live", get(|| async { "live\n" }))
         .route("/version", get(|| async { Json(json!({ "version": VERSION })) }))

@@ -21,11 +21,13 @@ mod cluster;
 mod conversation;
 mod http;
 mod inference;
+mod messages;
 mod openai;
 mod pieces;
 mod prepare;
 mod python_json;
 mod refusal;
+mod responses;
 mod serve;
 mod strftime;
 

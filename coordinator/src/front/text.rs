@@ -46,6 +46,12 @@ impl Tokenizer {
         Ok(encoding.get_ids().to_vec())
     }
 
+    /// Whether a text is one special token.
+    #[must_use]
+    pub fn is_special(&self, text: &str) -> bool {
+        self.inner.token_to_id(text).is_some_and(|id| self.special.contains(&id))
+    }
+
     /// Whether every token id means the same to both.
     #[must_use]
     pub fn agrees_with(&self, other: &Self) -> bool {

@@ -16,7 +16,9 @@ use super::messages;
 use super::reply::Answering;
 use super::sampling::{self, MAX_LOGPROBS, Reply};
 use super::stream::stream;
+use super::tools;
 use crate::front::Front;
+use crate::front::tools::request::ToolRequest;
 
 /// Answers a conversation.
 pub(super) async fn create(
@@ -24,8 +26,9 @@ pub(super) async fn create(
     Body(fields): Body,
 ) -> Result<Response, ApiError> {
     let arrived = Instant::now();
-    let ChatRequest { request, reply } = ChatRequest::parse(fields)?;
+    let ChatRequest { mut request, reply, tools } = ChatRequest::parse(fields)?;
     let choices = request.n.unwrap_or(1);
+    let reader = tools::apply(&front, &mut request, tools.as_ref()).await?;
     let started = front.start(vec![request], None, arrived).await.map_err(|refusal| {
         let mut error = ApiError::from(refusal);
         if error.param.as_deref() == Some("prompt") {
@@ -35,11 +38,11 @@ pub(super) async fn create(
     })?;
     let (mut answering, mut messages) = Answering::new("chatcmpl", started, reply, choices);
     if reply.stream {
-        return stream(messages, ChatEvents::new(answering, choices)).await;
+        return stream(messages, ChatEvents::new(answering, choices, &reader)).await;
     }
     let tally = &mut answering.tally;
     let gathered = gather(&mut messages, choices as usize, |message| tally.take(message)).await?;
-    Ok(Json(completion(&answering, gathered)).into_response())
+    Ok(Json(completion(&answering, gathered, &reader)).into_response())
 }
 
 /// What a client asks for.
@@ -47,6 +50,7 @@ pub(super) async fn create(
 pub(crate) struct ChatRequest {
     pub(crate) request: GenerateRequest,
     pub(crate) reply: Reply,
+    pub(crate) tools: Option<ToolRequest>,
 }
 
 impl ChatRequest {
@@ -58,16 +62,17 @@ impl ChatRequest {
         sampling.logprobs = logprobs(&mut fields)?;
         let messages = messages::take(&mut fields)?;
         let add_generation_prompt = fields.bool("add_generation_prompt")?;
-        request.input =
-            Some(Input::Chat(Chat { messages, add_generation_prompt, ..Chat::default() }));
+        let template_kwargs = fields.take("chat_template_kwargs").map(|kwargs| kwargs.to_string());
+        let chat = Chat { messages, add_generation_prompt, template_kwargs, ..Chat::default() };
+        request.input = Some(Input::Chat(chat));
+        let tools = tools::take(&mut fields)?;
         fields.only("add_special_tokens", &[json!(false)])?;
         fields.only("continue_final_message", &[json!(false)])?;
         fields.only("echo", &[json!(false)])?;
         fields.only("modalities", &[json!(["text"])])?;
         fields.only("response_format", &[json!({"type": "text"})])?;
-        fields.only("chat_template_kwargs", &[json!({})])?;
         fields.finish()?;
-        Ok(Self { request, reply })
+        Ok(Self { request, reply, tools })
     }
 }
 
@@ -101,10 +106,9 @@ mod tests {
         let more = json!({"max_completion_tokens": 9, "logprobs": true, "top_logprobs": 2,
             "add_generation_prompt": false, "response_format": {"type": "text"}});
         let request = parse(more).unwrap().request;
-        let message =
-            ChatMessage { role: "user".into(), content: "Hi".into(), ..ChatMessage::default() };
-        let chat =
-            Chat { messages: vec![message], add_generation_prompt: Some(false), ..Chat::default() };
+        let (role, content) = ("user".to_owned(), "Hi".to_owned());
+        let messages = vec![ChatMessage { role, content, ..ChatMessage::default() }];
+        let chat = Chat { messages, add_generation_prompt: Some(false), ..Chat::default() };
         assert_eq!(request.input, Some(Input::Chat(chat)));
         let sampling = request.sampling.unwrap();
         assert_eq!((sampling.max_tokens, sampling.logprobs), (Some(9), Some(2)));
@@ -124,7 +128,6 @@ mod tests {
     fn what_cannot_be_served_is_refused_by_name() {
         for (more, param) in [
             (json!({"chat_template": "{{ x }}"}), "chat_template"),
-            (json!({"chat_template_kwargs": {"chat_template": "x"}}), "chat_template_kwargs"),
             (json!({"continue_final_message": true}), "continue_final_message"),
             (json!({"functions": []}), "functions"),
             (json!({"modalities": ["audio"]}), "modalities"),

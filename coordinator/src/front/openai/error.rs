@@ -196,7 +196,11 @@ fn parameter(field: &str) -> String {
         "chat" => "messages".to_owned(),
         "prompt_logprobs" => "logprobs".to_owned(),
         "include_stop_string" => "include_stop_str_in_output".to_owned(),
-        field => field.strip_prefix("chat.").unwrap_or(field).to_owned(),
+        field => match field.strip_prefix("chat.") {
+            Some(kwargs) if kwargs.starts_with("template_kwargs") => format!("chat_{kwargs}"),
+            Some(field) => field.to_owned(),
+            None => field.to_owned(),
+        },
     }
 }
 

@@ -35,6 +35,11 @@ impl Fields {
         self.map.shift_remove(key)
     }
 
+    /// A parameter that is not taken yet.
+    pub(crate) fn peek(&self, key: &str) -> Option<&Value> {
+        self.map.get(key)
+    }
+
     fn typed<T>(
         &mut self,
         key: &str,

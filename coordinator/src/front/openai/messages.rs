@@ -7,7 +7,7 @@ use super::error::ApiError;
 use super::fields::Fields;
 
 /// Who may speak. Templates know no `developer`: it is OpenAI's newer name of `system`.
-const ROLES: [&str; 4] = ["system", "developer", "user", "assistant"];
+const ROLES: [&str; 5] = ["system", "developer", "user", "assistant", "tool"];
 
 /// Takes `messages`, of which there is at least one.
 pub(crate) fn take(fields: &mut Fields) -> Result<Vec<ChatMessage>, ApiError> {
@@ -25,22 +25,38 @@ fn message(mut fields: Fields) -> Result<ChatMessage, ApiError> {
     if !ROLES.contains(&role.as_str()) {
         return Err(ApiError::value(&name, json!(role), &ROLES.join(", ")));
     }
-    let content = content(&mut fields)?;
+    let tool_calls = match role.as_str() {
+        "assistant" => fields.list("tool_calls")?.filter(|calls| !calls.is_empty()),
+        _ => None,
+    };
+    let tool_call_id = if role == "tool" { Some(tool_call_id(&mut fields)?) } else { None };
+    let content = match content(&mut fields)? {
+        None if tool_calls.is_none() => return Err(ApiError::missing(&fields.name("content"))),
+        content => content.unwrap_or_default(),
+    };
+    let speaker = fields.string("name")?;
     fields.finish()?;
     let role = if role == "developer" { "system".to_owned() } else { role };
-    Ok(ChatMessage { role, content, ..ChatMessage::default() })
+    let tool_calls = tool_calls.map(|calls| Value::from(calls).to_string());
+    Ok(ChatMessage { role, content, tool_calls, tool_call_id, name: speaker })
+}
+
+/// Which call a tool's result answers.
+fn tool_call_id(fields: &mut Fields) -> Result<String, ApiError> {
+    let name = fields.name("tool_call_id");
+    fields.string("tool_call_id")?.ok_or_else(|| ApiError::missing(&name))
 }
 
 /// A string, or parts that are texts, one to a line.
-fn content(fields: &mut Fields) -> Result<String, ApiError> {
+fn content(fields: &mut Fields) -> Result<Option<String>, ApiError> {
     let name = fields.name("content");
     match fields.take("content") {
-        None => Err(ApiError::missing(&name)),
-        Some(Value::String(text)) => Ok(text),
+        None => Ok(None),
+        Some(Value::String(text)) => Ok(Some(text)),
         Some(Value::Array(parts)) => {
             let one = |(at, part)| text_part(Fields::new(&format!("{name}[{at}]"), part)?);
             let texts: Vec<_> = parts.into_iter().enumerate().map(one).collect::<Result<_, _>>()?;
-            Ok(texts.join("\n"))
+            Ok(Some(texts.join("\n")))
         }
         Some(other) => Err(ApiError::value(&name, other, "a string or a list of parts")),
     }
@@ -82,6 +98,20 @@ mod tests {
     }
 
     #[test]
+    fn calls_and_results_keep_what_belongs_to_them() {
+        let call =
+            json!({"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}});
+        let messages = read(json!([
+            {"role": "assistant", "content": null, "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": "c", "content": "x", "name": "f"},
+        ]))
+        .unwrap();
+        assert_eq!(messages[0].tool_calls, Some(json!([call]).to_string()));
+        assert_eq!(messages[1].tool_call_id.as_deref(), Some("c"));
+        assert_eq!(messages[1].name.as_deref(), Some("f"));
+    }
+
+    #[test]
     fn what_is_wrong_is_named_with_its_place() {
         let user = |content: Value| json!([{"role": "user", "content": content}]);
         for (messages, param) in [
@@ -99,6 +129,13 @@ mod tests {
             (user(json!([{"type": "text"}])), "messages[0].content[0].text"),
             (user(json!([{"type": "text", "text": "x", "y": 1}])), "messages[0].content[0].y"),
             (json!([{"role": "user", "content": "x", "mood": "good"}]), "messages[0].mood"),
+            (json!([{"role": "tool", "content": "x"}]), "messages[0].tool_call_id"),
+            (
+                json!([{"role": "user", "content": "x", "tool_calls": [1]}]),
+                "messages[0].tool_calls",
+            ),
+            (json!([{"role": "assistant", "tool_calls": 1}]), "messages[0].tool_calls"),
+            (json!([{"role": "assistant", "tool_calls": []}]), "messages[0].content"),
         ] {
             let error = read(messages.clone()).unwrap_err();
             assert_eq!(error.param.as_deref(), Some(param), "{messages}: {}", error.message);

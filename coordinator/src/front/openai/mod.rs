@@ -15,6 +15,7 @@ pub(crate) mod gather;
 pub(crate) mod messages;
 pub(crate) mod sampling;
 pub(crate) mod stream;
+pub(crate) mod tools;
 
 mod chat;
 mod chat_reply;
@@ -27,7 +28,9 @@ mod tokenize;
 mod usage;
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
+#[cfg(test)]
+pub(crate) mod tools_tests;
 
 use error::ApiError;
 pub(super) use reply::unix_now;

@@ -39,6 +39,12 @@ impl Answering {
         (Self { id, created: unix_now(), model, prompts, reply, tally }, messages)
     }
 
+    /// The id of a call of a tool, at most 40 characters as OpenAI's.
+    pub(crate) fn call_id(&self, choice: u32, index: u32) -> String {
+        let request = self.id.split_once('-').map_or("", |(_, request)| request);
+        format!("call_{request}{choice:x}{index:02x}")
+    }
+
     /// The answer, or one part of it: `object` says which.
     pub(crate) fn envelope(&self, object: &str, choices: Value) -> Value {
         json!({

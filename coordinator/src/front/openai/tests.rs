@@ -14,24 +14,24 @@ use crate::front::fixtures::{
 };
 
 /// What a server answered.
-struct Answer {
-    status: u16,
+pub(crate) struct Answer {
+    pub(crate) status: u16,
     head: String,
-    body: String,
+    pub(crate) body: String,
 }
 
 impl Answer {
-    fn json(&self) -> Value {
+    pub(crate) fn json(&self) -> Value {
         serde_json::from_str(&self.body).unwrap_or_else(|_| panic!("{} is no JSON", self.body))
     }
 
-    fn header(&self, name: &str) -> Option<&str> {
+    pub(crate) fn header(&self, name: &str) -> Option<&str> {
         let mut lines = self.head.lines().filter_map(|line| line.split_once(": "));
         lines.find(|(key, _)| key.eq_ignore_ascii_case(name)).map(|(_, value)| value)
     }
 
     /// The events of a stream; JSON as such, and other data as a string.
-    fn events(&self) -> Vec<Value> {
+    pub(crate) fn events(&self) -> Vec<Value> {
         let events = self.body.split_terminator("\n\n").filter(|event| !event.starts_with(':'));
         let data = events.map(|event| event.strip_prefix("data: ").expect("an event has data"));
         data.map(|data| serde_json::from_str(data).unwrap_or_else(|_| data.into())).collect()
@@ -79,7 +79,7 @@ async fn post_text(played: &Played, path: &str, body: &str) -> Answer {
     send(played, &request).await
 }
 
-async fn post(played: &Played, path: &str, body: &Value) -> Answer {
+pub(crate) async fn post(played: &Played, path: &str, body: &Value) -> Answer {
     post_text(played, path, &body.to_string()).await
 }
 
@@ -108,7 +108,7 @@ fn says(text: &str) -> Vec<Update> {
 }
 
 /// Says this without log-probabilities.
-fn says_plainly(text: &str) -> Vec<Update> {
+pub(crate) fn says_plainly(text: &str) -> Vec<Update> {
     let mut updates = says(text);
     for update in &mut updates {
         if let Update::Tokens(tokens) = update {

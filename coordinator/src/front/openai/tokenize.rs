@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 use super::body::Body;
 use super::error::ApiError;
 use super::messages;
+use super::tools;
 use crate::core::SubmitError;
 use crate::front::Front;
 use crate::front::refusal::Refusal;
@@ -21,19 +22,23 @@ pub(super) async fn tokenize(
     let model = fields.string("model")?.unwrap_or_default();
     let prompt = fields.string("prompt")?;
     let chat = prompt.is_none();
-    let input = match prompt {
-        Some(text) => Input::Prompt(text),
+    let (input, tools) = match prompt {
+        Some(text) => (Input::Prompt(text), None),
         None => {
             let messages = messages::take(&mut fields)?;
             let add_generation_prompt = fields.bool("add_generation_prompt")?;
-            Input::Chat(Chat { messages, add_generation_prompt, ..Chat::default() })
+            let template_kwargs =
+                fields.take("chat_template_kwargs").map(|kwargs| kwargs.to_string());
+            let chat = Chat { messages, add_generation_prompt, template_kwargs, ..Chat::default() };
+            (Input::Chat(chat), tools::take(&mut fields)?)
         }
     };
     let add_special_tokens = fields.bool("add_special_tokens")?.unwrap_or(!chat);
     let strings = fields.bool("return_token_strs")?.unwrap_or(false);
     fields.only("continue_final_message", &[json!(false)])?;
     fields.finish()?;
-    let request = GenerateRequest { model, input: Some(input), ..GenerateRequest::default() };
+    let mut request = GenerateRequest { model, input: Some(input), ..GenerateRequest::default() };
+    tools::apply(&front, &mut request, tools.as_ref()).await?;
     let (model, info, tokens) = front.tokenize(request, add_special_tokens).await?;
     let text = |&id: &u32| String::from_utf8_lossy(&model.tokenizer.token_bytes(id)).into_owned();
     let strings = strings.then(|| tokens.iter().map(text).collect::<Vec<_>>());

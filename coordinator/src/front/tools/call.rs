@@ -9,7 +9,7 @@ const MAX_UNDECIDED_BYTES: usize = 64 << 10;
 
 /// Reads `{"name": …, "arguments": {…}}`. `parameters` means the same as `arguments`, both may be
 /// missing, keys may come in any order, and further ones are passed over.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct CallReader {
     json: Scanner,
     /// All that was read.
@@ -29,7 +29,7 @@ enum Key {
     Other,
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 enum Arguments {
     Missing,
     /// Not an object.

@@ -23,7 +23,7 @@ pub(super) enum Does {
 }
 
 /// Reads one JSON value.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Scanner {
     /// The containers around the next byte: true for an object.
     objects: Vec<bool>,

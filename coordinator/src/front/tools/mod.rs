@@ -5,12 +5,18 @@
 //! [`super::stop::StopMatcher`].
 
 pub(crate) mod definition;
+pub(crate) mod request;
 
+mod answer;
 mod call;
 mod json;
 mod parser;
+mod reader;
 
-pub use parser::{Answer, Piece, ToolCall, ToolParser};
+pub(crate) use reader::OutputReader;
+
+pub use answer::{Answer, Part, ToolCall};
+pub use parser::{Piece, ToolParser};
 
 /// How a model writes a call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -39,7 +39,7 @@ pub enum Piece {
 }
 
 /// Looks for calls in a text that arrives in pieces.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct ToolParser {
     format: ToolFormat,
     /// Names of the tools that the model was told of.
@@ -58,7 +58,7 @@ pub struct ToolParser {
     whole: u32,
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 enum State {
     Text,
     Call {
@@ -258,44 +258,6 @@ impl ToolParser {
         match out.last_mut() {
             Some(Piece::Text(before)) => before.push_str(text),
             _ => out.push(Piece::Text(text.to_owned())),
-        }
-    }
-}
-
-/// A whole call.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ToolCall {
-    /// The tool's name.
-    pub name: String,
-    /// A JSON object.
-    pub arguments: String,
-}
-
-/// A whole output. A call that broke off is text in it.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Answer {
-    /// Plain text.
-    pub text: String,
-    /// Whole calls, in their order.
-    pub calls: Vec<ToolCall>,
-}
-
-impl Answer {
-    /// Takes the next piece.
-    pub fn add(&mut self, piece: Piece) {
-        match piece {
-            Piece::Text(text) => self.text.push_str(&text),
-            Piece::Call { name, .. } => {
-                self.calls.push(ToolCall { name, arguments: String::new() });
-            }
-            Piece::Arguments { text, .. } => {
-                let call = self.calls.last_mut().expect("a call begins before its arguments");
-                call.arguments.push_str(&text);
-            }
-            Piece::Broken { raw, .. } => {
-                self.calls.pop();
-                self.text.push_str(&raw);
-            }
         }
     }
 }

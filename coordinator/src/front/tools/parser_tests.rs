@@ -2,13 +2,14 @@ use proptest::prelude::*;
 use serde_json::{Map, Value};
 
 use super::*;
+use crate::front::tools::{Answer, Part};
 
 const HERMES: ToolFormat = ToolFormat::Hermes;
 const LLAMA: ToolFormat = ToolFormat::Llama3;
 
 /// A call, or text between calls.
 #[derive(Debug, PartialEq)]
-enum Part {
+enum Seen {
     Text(String),
     Whole(String, String),
     Broken(String, String),
@@ -33,26 +34,26 @@ fn parse(format: ToolFormat, pieces: &[&str]) -> Vec<Piece> {
 }
 
 /// Pieces without the cuts between them.
-fn joined(pieces: Vec<Piece>) -> Vec<Part> {
-    let mut parts: Vec<Part> = Vec::new();
+fn joined(pieces: Vec<Piece>) -> Vec<Seen> {
+    let mut parts: Vec<Seen> = Vec::new();
     let mut calls = 0;
     for piece in pieces {
         match (piece, parts.last_mut()) {
-            (Piece::Text(text), Some(Part::Text(before))) => before.push_str(&text),
-            (Piece::Text(text), _) => parts.push(Part::Text(text)),
+            (Piece::Text(text), Some(Seen::Text(before))) => before.push_str(&text),
+            (Piece::Text(text), _) => parts.push(Seen::Text(text)),
             (Piece::Call { index, name }, _) => {
                 assert_eq!(index, calls);
                 calls += 1;
-                parts.push(Part::Whole(name, String::new()));
+                parts.push(Seen::Whole(name, String::new()));
             }
-            (Piece::Arguments { index, text }, Some(Part::Whole(_, before))) => {
+            (Piece::Arguments { index, text }, Some(Seen::Whole(_, before))) => {
                 assert_eq!(index + 1, calls);
                 before.push_str(&text);
             }
-            (Piece::Broken { index, .. }, Some(Part::Whole(name, arguments))) => {
+            (Piece::Broken { index, .. }, Some(Seen::Whole(name, arguments))) => {
                 assert_eq!(index + 1, calls);
                 let (name, arguments) = (std::mem::take(name), std::mem::take(arguments));
-                *parts.last_mut().unwrap() = Part::Broken(name, arguments);
+                *parts.last_mut().unwrap() = Seen::Broken(name, arguments);
             }
             (piece, last) => panic!("{piece:?} after {last:?}"),
         }
@@ -161,12 +162,12 @@ fn start(format: ToolFormat, text: &str, bare: bool, after: bool) -> Option<(usi
 }
 
 /// The whole text at once, looked through byte by byte.
-fn brute_force(format: ToolFormat, mut text: &str) -> Vec<Part> {
-    let mut parts = vec![Part::Text(String::new())];
+fn brute_force(format: ToolFormat, mut text: &str) -> Vec<Seen> {
+    let mut parts = vec![Seen::Text(String::new())];
     let (mut bare, mut after) = (format == LLAMA, false);
-    let plain = |parts: &mut Vec<Part>, text: &str| match parts.last_mut() {
-        Some(Part::Text(before)) => before.push_str(text),
-        _ => parts.push(Part::Text(text.to_owned())),
+    let plain = |parts: &mut Vec<Seen>, text: &str| match parts.last_mut() {
+        Some(Seen::Text(before)) => before.push_str(text),
+        _ => parts.push(Seen::Text(text.to_owned())),
     };
     while let Some((before, begin, marked)) = start(format, text, bare, after) {
         let verdict = judge(&text[begin..], marked);
@@ -184,9 +185,9 @@ fn brute_force(format: ToolFormat, mut text: &str) -> Vec<Part> {
         (bare, after) = (false, false);
         match verdict {
             Verdict::Malformed => {}
-            Verdict::Broken(name, arguments, _) => parts.push(Part::Broken(name, arguments)),
+            Verdict::Broken(name, arguments, _) => parts.push(Seen::Broken(name, arguments)),
             Verdict::Whole(name, arguments, _) => {
-                parts.push(Part::Whole(name, arguments));
+                parts.push(Seen::Whole(name, arguments));
                 (bare, after) = (format == LLAMA, true);
                 let rest = text.trim_start_matches(WHITE);
                 match format.end_mark() {
@@ -200,7 +201,7 @@ fn brute_force(format: ToolFormat, mut text: &str) -> Vec<Part> {
     if !(after && text.trim_matches(WHITE).is_empty()) {
         plain(&mut parts, text);
     }
-    parts.retain(|part| *part != Part::Text(String::new()));
+    parts.retain(|part| *part != Seen::Text(String::new()));
     parts
 }
 
@@ -279,7 +280,7 @@ proptest! {
             let pieces: Vec<&str> = pieces.iter().map(String::as_str).collect();
             let mut answer = Answer::default();
             parse(format, &pieces).into_iter().for_each(|piece| answer.add(piece));
-            prop_assert_eq!(&answer.text, &text);
+            prop_assert_eq!(&answer.text(), &text);
         }
     }
 }
@@ -339,7 +340,7 @@ fn a_call_that_breaks_off_is_text_of_the_whole_answer() {
     for written in [cut_off, &wrong] {
         let mut answer = Answer::default();
         parse(HERMES, &[written]).into_iter().for_each(|piece| answer.add(piece));
-        assert_eq!(answer, Answer { text: written.to_owned(), calls: Vec::new() });
+        assert_eq!(answer.parts, [Part::Text(written.to_owned())]);
     }
     let streamed = parse(HERMES, &[&wrong]);
     assert_eq!(streamed[1..3], [call(0, "f"), arguments(0, "{\"a\": ")]);

@@ -1,0 +1,70 @@
+//! The Messages API of Anthropic: from JSON to the one kind of request and back.
+
+use axum::Router;
+use axum::extract::{DefaultBodyLimit, FromRef, State};
+use axum::response::{IntoResponse, Json, Response};
+use axum::routing::post;
+use serde_json::{Value, json};
+use tokio::time::Instant;
+
+use super::Front;
+use super::openai::body::{Body, MAX_BODY_BYTES};
+use super::openai::error::ApiError;
+use super::openai::gather::gather;
+use super::openai::stream::stream;
+use super::openai::tools;
+
+mod content;
+mod error;
+mod events;
+mod reply;
+mod request;
+
+#[cfg(test)]
+mod tests;
+
+use error::MessagesError;
+use events::MessageEvents;
+use reply::Answering;
+use request::MessagesRequest;
+
+/// The endpoints.
+pub(super) fn routes<S>() -> Router<S>
+where
+    S: Clone + Send + Sync + 'static,
+    Front: FromRef<S>,
+{
+    Router::new()
+        .route("/v1/messages", post(create))
+        .route("/v1/messages/count_tokens", post(count_tokens))
+        .layer(DefaultBodyLimit::max(MAX_BODY_BYTES))
+}
+
+/// Answers a conversation.
+async fn create(
+    State(front): State<Front>,
+    body: Result<Body, ApiError>,
+) -> Result<Response, MessagesError> {
+    let arrived = Instant::now();
+    let MessagesRequest { mut request, stream: streams, tools } = MessagesRequest::parse(body?.0)?;
+    let reader = tools::apply(&front, &mut request, tools.as_ref()).await?;
+    let started = front.start(vec![request], None, arrived).await?;
+    let (answering, mut messages) = Answering::new(started);
+    if streams {
+        return Ok(stream(messages, MessageEvents::new(answering, reader)).await?);
+    }
+    let mut gathered = gather(&mut messages, 1, |_| ()).await?;
+    let choice = gathered.pop().ok_or_else(|| ApiError::internal("a completion was lost"))?;
+    Ok(Json(answering.message(&reader.read(&choice.text), &choice.finished)).into_response())
+}
+
+/// How many tokens a conversation is.
+async fn count_tokens(
+    State(front): State<Front>,
+    body: Result<Body, ApiError>,
+) -> Result<Json<Value>, MessagesError> {
+    let MessagesRequest { mut request, tools, .. } = MessagesRequest::parse_to_count(body?.0)?;
+    tools::apply(&front, &mut request, tools.as_ref()).await?;
+    let (_, _, tokens) = front.tokenize(request, false).await?;
+    Ok(Json(json!({ "input_tokens": tokens.len() })))
+}

@@ -1,0 +1,53 @@
+//! The Responses API of OpenAI without what it stores: from JSON to the one kind of request and
+//! back. A conversation's earlier turns are all in `input`.
+
+use axum::Router;
+use axum::extract::{DefaultBodyLimit, FromRef, State};
+use axum::response::{IntoResponse, Json, Response};
+use axum::routing::post;
+use tokio::time::Instant;
+
+use super::Front;
+use super::openai::body::{Body, MAX_BODY_BYTES};
+use super::openai::error::ApiError;
+use super::openai::gather::gather;
+use super::openai::stream::stream;
+use super::openai::tools;
+
+mod events;
+mod input;
+mod reply;
+mod request;
+
+#[cfg(test)]
+mod tests;
+
+use events::ResponseEvents;
+use reply::Answering;
+use request::ResponsesRequest;
+
+/// The endpoint.
+pub(super) fn routes<S>() -> Router<S>
+where
+    S: Clone + Send + Sync + 'static,
+    Front: FromRef<S>,
+{
+    Router::new().route("/v1/responses", post(create)).layer(DefaultBodyLimit::max(MAX_BODY_BYTES))
+}
+
+/// Answers an input.
+async fn create(State(front): State<Front>, Body(fields): Body) -> Result<Response, ApiError> {
+    let arrived = Instant::now();
+    let ResponsesRequest { mut request, stream: streams, tools, said } =
+        ResponsesRequest::parse(fields)?;
+    let reader = tools::apply(&front, &mut request, tools.as_ref()).await?;
+    let started = front.start(vec![request], None, arrived).await?;
+    let (answering, mut messages) = Answering::new(started, said);
+    if streams {
+        return stream(messages, ResponseEvents::new(answering, reader)).await;
+    }
+    let mut gathered = gather(&mut messages, 1, |_| ()).await?;
+    let choice = gathered.pop().ok_or_else(|| ApiError::internal("a completion was lost"))?;
+    let output = answering.output(&reader.read(&choice.text), &choice.finished);
+    Ok(Json(answering.response(output, Some(&choice.finished))).into_response())
+}
