@@ -1,9 +1,11 @@
 //! [`Group`]: the devices that compute a model together, and how they add up.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use baton_kernels::cuda::{Communicator, Device, DeviceError, Nccl, NcclError, Slice, Stream};
+use baton_kernels::cuda::{
+    Abort, Communicator, Device, DeviceError, Nccl, NcclError, Slice, Stream,
+};
 use half::bf16;
 
 use super::shard::Shard;
@@ -14,14 +16,17 @@ const STEP_TIMEOUT: Duration = Duration::from_secs(120);
 /// The devices of a model. Sums of which one device does not take part never end; so whoever fails
 /// [aborts](Self::abort) those of all.
 pub(super) struct Group {
-    communicators: Vec<Mutex<Option<Communicator>>>,
+    communicators: Vec<Mutex<Communicator>>,
+    /// Without a lock: the call of another device may be stuck with its own.
+    aborts: Vec<Abort>,
 }
 
 impl Group {
     pub(super) fn of(nccl: &Arc<Nccl>, devices: &[Arc<Device>]) -> Result<Arc<Self>, DeviceError> {
         let communicators = Communicator::of_devices(nccl, devices).map_err(lost)?;
-        let communicators = communicators.into_iter().map(|own| Mutex::new(Some(own))).collect();
-        Ok(Arc::new(Self { communicators }))
+        let aborts = communicators.iter().map(Communicator::aborter).collect();
+        let communicators = communicators.into_iter().map(Mutex::new).collect();
+        Ok(Arc::new(Self { communicators, aborts }))
     }
 
     /// # Errors
@@ -32,9 +37,7 @@ impl Group {
 
     /// Ends all sums, those on the way included: results are worth nothing from now on.
     pub(super) fn abort(&self) {
-        for rank in 0..self.communicators.len() {
-            drop(self.locked(rank).take());
-        }
+        self.aborts.iter().for_each(Abort::abort);
     }
 
     /// Waits until what `reached` asks for is so on all devices. If one fails, or it takes too long,
@@ -64,13 +67,7 @@ impl Group {
         rank: usize,
         call: impl FnOnce(&Communicator) -> Result<(), NcclError>,
     ) -> Result<(), DeviceError> {
-        let aborted =
-            || DeviceError::Lost { call: "NCCL", error: "another device failed".to_owned() };
-        call(self.locked(rank).as_ref().ok_or_else(aborted)?).map_err(lost)
-    }
-
-    fn locked(&self, rank: usize) -> MutexGuard<'_, Option<Communicator>> {
-        self.communicators[rank].lock().unwrap_or_else(PoisonError::into_inner)
+        call(&self.communicators[rank].lock().unwrap_or_else(PoisonError::into_inner)).map_err(lost)
     }
 }
 

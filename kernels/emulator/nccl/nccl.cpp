@@ -36,6 +36,23 @@ struct Member : Communicator {
 };
 typedef std::shared_ptr<Member> Handle;
 
+// What tests break, by device: after so many further messages the next one never ends; calls do not return. Until an abort.
+struct Faults {
+  int messages_left = -1;  // -1: all
+  bool calls_hang = false;
+};
+std::map<int, Faults> faults;
+
+// The library refuses two ranks of a communicator on one device, where it can see that: here, in one process.
+void refuse_duplicates(const std::string& id, const Handle& own) {
+  static auto& members = *new std::multimap<std::string, std::weak_ptr<Member>>;
+  for (auto [at, end] = members.equal_range(id); at != end; ++at) {
+    Handle other = at->second.lock();
+    if (other && other->device == own->device) other->state = own->state = INVALID_USAGE;
+  }
+  members.emplace(id, own);
+}
+
 size_t element_bytes(int type) {
   static const size_t bytes[] = {1, 1, 4, 4, 8, 8, 2, 4, 8, 2};
   return type >= 0 && type < 10 ? bytes[type] : 0;
@@ -76,14 +93,17 @@ void reduce(const Reduction& r, int rank, int ranks) {
 int run(void* data) {
   std::lock_guard<std::mutex> locked(mutex);
   Group& group = *(Group*)data;
-  Communicator& c = *group.communicator;
+  Member& c = *group.communicator;
   if (c.aborted) return WORK_DONE;
+  int& messages_left = faults[c.device].messages_left;
+  if (!group.transfers.empty() && messages_left == 0) return WORK_NOT_READY;
   if ((!group.captured && c.done != group.number) || c.state != SUCCESS) return WORK_NOT_READY;
   for (size_t i = 0; i < group.to_self.size(); i++) memmove(group.from_self[i].first, group.to_self[i].first, group.to_self[i].second);
   Progress progress = advance(c, group.transfers);
   // As on a device, work whose peer is gone goes on until the communicator is aborted.
   if (progress == Progress::broken) c.state = REMOTE_ERROR;
   if (progress != Progress::done) return WORK_NOT_READY;
+  if (!group.transfers.empty() && messages_left > 0) messages_left--;
   for (auto& reduction : group.reductions) reduce(*reduction, c.rank, c.ranks);
   for (Transfer& t : group.transfers) t.moved = 0;  // a graph may run it again
   if (!group.captured) c.done++;
@@ -128,7 +148,12 @@ Result end_group() {
 // Adds an operation to the group, or makes a group of it.
 template <class Add>
 Result operation(void* handle, void* stream, Add add) {
-  const Handle& communicator = *(Handle*)handle;
+  const Handle communicator = *(Handle*)handle;
+  for (;; usleep(100)) {
+    std::lock_guard<std::mutex> locked(mutex);
+    if (!faults[communicator->device].calls_hang) break;
+    if (communicator->aborted) return REMOTE_ERROR;
+  }
   {
     std::lock_guard<std::mutex> locked(mutex);
     if (communicator->state != SUCCESS) return communicator->state == IN_PROGRESS ? INVALID_USAGE : communicator->state;
@@ -194,6 +219,10 @@ NCCL_API ncclCommInitRankConfig(void** handle, int ranks, UniqueId id, int rank,
   auto communicator = std::make_shared<Member>(id.bytes, rank, ranks);
   communicator->device = emulator_current_device();
   *handle = new Handle(communicator);
+  {
+    std::lock_guard<std::mutex> locked(mutex);
+    refuse_duplicates(id.bytes, communicator);
+  }
   if (config && config->blocking == 0) return IN_PROGRESS;
   while (communicator->state == IN_PROGRESS) {
     communicator->connect();
@@ -286,4 +315,10 @@ NCCL_API ncclAllGather(const void* from, void* to, size_t count, int type, void*
       add_transfer(group, peer, false, (char*)to + peer * bytes, bytes);
     }
   });
+}
+
+// For tests: from now on only so many messages that a device sends or receives end (-1: all), and calls for it hang or not.
+extern "C" __attribute__((visibility("default"))) void emulator_break_nccl(int device, int messages, int calls_hang) {
+  std::lock_guard<std::mutex> locked(mutex);
+  faults[device] = {messages, calls_hang != 0};
 }

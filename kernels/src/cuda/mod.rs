@@ -87,7 +87,7 @@ pub use ipc::{IpcHandle, SharedBuffer};
 pub use kv::{HeadShape, KvElements, PagedKv};
 pub use library::{Libraries, LibraryPaths, Missing};
 pub use memory::{Buffer, Element, Pinned, Slice};
-pub use nccl::{Communicator, Nccl, NcclError, Reducible, UniqueId};
+pub use nccl::{Abort, Communicator, Nccl, NcclError, Reducible, UniqueId};
 pub use norm::{add_rms_norm, rms_norm};
 pub use probe::{DeviceReport, Probe, probe};
 pub use quantize::{E4M3_MAX, dequantize_rows, quantize_rows};

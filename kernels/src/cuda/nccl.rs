@@ -13,7 +13,7 @@ use super::library::{LibraryPaths, Missing, load};
 
 mod communicator;
 
-pub use communicator::{Communicator, Reducible};
+pub use communicator::{Abort, Communicator, Reducible};
 
 /// The oldest version with communicators that do not block.
 const OLDEST: i32 = 21_400;

@@ -120,6 +120,26 @@ pub fn fail_streams(device: &Device) {
     }
 }
 
+/// Breaks the emulator's NCCL on one of its devices: only so many further messages that it sends or
+/// receives ever end, all of them if none are named, and calls hang or do not. What is stuck is
+/// freed by an abort. Nothing on real ones.
+///
+/// # Panics
+/// As [`test_device`].
+pub fn break_nccl(device: &Device, messages: Option<u16>, calls_hang: bool) {
+    let Some(test) = test_device().filter(|device| device.emulator.is_some()) else { return };
+    let library = test.paths.folders[0].join("libnccl.so.2");
+    // SAFETY: the emulator's may be loaded at any time.
+    let library = unsafe { Library::open(Some(&library), libloading::os::unix::RTLD_NOW) };
+    let library = library.expect("it was built with the driver");
+    // SAFETY: a function of the emulator with this signature.
+    let fail: Symbol<unsafe extern "C" fn(i32, i32, i32)> =
+        unsafe { library.get("emulator_break_nccl") }.expect("the emulator has it");
+    let messages = messages.map_or(-1, i32::from);
+    // SAFETY: sets numbers.
+    unsafe { fail(device.ordinal() as i32, messages, calls_hang.into()) };
+}
+
 fn open() -> Option<TestDevice> {
     let wanted = std::env::var("BATON_TEST_DEVICE").unwrap_or_default();
     if wanted != "emulator" {

@@ -172,6 +172,58 @@ fn devices(ranks: usize) -> Option<(Vec<Stream>, Vec<Communicator>)> {
     Some((devices.iter().map(|device| Stream::new(device).unwrap()).collect(), communicators))
 }
 
+/// Two ranks on the emulator's devices of these numbers, as they found each other.
+fn joined(ordinals: [usize; 2]) -> Option<[Result<(Stream, Communicator), NcclError>; 2]> {
+    let nccl = emulated_nccl()?;
+    let libraries = Libraries::find(&testing::test_device()?.paths).unwrap();
+    let id = nccl.unique_id().unwrap();
+    let join = |rank: usize| {
+        let device = Device::open(&libraries, ordinals[rank]).unwrap();
+        let own = Communicator::join(&nccl, &device, &id, (rank, 2), deadline())?;
+        Ok((Stream::new(&device).unwrap(), own))
+    };
+    Some(std::thread::scope(|scope| {
+        let threads = [0, 1].map(|rank| scope.spawn(move || join(rank)));
+        threads.map(|thread| thread.join().unwrap())
+    }))
+}
+
+#[test]
+fn two_ranks_on_one_device_are_refused() {
+    let Some(ranks) = joined([5, 5]) else { return };
+    for rank in ranks {
+        let error = rank.err().expect("as NCCL does");
+        assert!(matches!(error, NcclError::Refused { .. }), "{error}");
+    }
+}
+
+/// An abort does not wait for the call that it is to end, and nothing begins after it.
+#[test]
+fn a_call_that_hangs_is_ended_by_another_thread() {
+    let Some([first, second]) = joined([6, 7]) else { return };
+    let ((stream, own), (other_stream, other)) = (first.unwrap(), second.unwrap());
+    let (data, room) = (stream.buffer(&[1_u8; LEN]), other_stream.buffer(&[0_u8; LEN]));
+    let (data, room) = (data.unwrap(), room.unwrap());
+    own.send(&stream, data.all(), 1).unwrap();
+    other.receive(&other_stream, room.all(), 0).unwrap();
+    assert_eq!(other_stream.read(room.all()).unwrap(), [1; LEN]);
+    testing::break_nccl(stream.device(), None, true);
+    let abort = own.aborter();
+    std::thread::scope(|scope| {
+        let call = scope.spawn(|| {
+            let own = own;
+            let error = own.send(&stream, data.all(), 1).unwrap_err();
+            assert!(matches!(error, NcclError::PeerLost { .. }), "{error}");
+            assert!(own.check().is_err() && own.send(&stream, data.all(), 1).is_err());
+        });
+        abort.abort();
+        call.join().unwrap();
+    });
+    abort.abort();
+    testing::break_nccl(stream.device(), None, false);
+    stream.synchronize().unwrap();
+}
+
 /// Calls `work` for every rank at once, each on a thread of its own.
 fn on_all<T: Send>(
     ranks: Vec<(&Stream, &mut Communicator)>,

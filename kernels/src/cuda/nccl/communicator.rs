@@ -1,7 +1,10 @@
 //! Ranks that send to each other and add up.
 
+use std::cell::Cell;
 use std::ffi::c_int;
-use std::sync::Arc;
+use std::marker::PhantomData;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
 use half::bf16;
@@ -13,6 +16,10 @@ use crate::cuda::stream::Stream;
 
 /// How long to leave the processor alone before asking again whether a call is complete.
 const POLL: Duration = Duration::from_micros(100);
+/// How long an abort waits for calls that are not stuck to return.
+const ABORT_GRACE: Duration = Duration::from_millis(500);
+/// How long all devices of a process may take to find each other.
+const JOIN_TIMEOUT: Duration = Duration::from_secs(120);
 /// How long a call may take on this side, once all ranks are connected. It waits for no peer.
 const CALL_TIMEOUT: Duration = Duration::from_secs(60);
 
@@ -27,17 +34,44 @@ const SUM: c_int = 0;
 /// must receive in the same order. Streams of one communicator must not be used at the same time.
 ///
 /// Work whose peer is gone never ends by itself: ask [`Communicator::check`] while waiting, and
-/// drop the communicator to end it.
+/// drop the communicator to end it, or [abort](Communicator::aborter) it from another thread.
 pub struct Communicator {
+    shared: Arc<Shared>,
+    rank: usize,
+    ranks: usize,
+    /// The library's handle may be used by any thread, one at a time: not `Sync`.
+    _one_at_a_time: PhantomData<Cell<()>>,
+}
+
+/// What a communicator and those who may abort it have.
+struct Shared {
     nccl: Arc<Nccl>,
     device: Arc<Device>,
     handle: Handle,
-    rank: usize,
-    ranks: usize,
+    /// Whether the handle may still be used. Locked by what returns at once only, so that nobody
+    /// waits long for it.
+    alive: Mutex<bool>,
+    /// Calls under way.
+    calls: AtomicUsize,
 }
 
-// SAFETY: the library's handle may be used by any thread, one at a time; so it is not `Sync`.
-unsafe impl Send for Communicator {}
+// SAFETY: calls are made by the one who has the `Communicator`; asking for its state and aborting
+// are allowed beside them.
+unsafe impl Send for Shared {}
+// SAFETY: as above.
+unsafe impl Sync for Shared {}
+
+/// Ends a communicator's work from any thread, also while a call of another one is stuck.
+#[derive(Clone)]
+pub struct Abort(Arc<Shared>);
+
+impl Abort {
+    /// Ends all work wherever it is; the communicator can only be dropped then. Without effect if
+    /// that has happened already.
+    pub fn abort(&self) {
+        self.0.abort();
+    }
+}
 
 /// What can be added up.
 pub trait Reducible: Element {
@@ -74,18 +108,29 @@ impl Communicator {
             call: "ncclCommInitRankConfig",
             error: error.to_string(),
         })?;
-        let (nccl, device, handle) = (nccl.clone(), device.clone(), std::ptr::null_mut());
-        let mut own = Self { nccl, device, handle, rank, ranks };
-        let mut config = Config::not_blocking();
-        let (rank, ranks) = (rank as c_int, ranks as c_int);
+        let (mut handle, mut config) = (std::ptr::null_mut(), Config::not_blocking());
+        let (number, count) = (rank as c_int, ranks as c_int);
         // SAFETY: writes one handle, which says later whether it worked.
         let status = unsafe {
-            let join = own.nccl.functions.join;
-            join(&raw mut own.handle, ranks, RawId(*id), rank, &raw mut config)
+            let join = nccl.functions.join;
+            join(&raw mut handle, count, RawId(*id), number, &raw mut config)
         };
-        own.nccl.check("ncclCommInitRankConfig", status)?;
+        // From here on dropping it gives back what it has.
+        let own = Self::of(nccl, device, handle, (rank, ranks));
+        nccl.check("ncclCommInitRankConfig", status)?;
         own.settle("ncclCommInitRankConfig", deadline)?;
         Ok(own)
+    }
+
+    fn of(
+        nccl: &Arc<Nccl>,
+        device: &Arc<Device>,
+        handle: Handle,
+        (rank, ranks): (usize, usize),
+    ) -> Self {
+        let (nccl, device, alive) = (nccl.clone(), device.clone(), Mutex::new(!handle.is_null()));
+        let shared = Shared { nccl, device, handle, alive, calls: AtomicUsize::new(0) };
+        Self { shared: Arc::new(shared), rank, ranks, _one_at_a_time: PhantomData }
     }
 
     /// One for each of several devices of this process, in that order. What they queue is queued
@@ -93,19 +138,27 @@ impl Communicator {
     /// for each must be able to call: the first operation of a kind waits for all ranks.
     ///
     /// # Errors
-    /// If a device is named twice, or the library fails.
+    /// If a device is named twice, it takes too long, or the library fails.
     pub fn of_devices(nccl: &Arc<Nccl>, devices: &[Arc<Device>]) -> Result<Vec<Self>, NcclError> {
         let ordinals: Vec<_> = devices.iter().map(|device| device.ordinal() as c_int).collect();
-        let mut handles = vec![std::ptr::null_mut(); devices.len()];
-        // SAFETY: writes as many handles as there are devices.
-        let status = unsafe {
-            let join_all = nccl.functions.join_all;
-            join_all(handles.as_mut_ptr(), ordinals.len() as c_int, ordinals.as_ptr())
-        };
+        let (sender, joined) = mpsc::channel();
+        let library = nccl.clone();
+        // It knows no deadline: a thread that does not come back is given up.
+        std::thread::spawn(move || {
+            let mut handles = vec![std::ptr::null_mut(); ordinals.len()];
+            // SAFETY: writes as many handles as there are devices.
+            let status = unsafe {
+                let join_all = library.functions.join_all;
+                join_all(handles.as_mut_ptr(), ordinals.len() as c_int, ordinals.as_ptr())
+            };
+            let _ = sender.send((status, handles.into_iter().map(Joined).collect::<Vec<_>>()));
+        });
+        let (status, handles) = joined
+            .recv_timeout(JOIN_TIMEOUT)
+            .map_err(|_| NcclError::TimedOut { call: "ncclCommInitAll" })?;
         nccl.check("ncclCommInitAll", status)?;
-        let own = |(rank, (handle, device)): (usize, (Handle, &Arc<Device>))| {
-            let (nccl, device, ranks) = (nccl.clone(), device.clone(), devices.len());
-            Self { nccl, device, handle, rank, ranks }
+        let own = |(rank, (Joined(handle), device)): (usize, (Joined, &Arc<Device>))| {
+            Self::of(nccl, device, handle, (rank, devices.len()))
         };
         Ok(handles.into_iter().zip(devices).enumerate().map(own).collect())
     }
@@ -122,6 +175,12 @@ impl Communicator {
         self.ranks
     }
 
+    /// What ends its work from another thread.
+    #[must_use]
+    pub fn aborter(&self) -> Abort {
+        Abort(self.shared.clone())
+    }
+
     /// Queues sending to a peer.
     ///
     /// # Errors
@@ -135,7 +194,7 @@ impl Communicator {
         // SAFETY: memory of a buffer that lives; freeing it waits for the stream.
         self.call("ncclSend", |handle| unsafe {
             let (from, bytes) = (from.address() as *const _, from.bytes());
-            let send = self.nccl.functions.send;
+            let send = self.shared.nccl.functions.send;
             send(from, bytes, TYPE_UINT8, peer as c_int, handle, stream.handle.cast())
         })
     }
@@ -153,7 +212,7 @@ impl Communicator {
         // SAFETY: as above.
         self.call("ncclRecv", |handle| unsafe {
             let (to, bytes) = (to.address() as *mut _, to.bytes());
-            let receive = self.nccl.functions.receive;
+            let receive = self.shared.nccl.functions.receive;
             receive(to, bytes, TYPE_UINT8, peer as c_int, handle, stream.handle.cast())
         })
     }
@@ -170,7 +229,7 @@ impl Communicator {
         // SAFETY: as above.
         self.call("ncclAllReduce", |handle| unsafe {
             let at = data.address() as *mut _;
-            let all_reduce = self.nccl.functions.all_reduce;
+            let all_reduce = self.shared.nccl.functions.all_reduce;
             all_reduce(at, at, data.len(), T::TYPE, SUM, handle, stream.handle.cast())
         })
     }
@@ -192,7 +251,7 @@ impl Communicator {
         // SAFETY: as above.
         self.call("ncclAllGather", |handle| unsafe {
             let (from, to) = (part.address() as *const _, all.address() as *mut _);
-            let all_gather = self.nccl.functions.all_gather;
+            let all_gather = self.shared.nccl.functions.all_gather;
             all_gather(from, to, part.bytes(), TYPE_UINT8, handle, stream.handle.cast())
         })
     }
@@ -206,13 +265,15 @@ impl Communicator {
         work: impl FnOnce(&Self) -> Result<(), NcclError>,
     ) -> Result<(), NcclError> {
         // SAFETY: each start has its end.
-        let started = unsafe { (self.nccl.functions.group_start)() };
-        self.nccl.check("ncclGroupStart", started)?;
+        let started = unsafe { (self.shared.nccl.functions.group_start)() };
+        self.shared.nccl.check("ncclGroupStart", started)?;
         let result = work(self);
+        let under_way = self.shared.enter();
         // SAFETY: as above.
-        let ended = unsafe { (self.nccl.functions.group_end)() };
+        let ended = unsafe { (self.shared.nccl.functions.group_end)() };
+        drop(under_way);
         result?;
-        self.nccl.check("ncclGroupEnd", ended)?;
+        self.shared.nccl.check("ncclGroupEnd", ended)?;
         self.settle("ncclGroupEnd", Instant::now() + CALL_TIMEOUT)
     }
 
@@ -228,13 +289,16 @@ impl Communicator {
     ///
     /// # Errors
     /// If the library fails.
-    pub fn leave(mut self) -> Result<(), NcclError> {
+    pub fn leave(self) -> Result<(), NcclError> {
+        let Shared { nccl, handle, .. } = &*self.shared;
         // SAFETY: a communicator that lives.
-        self.call("ncclCommFinalize", |handle| unsafe { (self.nccl.functions.finalize)(handle) })?;
-        let handle = std::mem::replace(&mut self.handle, std::ptr::null_mut());
-        // SAFETY: nobody has the handle any more.
-        let status = unsafe { (self.nccl.functions.destroy)(handle) };
-        self.nccl.check("ncclCommDestroy", status).map(|_| ())
+        self.call("ncclCommFinalize", |handle| unsafe { (nccl.functions.finalize)(handle) })?;
+        if !self.shared.end() {
+            return Err(aborted("ncclCommDestroy"));
+        }
+        // SAFETY: nobody uses the handle any more.
+        let status = unsafe { (nccl.functions.destroy)(*handle) };
+        nccl.check("ncclCommDestroy", status).map(|_| ())
     }
 
     /// A call that queues something, and is complete when it returns, outside of a group.
@@ -243,10 +307,15 @@ impl Communicator {
         name: &'static str,
         call: impl FnOnce(Handle) -> c_int,
     ) -> Result<(), NcclError> {
-        if let Err(error) = self.device.bind() {
+        let shared = &self.shared;
+        if let Err(error) = shared.device.bind() {
             return Err(NcclError::Refused { call: name, error: error.to_string() });
         }
-        match self.nccl.check(name, call(self.handle))? {
+        let status = {
+            let _under_way = shared.enter().ok_or_else(|| aborted(name))?;
+            call(shared.handle)
+        };
+        match shared.nccl.check(name, status)? {
             true => Ok(()),
             false => self.settle(name, Instant::now() + CALL_TIMEOUT),
         }
@@ -265,20 +334,77 @@ impl Communicator {
 
     /// Whether what was called is complete.
     fn state(&self, call: &'static str) -> Result<bool, NcclError> {
+        let Shared { nccl, handle, .. } = &*self.shared;
         let mut state = 0;
-        // SAFETY: writes one integer.
-        let status = unsafe { (self.nccl.functions.state)(self.handle, &raw mut state) };
-        self.nccl.check(call, status)?;
-        self.nccl.check(call, state)
+        let alive = self.shared.alive();
+        if !*alive {
+            return Err(aborted(call));
+        }
+        // SAFETY: writes one integer; nobody ends the communicator meanwhile.
+        let status = unsafe { (nccl.functions.state)(*handle, &raw mut state) };
+        drop(alive);
+        nccl.check(call, status)?;
+        nccl.check(call, state)
     }
 }
 
 impl Drop for Communicator {
     /// Ends its work wherever it is.
     fn drop(&mut self) {
-        if !self.handle.is_null() && self.device.bind().is_ok() {
-            // SAFETY: nobody has the handle any more.
+        self.shared.abort();
+    }
+}
+
+impl Shared {
+    fn alive(&self) -> MutexGuard<'_, bool> {
+        self.alive.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A call begins; none if the communicator has ended.
+    fn enter(&self) -> Option<UnderWay<'_>> {
+        let alive = self.alive();
+        alive.then(|| {
+            self.calls.fetch_add(1, Ordering::Relaxed);
+            UnderWay(&self.calls)
+        })
+    }
+
+    /// Lets no further call begin. False: that was so already.
+    fn end(&self) -> bool {
+        std::mem::replace(&mut *self.alive(), false)
+    }
+
+    fn abort(&self) {
+        if !self.end() {
+            return;
+        }
+        // The library lets those who are stuck go. Who is not shall not find the handle gone.
+        let patience = Instant::now() + ABORT_GRACE;
+        while self.calls.load(Ordering::Acquire) > 0 && Instant::now() < patience {
+            std::thread::sleep(POLL);
+        }
+        if self.device.bind().is_ok() {
+            // SAFETY: no call begins any more; those under way are made to return.
             let _ = unsafe { (self.nccl.functions.abort)(self.handle) };
         }
     }
+}
+
+/// A call into the library.
+struct UnderWay<'a>(&'a AtomicUsize);
+
+impl Drop for UnderWay<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Release);
+    }
+}
+
+/// A handle on its way from the thread that made it.
+struct Joined(Handle);
+
+// SAFETY: handles may be used by any thread.
+unsafe impl Send for Joined {}
+
+fn aborted(call: &'static str) -> NcclError {
+    NcclError::PeerLost { call, error: "it was aborted".to_owned() }
 }
