@@ -1,6 +1,7 @@
 //! Connections from nodes that send to this one.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use baton_proto::ids::NodeId;
 use quinn::{Connecting, Connection, ConnectionError, RecvStream, SendStream};
@@ -8,7 +9,7 @@ use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
-use crate::direct::is_here;
+use crate::direct::{Transport, is_here};
 use crate::endpoint::{Shared, lock};
 use crate::frame::{Frame, Hello};
 use crate::limits::{MAX_HANDSHAKES, MAX_LINKS};
@@ -18,6 +19,7 @@ use crate::link::{
 };
 use crate::payload::read_units;
 use crate::receive::take_offer;
+use crate::wire::{self, take_parcel};
 
 /// Accepts connections until the endpoint closes.
 pub(crate) async fn accept_links(shared: Arc<Shared>) {
@@ -77,10 +79,15 @@ async fn serve(shared: Arc<Shared>, connection: Connection, hello: Hello, contro
         return;
     };
     let (mut link, queue) = Link::new(shared.next_link(), peer, hello.epoch, connection);
+    let invites = hello.channels && !shared.avoids(&link.peer, Transport::Nccl);
     link.remote = open(&shared, &link.peer, hello).await;
     let link = Arc::new(link);
     if !register(&shared, &link) {
         return;
+    }
+    // Who can read the sender's memory needs no channel.
+    if invites && link.remote.is_none() {
+        tokio::spawn(wire::invite(shared.clone(), link.clone()));
     }
     let (send, receive) = control;
     let error = tokio::select! {
@@ -96,7 +103,7 @@ async fn serve(shared: Arc<Shared>, connection: Connection, hello: Hello, contro
 /// Opens the peer's memory, if it is on this machine and there was no trouble with it lately.
 async fn open(shared: &Shared, peer: &NodeId, hello: Hello) -> Option<OpenMemory> {
     let (direct, (host, memory)) = (shared.direct.get()?, hello.shared?);
-    if shared.avoids(peer) || !is_here(&host) {
+    if shared.avoids(peer, Transport::Ipc) || !is_here(&host) {
         return None;
     }
     let blocks = memory.blocks;
@@ -104,7 +111,7 @@ async fn open(shared: &Shared, peer: &NodeId, hello: Hello) -> Option<OpenMemory
         Ok(Ok(Some(memory))) => Some(OpenMemory { blocks, memory }),
         _ => {
             tracing::info!(%peer, "its memory cannot be opened; its KV comes over the network");
-            shared.avoid(peer.clone());
+            shared.avoid(peer.clone(), Transport::Ipc);
             None
         }
     }
@@ -160,7 +167,7 @@ fn unregister(shared: &Shared, link: &Arc<Link>, error: &LinkError) {
     }
 }
 
-async fn read_control(shared: &Shared, link: &Arc<Link>, mut stream: RecvStream) -> LinkError {
+async fn read_control(shared: &Arc<Shared>, link: &Arc<Link>, mut stream: RecvStream) -> LinkError {
     let mut buffer = Vec::new();
     loop {
         let frame = match read_frame(&mut stream, &mut buffer, shared.timing.message).await {
@@ -169,7 +176,23 @@ async fn read_control(shared: &Shared, link: &Arc<Link>, mut stream: RecvStream)
         };
         match frame {
             Frame::Offer(offer) => take_offer(shared, link, offer),
-            Frame::Hello(_) => return LinkError::Unexpected(frame.to_string()),
+            Frame::Announce(id, pieces, bytes) => {
+                if let Err(error) = take_parcel(shared, link, (id, pieces, bytes)) {
+                    return error;
+                }
+            }
+            Frame::Joined if link.invited.swap(false, Ordering::Relaxed) => {
+                link.joined.store(true, Ordering::Relaxed);
+            }
+            Frame::Hello(_) | Frame::Invite(_) | Frame::Joined => {
+                return LinkError::Unexpected(frame.to_string());
+            }
+            Frame::Unable(_) => {
+                if let Some(wire) = link.wire() {
+                    wire.break_off();
+                }
+                pass_on(shared, link, frame);
+            }
             other => pass_on(shared, link, other),
         }
     }

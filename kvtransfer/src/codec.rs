@@ -7,6 +7,7 @@ use baton_proto::ids::{RequestId, TransferId};
 use baton_proto::message::{Logprobs, NodeFinish};
 use baton_proto::sampling::MAX_LOGPROBS;
 
+use crate::channel::ChannelName;
 use crate::direct::{HostMark, SharedMemory};
 use crate::frame::{FirstToken, FrameError};
 use crate::grid::{LayerRun, Run};
@@ -79,6 +80,20 @@ impl<'a> Reader<'a> {
             }
             code => Err(FrameError::UnknownCode { what: "shared memory", code }),
         }
+    }
+
+    pub(crate) fn flag(&mut self, what: &'static str) -> Result<bool, FrameError> {
+        match self.u8()? {
+            0 => Ok(false),
+            1 => Ok(true),
+            code => Err(FrameError::UnknownCode { what, code }),
+        }
+    }
+
+    pub(crate) fn channel_name(&mut self) -> Result<ChannelName, FrameError> {
+        let bytes = size_of::<ChannelName>() as u32;
+        self.within(bytes..=bytes, "bytes of a channel's name")?;
+        self.bytes()
     }
 
     pub(crate) fn blocks(&mut self) -> Result<u32, FrameError> {

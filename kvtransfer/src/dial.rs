@@ -2,6 +2,7 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use baton_identity::node_server_name;
@@ -10,6 +11,8 @@ use quinn::{Connection, RecvStream, SendStream};
 use tokio::sync::{Notify, mpsc, watch};
 use tokio::time::{sleep, timeout};
 
+use crate::channel::ChannelEnd;
+use crate::direct::Transport;
 use crate::endpoint::{Shared, lock};
 use crate::error::SendError;
 use crate::frame::{Frame, Hello};
@@ -18,6 +21,7 @@ use crate::link::{
     Link, LinkError, close, peer_of, read_frame, read_hello, write_frame, write_frames,
 };
 use crate::transport::is_refused;
+use crate::wire;
 
 /// Pauses between attempts to connect.
 const FIRST_BACKOFF: Duration = Duration::from_millis(20);
@@ -38,6 +42,12 @@ pub(crate) struct Dialer {
     peer: Peer,
     state: watch::Sender<LinkState>,
     retired: Notify,
+}
+
+impl Dialer {
+    pub(crate) fn has_channel(&self) -> bool {
+        matches!(&*self.state.borrow(), LinkState::Up(link) if link.wire().is_some())
+    }
 }
 
 /// The connection to `peer`, made if there is none.
@@ -175,7 +185,11 @@ async fn greet(
         return Err(LinkError::Identity(format!("{node} answers")));
     }
     let (mut send, mut receive) = connection.open_bi().await?;
-    let hello = Hello { shared: shared.described(), ..Hello::new(shared.epoch) };
+    let hello = Hello {
+        shared: shared.described(),
+        channels: wants_channel(shared, peer),
+        ..Hello::new(shared.epoch)
+    };
     write_frame(&mut send, &Frame::Hello(hello)).await?;
     let hello = read_hello(&mut receive, shared.timing.message).await?;
     if hello.epoch != peer.epoch {
@@ -184,8 +198,12 @@ async fn greet(
     Ok((send, receive))
 }
 
+fn wants_channel(shared: &Shared, peer: &Peer) -> bool {
+    shared.channels.get().is_some() && !shared.avoids(&peer.node, Transport::Nccl)
+}
+
 /// Runs a connection to its end.
-async fn serve(shared: &Shared, dialer: &Dialer, connected: Connected) -> LinkError {
+async fn serve(shared: &Arc<Shared>, dialer: &Dialer, connected: Connected) -> LinkError {
     let Connected { link, queue, send, receive } = connected;
     let link = Arc::new(link);
     dialer.state.send_replace(LinkState::Up(link.clone()));
@@ -197,19 +215,33 @@ async fn serve(shared: &Shared, dialer: &Dialer, connected: Connected) -> LinkEr
     error
 }
 
-async fn read_control(shared: &Shared, link: &Link, mut stream: RecvStream) -> LinkError {
+async fn read_control(shared: &Arc<Shared>, link: &Arc<Link>, mut stream: RecvStream) -> LinkError {
     let mut buffer = Vec::new();
     loop {
         let frame = match read_frame(&mut stream, &mut buffer, shared.timing.message).await {
             Ok(frame) => frame,
             Err(error) => return error,
         };
+        if let Frame::Invite(name) = frame
+            && shared.channels.get().is_some()
+            && !link.invited.swap(true, Ordering::Relaxed)
+        {
+            tokio::spawn(wire::keep(shared.clone(), link.clone(), name, ChannelEnd::Sending));
+            continue;
+        }
         let Some(id) = frame.transfer() else {
             return LinkError::Unexpected(frame.to_string());
         };
         // A frame about a transfer that has ended is late, and dropped.
         let transfer = shared.outbound.get(&id).map(|transfer| transfer.clone());
         if let Some(transfer) = transfer {
+            // The receiver asks for bytes instead: its end of the channel is broken.
+            if matches!(&frame, Frame::Grant(grant) if grant.transport == Transport::Quic)
+                && transfer.is_current(link, Transport::Nccl)
+                && let Some(wire) = link.wire()
+            {
+                wire.break_off();
+            }
             transfer.input(|sender, now| sender.handle_frame(now, link.id, frame));
         }
     }

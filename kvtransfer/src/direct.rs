@@ -22,19 +22,22 @@ use crate::memory::Soon;
 pub enum Transport {
     /// Bytes over QUIC.
     Quic = 0,
+    /// Bytes through a [channel](crate::Channel) between devices, neither encrypted nor checked.
+    Nccl = 1,
     /// References to memory of the same machine, which the receiver copies from.
-    Ipc = 1,
+    Ipc = 2,
 }
 
 impl Transport {
     /// Every transport, best first.
-    pub const ALL: [Self; 2] = [Self::Ipc, Self::Quic];
+    pub const ALL: [Self; 3] = [Self::Ipc, Self::Nccl, Self::Quic];
 
     /// Its name in configurations, reports and metrics.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
             Self::Quic => "quic",
+            Self::Nccl => "nccl",
             Self::Ipc => "ipc",
         }
     }

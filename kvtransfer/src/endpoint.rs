@@ -13,6 +13,7 @@ use tokio::runtime::Handle;
 use tokio::time::timeout;
 
 use crate::accept;
+use crate::channel::Channels;
 use crate::dial::Dialer;
 use crate::direct::{Direct, Host, HostMark, SharedMemory, Transport};
 use crate::inbox::Inbox;
@@ -80,6 +81,7 @@ impl Endpoint {
             outbound: DashMap::new(),
             dialers: Mutex::default(),
             direct: OnceLock::new(),
+            channels: OnceLock::new(),
             host: OnceLock::new(),
             avoided: Mutex::default(),
             sent: Default::default(),
@@ -105,11 +107,28 @@ impl Endpoint {
         }
     }
 
+    /// Lets transfers go through channels between devices, from the next connection on. Once only.
+    pub fn open_channels(&self, channels: Arc<dyn Channels>) {
+        let _ = self.shared.channels.set(channels);
+    }
+
     /// How payload may travel, best first.
     #[must_use]
     pub fn transports(&self) -> Vec<Transport> {
-        let direct = self.shared.direct.get().is_some();
-        Transport::ALL.into_iter().filter(|&way| direct || way == Transport::Quic).collect()
+        let has = |way: &Transport| match way {
+            Transport::Quic => true,
+            Transport::Nccl => self.shared.channels.get().is_some(),
+            Transport::Ipc => self.shared.direct.get().is_some(),
+        };
+        Transport::ALL.into_iter().filter(has).collect()
+    }
+
+    /// Channels that are up: `(to receivers, from senders)`.
+    #[must_use]
+    pub fn channels(&self) -> (usize, usize) {
+        let to = lock(&self.shared.dialers).values().filter(|dialer| dialer.has_channel()).count();
+        let from = lock(&self.shared.inbound_links).values().filter(|link| link.delivers()).count();
+        (to, from)
     }
 
     /// Starts to send. Never blocks; what cannot be sent fails through the handle.
@@ -168,8 +187,10 @@ pub(crate) struct Shared {
     /// This node's memory.
     pub(crate) direct: OnceLock<Arc<dyn Direct>>,
     host: OnceLock<Host>,
-    /// Peers whose memory could not be read, and until when it is left alone.
-    avoided: Mutex<HashMap<NodeId, Instant>>,
+    /// Makes channels between devices.
+    pub(crate) channels: OnceLock<Arc<dyn Channels>>,
+    /// Ways to peers that failed, and until when they are left alone.
+    avoided: Mutex<HashMap<(NodeId, Transport), Instant>>,
     /// Bytes that have arrived, by transport.
     sent: [AtomicU64; Transport::ALL.len()],
     /// Of the last of them; no transport's code before.
@@ -190,9 +211,12 @@ impl Shared {
 
     /// How payload from the peer had best travel.
     pub(crate) fn best(&self, link: &Link) -> Transport {
-        match link.remote.is_some() && !self.avoids(&link.peer) {
-            true => Transport::Ipc,
-            false => Transport::Quic,
+        if link.remote.is_some() && !self.avoids(&link.peer, Transport::Ipc) {
+            Transport::Ipc
+        } else if link.delivers() {
+            Transport::Nccl
+        } else {
+            Transport::Quic
         }
     }
 
@@ -203,16 +227,17 @@ impl Shared {
         }
     }
 
-    /// A peer's memory could not be read.
-    pub(crate) fn avoid(&self, peer: NodeId) {
+    /// Payload from or to a peer cannot travel this way.
+    pub(crate) fn avoid(&self, peer: NodeId, way: Transport) {
         let now = Instant::now();
         let mut avoided = lock(&self.avoided);
         avoided.retain(|_, until| *until > now);
-        avoided.insert(peer, now + DIRECT_PAUSE);
+        avoided.insert((peer, way), now + DIRECT_PAUSE);
     }
 
-    pub(crate) fn avoids(&self, peer: &NodeId) -> bool {
-        lock(&self.avoided).get(peer).is_some_and(|until| *until > Instant::now())
+    pub(crate) fn avoids(&self, peer: &NodeId, way: Transport) -> bool {
+        let avoided = lock(&self.avoided);
+        avoided.get(&(peer.clone(), way)).is_some_and(|until| *until > Instant::now())
     }
 
     fn stop(&self) {

@@ -14,13 +14,14 @@ use baton_proto::hash::{BlockHash, ModelRoot};
 use baton_proto::ids::{Epoch, TransferId};
 use baton_proto::message::{Logprobs, NodeFinish, Retry};
 
+use crate::channel::ChannelName;
 use crate::codec::{Reader, Writer};
 use crate::direct::{HostMark, SharedMemory, Transport};
 pub use crate::grid::{LayerRun, Run};
 use crate::limits::{MAX_BLOCKS, MAX_FRAME_BYTES, MAX_LANDED_RUNS, MAX_WANTED_RUNS};
 
 /// Protocol versions that this build speaks.
-pub const VERSIONS: RangeInclusive<u32> = 2..=2;
+pub const VERSIONS: RangeInclusive<u32> = 3..=3;
 
 /// Bytes that are no frame. Whoever sent them broke the protocol.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -81,6 +82,14 @@ pub enum Frame {
     Read(TransferId),
     /// Sender: what was copied before you said so was mine all the time.
     Held(TransferId),
+    /// Receiver: join this channel.
+    Invite(ChannelName),
+    /// Sender: I have joined it.
+    Joined,
+    /// Sender: the channel's next parcel has these pieces, of so many bytes.
+    Announce(TransferId, LayerRun, u32),
+    /// Sender: the channel is broken; ask for the pieces in another way.
+    Unable(TransferId),
 }
 
 /// Opens a connection.
@@ -94,13 +103,16 @@ pub struct Hello {
     pub epoch: Epoch,
     /// The sender's memory, for a receiver on the same machine.
     pub shared: Option<(HostMark, SharedMemory)>,
+    /// Sender: it would join a channel.
+    pub channels: bool,
 }
 
 impl Hello {
     /// What this build says.
     #[must_use]
     pub fn new(epoch: Epoch) -> Self {
-        Self { oldest: *VERSIONS.start(), newest: *VERSIONS.end(), epoch, shared: None }
+        let (oldest, newest) = (*VERSIONS.start(), *VERSIONS.end());
+        Self { oldest, newest, epoch, shared: None, channels: false }
     }
 
     /// The version that both ends then speak: the newest that both know.
@@ -285,11 +297,11 @@ pub fn frame_length(prefix: [u8; 4]) -> Result<usize, FrameError> {
 }
 
 impl Frame {
-    /// The transfer that it is about; `None` for [`Self::Hello`].
+    /// The transfer that it is about; `None` for those about the connection.
     #[must_use]
     pub fn transfer(&self) -> Option<TransferId> {
         match self {
-            Self::Hello(_) => None,
+            Self::Hello(_) | Self::Invite(_) | Self::Joined => None,
             Self::Offer(offer) => Some(offer.manifest.transfer),
             Self::Grant(grant) => Some(grant.transfer),
             Self::Retry(id, _)
@@ -298,7 +310,9 @@ impl Frame {
             | Self::Cancel(id, _)
             | Self::Heartbeat(id)
             | Self::Read(id)
-            | Self::Held(id) => Some(*id),
+            | Self::Held(id)
+            | Self::Announce(id, ..)
+            | Self::Unable(id) => Some(*id),
         }
     }
 
@@ -329,6 +343,7 @@ impl Frame {
                     out.u32(memory.blocks);
                     out.list(&memory.description, |w, &byte| w.u8(byte));
                 }
+                out.u8(hello.channels.into());
             }
             Self::Offer(Offer { manifest, lease }) => {
                 kind(2, &manifest.transfer);
@@ -361,6 +376,17 @@ impl Frame {
             Self::Heartbeat(id) => kind(8, id),
             Self::Read(id) => kind(9, id),
             Self::Held(id) => kind(10, id),
+            Self::Invite(name) => {
+                out.u8(11);
+                out.list(name, |w, &byte| w.u8(byte));
+            }
+            Self::Joined => out.u8(12),
+            Self::Announce(id, at, bytes) => {
+                kind(13, id);
+                out.layer_run(*at);
+                out.u32(*bytes);
+            }
+            Self::Unable(id) => kind(14, id),
         }
     }
 
@@ -373,6 +399,7 @@ impl Frame {
                 newest: r.u32()?,
                 epoch: Epoch(r.u64()?),
                 shared: r.shared_memory()?,
+                channels: r.flag("channels")?,
             }),
             2 => Self::Offer(Offer {
                 manifest: Manifest {
@@ -399,6 +426,10 @@ impl Frame {
             8 => Self::Heartbeat(r.transfer()?),
             9 => Self::Read(r.transfer()?),
             10 => Self::Held(r.transfer()?),
+            11 => Self::Invite(r.channel_name()?),
+            12 => Self::Joined,
+            13 => Self::Announce(r.transfer()?, r.layer_run()?, r.u32()?),
+            14 => Self::Unable(r.transfer()?),
             kind => return Err(FrameError::UnknownKind(kind)),
         };
         match r.0.len() {
@@ -428,6 +459,10 @@ impl fmt::Display for Frame {
             Self::Heartbeat(_) => "heartbeat",
             Self::Read(_) => "read",
             Self::Held(_) => "held",
+            Self::Invite(_) => "invite",
+            Self::Joined => "joined",
+            Self::Announce(..) => "announce",
+            Self::Unable(_) => "unable",
         })
     }
 }

@@ -20,6 +20,9 @@
 //!         ← Complete   every wanted piece was verified and lies in its place
 //! ```
 //!
+//! Where the payload goes through a channel between devices, `Announce` frames stand for the units,
+//! and the sender says `Unable` when it is broken: a second grant follows.
+//!
 //! Either end may `Cancel` at any time; both send `Heartbeat`s, and give up when the other has
 //! been silent for as long as their own lease.
 
@@ -28,6 +31,7 @@ pub mod inbox;
 pub mod limits;
 
 mod accept;
+mod channel;
 mod codec;
 mod dial;
 mod direct;
@@ -37,12 +41,15 @@ mod grid;
 mod link;
 mod memory;
 mod payload;
+mod pump;
 mod receive;
 mod receiver;
 mod send;
 mod sender;
 mod transport;
+mod wire;
 
+pub use channel::{Channel, ChannelEnd, ChannelName, Channels, Parcel};
 pub use direct::{Direct, HostMark, Remote, SharedMemory, Transport};
 pub use endpoint::{BindError, Endpoint};
 pub use error::{ReceiveError, SendError};

@@ -31,6 +31,16 @@ pub const MAX_COPIES: usize = 64;
 /// How long a peer's memory is left alone after a copy from it has failed.
 pub const DIRECT_PAUSE: Duration = Duration::from_secs(60);
 
+/// Most bytes of a parcel, unless one piece is larger.
+pub const PARCEL_BYTES: usize = 4 << 20;
+/// Parcels that are announced to one peer and not sent yet.
+pub const MAX_ANNOUNCED: usize = 64;
+/// Parcels that one peer may have announced and not sent yet: more than it does, as it may have sent
+/// what this end has not noticed yet.
+pub const MAX_EXPECTED: usize = 4 * MAX_ANNOUNCED;
+/// How long a library that does not come back from joining is waited for beyond its deadline.
+pub const JOIN_GRACE: Duration = Duration::from_secs(5);
+
 /// Units of one transfer that are taken from its source ahead of the one that is being written: a
 /// copy out of a device overlaps with the network.
 pub const STAGED_UNITS: usize = 3;
@@ -87,6 +97,10 @@ pub struct Timing {
     pub reconnect: Duration,
     /// For a handshake, and for a peer to finish a message that it has begun.
     pub message: Duration,
+    /// For the other end to join a channel.
+    pub join: Duration,
+    /// For the next parcel to get through a channel.
+    pub channel: Duration,
     /// Silence after which a connection is lost; keep-alives go out at a quarter of it.
     pub idle: Duration,
 }
@@ -100,6 +114,8 @@ impl Default for Timing {
             complete: Duration::from_secs(30),
             reconnect: Duration::from_secs(5),
             message: Duration::from_secs(5),
+            join: Duration::from_secs(30),
+            channel: Duration::from_secs(5),
             idle: Duration::from_secs(2),
         }
     }

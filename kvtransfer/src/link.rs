@@ -1,7 +1,8 @@
 //! One connection to another node: its control stream, and how it ends.
 
 use std::net::SocketAddr;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use baton_identity::peer_node_id;
@@ -17,6 +18,7 @@ use crate::frame::{Frame, FrameError, Hello, Reason, frame_length};
 use crate::inbox::Origin;
 use crate::limits::{MAX_COPIES, MAX_QUEUED_FRAMES};
 use crate::sender::LinkId;
+use crate::wire::Wire;
 
 /// Why a connection was closed, as told to the peer. 0 is what QUIC says for a dropped one.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -57,6 +59,8 @@ pub(crate) enum LinkError {
     Frame(#[from] FrameError),
     #[error("it sent an unexpected {0} frame")]
     Unexpected(String),
+    #[error("it broke the protocol: {0}")]
+    Broke(&'static str),
     #[error("it ended the control stream")]
     ControlEnded,
     #[error("it was too slow with {0}")]
@@ -82,7 +86,7 @@ impl LinkError {
             Self::Epoch { expected, theirs } => {
                 Some(SendError::WrongEpoch { expected: *expected, theirs: *theirs })
             }
-            Self::Frame(_) | Self::Unexpected(_) => {
+            Self::Frame(_) | Self::Unexpected(_) | Self::Broke(_) => {
                 Some(SendError::Protocol("what it sent is not in the protocol"))
             }
             // A life of a node that does not listen is over.
@@ -158,6 +162,12 @@ pub(crate) struct Link {
     pub(crate) remote: Option<OpenMemory>,
     /// Permits for copies from it.
     pub(crate) copies: Arc<Semaphore>,
+    /// The channel, once this end has joined it.
+    pub(crate) wire: OnceLock<Arc<Wire>>,
+    /// It was named, which happens once.
+    pub(crate) invited: AtomicBool,
+    /// The sender has joined it.
+    pub(crate) joined: AtomicBool,
 }
 
 /// Memory of a peer that was opened.
@@ -176,7 +186,10 @@ impl Link {
     ) -> (Self, mpsc::Receiver<Frame>) {
         let (frames, queue) = mpsc::channel(MAX_QUEUED_FRAMES);
         let copies = Arc::new(Semaphore::new(MAX_COPIES));
-        let link = Self { id, peer, epoch, connection, frames, remote: None, copies };
+        let (remote, wire) = (None, OnceLock::new());
+        let (invited, joined) = (AtomicBool::new(false), AtomicBool::new(false));
+        let link =
+            Self { id, peer, epoch, connection, frames, remote, copies, wire, invited, joined };
         (link, queue)
     }
 
@@ -189,6 +202,16 @@ impl Link {
 
     pub(crate) fn close(&self, code: CloseCode) {
         close(&self.connection, code);
+    }
+
+    /// The channel, if it can be used.
+    pub(crate) fn wire(&self) -> Option<&Arc<Wire>> {
+        self.wire.get().filter(|wire| !wire.is_broken())
+    }
+
+    /// Whether the sender may be asked for payload through the channel.
+    pub(crate) fn delivers(&self) -> bool {
+        self.wire().is_some() && self.joined.load(Ordering::Relaxed)
     }
 }
 

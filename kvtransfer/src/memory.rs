@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
+use crate::channel::{Channel, Parcel};
 use crate::direct::Remote;
 use crate::frame::{LayerRun, Run};
 
@@ -38,6 +39,12 @@ pub trait BlockSource: Send + Sync + 'static {
     fn references(&self, _: Run) -> Option<Vec<u32>> {
         None
     }
+
+    /// A copy of `pieces` for a channel. The future waits for room, which is given in the order in
+    /// which it was asked for. `None`: source and channel do not go together, or it is broken.
+    fn pack(&self, _: &dyn Channel, _: LayerRun) -> Soon<Option<Parcel>> {
+        at_hand(None)
+    }
 }
 
 /// The blocks reserved for one sequence at the receiving end.
@@ -55,6 +62,12 @@ pub trait BlockSink: Send + Sync + 'static {
         _pieces: LayerRun,
         _references: Vec<u32>,
     ) -> Soon<bool> {
+        at_hand(false)
+    }
+
+    /// Copies what has come through a channel to `pieces`. False: it does not belong there. Done,
+    /// and bound to come to its end, as [`Place::apply`]; in order, as [`copy`](Self::copy).
+    fn unpack(self: Arc<Self>, _: LayerRun, _: Parcel) -> Soon<bool> {
         at_hand(false)
     }
 }

@@ -84,6 +84,12 @@ impl From<FrameError> for Stop {
     }
 }
 
+impl From<LinkError> for Stop {
+    fn from(error: LinkError) -> Self {
+        Self::Link(error)
+    }
+}
+
 /// The receiving end: reads one stream to its end. An error closes the connection.
 pub(crate) async fn read_units(
     shared: Arc<Shared>,
@@ -149,8 +155,11 @@ async fn read_unit(
     header: &UnitHeader,
     inbound: &Arc<Inbound>,
 ) -> Result<(), Stop> {
-    if header.transport != Transport::Quic {
-        return read_references(shared, link, stream, header, inbound).await;
+    match header.transport {
+        Transport::Quic => {}
+        Transport::Ipc => return read_references(shared, link, stream, header, inbound).await,
+        // Parcels are announced.
+        Transport::Nccl => return Err(LinkError::Unexpected("payload unit".to_owned()).into()),
     }
     if !inbound.begin_unit(shared, link.id, header).await {
         return Err(Stop::Over);

@@ -10,6 +10,8 @@ use baton_proto::ids::{Epoch, NodeId, TransferId};
 use tokio::sync::{Notify, OwnedSemaphorePermit, watch};
 use tokio::time::sleep_until;
 
+use crate::channel::Parcel;
+use crate::direct::Transport;
 use crate::endpoint::{Shared, lock};
 use crate::error::ReceiveError;
 use crate::frame::{FirstToken, LayerRun, Manifest, Offer, UnitHeader};
@@ -345,7 +347,7 @@ impl Inbound {
             let copied = copying.await;
             drop(permit);
             if copied == Ok(false) {
-                shared.avoid(peer);
+                shared.avoid(peer, Transport::Ipc);
             }
             transfer.change(&shared, |state, now| match copied {
                 Ok(true) => state.machine.applied(now),
@@ -354,6 +356,30 @@ impl Inbound {
             });
         });
         current
+    }
+
+    /// A parcel is announced; whether it is wanted. An error: the sender may not.
+    pub(crate) fn announced(
+        &self,
+        shared: &Shared,
+        link: LinkId,
+        parcel: &UnitHeader,
+    ) -> Result<bool, &'static str> {
+        self.change(shared, |state, now| state.machine.announced(now, link, parcel))
+    }
+
+    /// Copies a parcel to its blocks, unless the transfer has ended. Until then nothing of it holds
+    /// them.
+    pub(crate) async fn unpack(
+        &self,
+        pieces: LayerRun,
+        parcel: Parcel,
+    ) -> Result<bool, MemoryLost> {
+        let sink = lock(&self.state).sink.clone();
+        match sink {
+            Some(sink) => sink.unpack(pieces, parcel).await,
+            None => Ok(false),
+        }
     }
 
     fn follow(&self, link: &Arc<Link>) {

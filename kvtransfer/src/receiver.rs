@@ -7,9 +7,9 @@ use crate::direct::Transport;
 use crate::error::ReceiveError;
 use crate::frame::{FirstToken, Frame, Grant, LayerRun, Manifest, Offer, Reason, Run, UnitHeader};
 use crate::grid::Grid;
-use crate::limits::{MAX_LANDED_RUNS, MAX_REFERENCES, MAX_RETRIES, Timing};
+use crate::limits::{MAX_LANDED_RUNS, MAX_REFERENCES, MAX_RETRIES, PARCEL_BYTES, Timing};
 use crate::memory::MemoryLost;
-use crate::sender::{LinkId, check};
+use crate::sender::{LinkId, check, pieces_of};
 
 /// Receives one transfer.
 ///
@@ -26,6 +26,8 @@ use crate::sender::{LinkId, check};
 /// its checksum held, and is not written to again; complete exactly if every wanted piece has
 /// landed and is applied and the first token is here; nothing is accepted after the end, or over
 /// an earlier connection than the current one.
+///
+/// A parcel's pieces count as landed when it is announced, and are unreadable if it does not come.
 ///
 /// Payload by reference is copied from memory of the sender's, which may give it to others at any
 /// time. So it counts for one connection only, and the transfer is complete when the sender has
@@ -167,6 +169,7 @@ impl Receiver {
             Frame::Cancel(_, reason) => self.end(Err(ReceiveError::Ended(reason))),
             Frame::Heartbeat(_) => {}
             Frame::Held(_) => self.confirmed(),
+            Frame::Unable(_) => self.handle_channel_broken(now, link),
             _ => self.fail(ReceiveError::Protocol("a frame that only a receiver sends")),
         }
     }
@@ -244,6 +247,18 @@ impl Receiver {
         Ok(self.begin_unit(now, link, unit)? && self.end_unit(now, link, checksum))
     }
 
+    /// A parcel is announced over `link`. True: it is wanted, and [`applied`](Self::applied) or
+    /// [`unreadable`](Self::unreadable) is to follow, whatever happens to the connection. An error:
+    /// it is not what was granted, and the transfer has failed.
+    pub fn announced(
+        &mut self,
+        now: Instant,
+        link: LinkId,
+        parcel: &UnitHeader,
+    ) -> Result<bool, &'static str> {
+        Ok(self.begin_unit(now, link, parcel)? && self.end_unit(now, link, parcel.checksum))
+    }
+
     /// Whether a unit has begun and not ended.
     #[must_use]
     pub fn is_arriving(&self) -> bool {
@@ -266,13 +281,27 @@ impl Receiver {
         if self.outcome.is_some() {
             return;
         }
+        self.fall_back();
+        self.applied(now);
+    }
+
+    /// The channel that goes with `link` is broken: what is announced will not come.
+    pub fn handle_channel_broken(&mut self, now: Instant, link: LinkId) {
+        if self.is_current(link) && self.transport == Some(Transport::Nccl) {
+            self.fall_back();
+            self.progress(now);
+            self.grant_if_due();
+        }
+    }
+
+    /// The payload comes over the network from now on, all of it.
+    fn fall_back(&mut self) {
         if self.transport != Some(Transport::Quic) {
             self.transport = Some(Transport::Quic);
             self.landed.clear();
             self.asked = false;
             self.grant_due = self.link.is_some();
         }
-        self.applied(now);
     }
 
     /// The blocks cannot be written any more.
@@ -413,8 +442,13 @@ impl Receiver {
         }
         let (most, bytes) = match unit.transport {
             Transport::Quic => (u32::MAX, geometry.piece_bytes()),
+            Transport::Nccl => (pieces_of(PARCEL_BYTES, geometry), geometry.piece_bytes()),
             Transport::Ipc => (MAX_REFERENCES, size_of::<u32>()),
         };
+        let again = |ordinal| self.landed.contains(layer, ordinal);
+        if unit.transport == Transport::Nccl && run.range().any(again) {
+            return Err("payload that was announced before");
+        }
         if run.count > most || u64::from(unit.length) != u64::from(run.count) * bytes as u64 {
             return Err("payload of another length than its pieces");
         }
@@ -436,7 +470,7 @@ impl Receiver {
         if missing || self.applying > 0 {
             return;
         }
-        if self.first.is_some() && self.transport != Some(Transport::Quic) && wanted > 0 {
+        if self.first.is_some() && self.transport == Some(Transport::Ipc) && wanted > 0 {
             if !std::mem::replace(&mut self.asked, true) {
                 self.frames.push_back(Frame::Read(self.manifest.transfer));
             }

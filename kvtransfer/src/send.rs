@@ -1,6 +1,5 @@
 //! The sending end of one transfer, driven over QUIC.
 
-use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -9,7 +8,6 @@ use baton_proto::geometry::KvGeometry;
 use baton_proto::hash::{BlockHash, ModelRoot};
 use baton_proto::ids::TransferId;
 use baton_proto::message::Peer;
-use bytes::Bytes;
 use dashmap::Entry;
 use tokio::sync::{Notify, watch};
 use tokio::time::sleep_until;
@@ -18,11 +16,12 @@ use crate::dial::{self, LinkState};
 use crate::direct::Transport;
 use crate::endpoint::{Shared, lock};
 use crate::error::SendError;
-use crate::frame::{FirstToken, LayerRun, Manifest, Run};
-use crate::limits::{MAX_OUTGOING, STAGED_UNITS};
+use crate::frame::{FirstToken, LayerRun, Manifest};
+use crate::limits::MAX_OUTGOING;
 use crate::link::Link;
-use crate::memory::{BlockSource, MemoryLost, Soon, at_hand};
+use crate::memory::BlockSource;
 use crate::payload::PayloadStream;
+use crate::pump::pump;
 use crate::sender::Sender;
 
 /// What is to be sent, and to whom.
@@ -163,7 +162,7 @@ pub(crate) struct Outbound {
     /// The machine's deadline is nearer than it was, or it has ended.
     deadline: Notify,
     /// There may be units to send.
-    payload: Notify,
+    pub(crate) payload: Notify,
 }
 
 struct State {
@@ -197,7 +196,7 @@ impl Outbound {
         });
     }
 
-    fn next_unit(&self) -> Option<(Arc<Link>, Transport, LayerRun)> {
+    pub(crate) fn next_unit(&self) -> Option<(Arc<Link>, Transport, LayerRun)> {
         let mut state = lock(&self.state);
         let link = state.link.clone()?;
         if state.machine.link() != Some(link.id) {
@@ -208,9 +207,14 @@ impl Outbound {
     }
 
     /// Whether units for this connection are still wanted in this way.
-    fn is_current(&self, link: &Link, transport: Transport) -> bool {
+    pub(crate) fn is_current(&self, link: &Link, transport: Transport) -> bool {
         let machine = &lock(&self.state).machine;
         machine.link() == Some(link.id) && machine.transport() == transport
+    }
+
+    pub(crate) fn bytes_of(&self, pieces: LayerRun) -> u32 {
+        let piece_bytes = lock(&self.state).machine.manifest().geometry.piece_bytes();
+        u32::try_from(piece_bytes * pieces.run.count as usize).expect("a parcel is far below 4 GiB")
     }
 
     fn poll_timeout(&self) -> Option<Instant> {
@@ -233,7 +237,7 @@ impl State {
 /// Drives a transfer to its end. The source and everything taken from it is dropped on return.
 async fn run(
     shared: &Arc<Shared>,
-    transfer: &Outbound,
+    transfer: &Arc<Outbound>,
     peer: &Peer,
     source: Arc<dyn BlockSource>,
 ) -> Result<Sent, SendError> {
@@ -270,59 +274,5 @@ async fn control(shared: &Arc<Shared>, transfer: &Outbound, peer: &Peer) {
                 transfer.follow(&state);
             }
         }
-    }
-}
-
-/// Sends units as fast as the transport takes them, and reads those that follow meanwhile. A lost stream is left to `control`, which
-/// learns of the lost connection, and to the receiver's next grant.
-async fn pump(
-    transfer: &Outbound,
-    id: TransferId,
-    source: Arc<dyn BlockSource>,
-    stream: &mut PayloadStream,
-) {
-    let mut staged = VecDeque::new();
-    let mut current = None;
-    loop {
-        while staged.len() < STAGED_UNITS
-            && let Some((link, transport, pieces)) = transfer.next_unit()
-        {
-            // Before anything is staged: who waits for a stream must not keep staging memory from
-            // those that have one. What was staged for another connection is asked for again.
-            if current.replace((link.id, transport)) != Some((link.id, transport)) {
-                staged.clear();
-            }
-            if !stream.open(&link, transport).await {
-                continue;
-            }
-            let payload = match transport {
-                Transport::Quic => source.read(pieces),
-                Transport::Ipc => references(&*source, pieces.run),
-            };
-            staged.push_back((link, transport, pieces, payload));
-        }
-        let Some((link, transport, pieces, payload)) = staged.pop_front() else {
-            transfer.payload.notified().await;
-            continue;
-        };
-        match payload.await {
-            Ok(data) => {
-                if transfer.is_current(&link, transport) && stream.open(&link, transport).await {
-                    stream.write_unit((id, transport, pieces), data).await;
-                }
-            }
-            Err(MemoryLost) => transfer.input(|sender, _| sender.handle_memory_lost()),
-        }
-    }
-}
-
-/// Asked for only if this node's memory was described to the peer.
-fn references(source: &dyn BlockSource, run: Run) -> Soon<Vec<Bytes>> {
-    match source.references(run) {
-        Some(blocks) => {
-            let bytes: Vec<u8> = blocks.iter().flat_map(|block| block.to_le_bytes()).collect();
-            at_hand(vec![bytes.into()])
-        }
-        None => Box::pin(std::future::ready(Err(MemoryLost))),
     }
 }

@@ -4,13 +4,15 @@ use std::collections::VecDeque;
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
+use baton_proto::geometry::KvGeometry;
+
 use crate::direct::Transport;
 use crate::error::SendError;
 use crate::frame::{FirstToken, Frame, Grant, LayerRun, Manifest, Offer, Reason, Run};
 use crate::grid::{Grid, runs};
 use crate::limits::{
-    MAX_BLOCKS, MAX_CONNECTIONS, MAX_LAYERS, MAX_PIECE_BYTES, MAX_REFERENCES, MAX_RETRIES, Timing,
-    UNIT_BYTES,
+    MAX_BLOCKS, MAX_CONNECTIONS, MAX_LAYERS, MAX_PIECE_BYTES, MAX_REFERENCES, MAX_RETRIES,
+    PARCEL_BYTES, Timing, UNIT_BYTES,
 };
 use crate::memory::MemoryLost;
 use crate::send::Sent;
@@ -36,6 +38,8 @@ pub struct Sender {
     link: Option<LinkId>,
     /// How the receiver wants its payload.
     transport: Transport,
+    /// Nothing can be sent that way; the receiver was told.
+    unable: bool,
     connections: u32,
     /// Why there is no connection.
     lost_because: String,
@@ -81,6 +85,7 @@ impl Sender {
             phase: Phase::Unlinked,
             link: None,
             transport: Transport::Quic,
+            unable: false,
             connections: 0,
             lost_because: "no connection yet".to_owned(),
             ready: Grid::new(layers, blocks),
@@ -179,6 +184,15 @@ impl Sender {
         self.fail(MemoryLost.into());
     }
 
+    /// The connection's channel is broken. What was sent through it may not have arrived.
+    pub fn handle_channel_broken(&mut self, now: Instant) {
+        let through_it = self.phase == Phase::Granted && self.transport == Transport::Nccl;
+        if through_it && !std::mem::replace(&mut self.unable, true) {
+            self.progress(now);
+            self.frames.push_back(Frame::Unable(self.manifest.transfer));
+        }
+    }
+
     /// A control frame about this transfer came over `link`.
     pub fn handle_frame(&mut self, now: Instant, link: LinkId, frame: Frame) {
         if self.has_ended() || self.link != Some(link) {
@@ -199,9 +213,7 @@ impl Sender {
             Frame::Cancel(_, reason) => self.end(Err(SendError::Refused(reason))),
             Frame::Heartbeat(_) => {}
             Frame::Read(_) => self.was_read(now),
-            Frame::Hello(_) | Frame::Offer(_) | Frame::Finish(..) | Frame::Held(_) => {
-                self.fail(SendError::Protocol("a frame that only a sender sends"));
-            }
+            _ => self.fail(SendError::Protocol("a frame that only a sender sends")),
         }
     }
 
@@ -248,9 +260,13 @@ impl Sender {
 
     /// The next pieces to send over [`Self::link`]: one layer of consecutive blocks.
     pub fn poll_unit(&mut self, now: Instant) -> Option<LayerRun> {
+        if self.unable {
+            return None;
+        }
         let next = self.queue.front_mut()?;
         let most = match self.transport {
-            Transport::Quic => (UNIT_BYTES / self.manifest.geometry.piece_bytes()).max(1) as u32,
+            Transport::Quic => pieces_of(UNIT_BYTES, &self.manifest.geometry),
+            Transport::Nccl => pieces_of(PARCEL_BYTES, &self.manifest.geometry),
             Transport::Ipc => MAX_REFERENCES,
         };
         let count = next.run.count.min(most);
@@ -305,6 +321,7 @@ impl Sender {
         self.beat = (self.timing.lease.min(grant.lease) / 4).max(Duration::from_millis(1));
         self.beat_at = now + self.beat;
         self.transport = grant.transport;
+        self.unable = false;
         self.queue.clear();
         self.taken.clear();
         self.wanted.fill(false);
@@ -355,7 +372,7 @@ impl Sender {
 
     /// Confirms that what was copied was held, so that the receiver may use it.
     fn was_read(&mut self, now: Instant) {
-        let by_reference = self.phase == Phase::Granted && self.transport != Transport::Quic;
+        let by_reference = self.phase == Phase::Granted && self.transport == Transport::Ipc;
         if !by_reference || self.finish.is_none() || !self.all_sent() {
             return self.fail(SendError::Protocol("read before everything was sent"));
         }
@@ -404,6 +421,7 @@ impl Sender {
 
     fn unlink(&mut self) {
         self.link = None;
+        self.unable = false;
         self.frames.clear();
         self.queue.clear();
         self.taken.clear();
@@ -435,6 +453,11 @@ impl Sender {
     fn has_ended(&self) -> bool {
         matches!(self.phase, Phase::Ended(_))
     }
+}
+
+/// Most pieces of a unit of so many bytes; at least one.
+pub(crate) fn pieces_of(bytes: usize, geometry: &KvGeometry) -> u32 {
+    (bytes / geometry.piece_bytes()).max(1) as u32
 }
 
 /// What is wrong with the numbers of a manifest.

@@ -173,7 +173,7 @@ async fn nodes_of_one_machine_copy_from_memory_to_memory() {
     }
     let bytes = 3 * u64::from(BLOCKS) * GEOMETRY.block_bytes() as u64;
     let sent = machine.pair.prefill.sent_bytes();
-    assert_eq!(sent, [(Transport::Ipc, bytes), (Transport::Quic, 0)]);
+    assert_eq!(sent, [(Transport::Ipc, bytes), (Transport::Nccl, 0), (Transport::Quic, 0)]);
     assert_eq!(machine.pair.prefill.last_transport(), Some(Transport::Ipc));
     assert_eq!(machine.pair.decode.last_transport(), None, "it has sent nothing");
 }

@@ -72,22 +72,23 @@ fn first_tokens() -> impl Strategy<Value = FirstToken> {
 }
 
 fn transports() -> impl Strategy<Value = Transport> {
-    prop_oneof![Just(Transport::Quic), Just(Transport::Ipc)]
+    prop_oneof![Just(Transport::Quic), Just(Transport::Nccl), Just(Transport::Ipc)]
 }
 
 fn frames() -> impl Strategy<Value = Frame> {
     let shared = proptest::option::of((any::<[u8; 16]>(), any::<u32>(), vec(any::<u8>(), 0..99)));
-    let hello = (any::<u32>(), any::<u32>(), any::<u64>(), shared);
+    let hello = (any::<u32>(), any::<u32>(), any::<u64>(), shared, any::<bool>());
     let grant =
         (transfers(), any::<u32>(), vec(runs(), 0..20), vec(layer_runs(), 0..20), transports());
     prop_oneof![
-        hello.prop_map(|(oldest, newest, epoch, shared)| Frame::Hello(Hello {
+        hello.prop_map(|(oldest, newest, epoch, shared, channels)| Frame::Hello(Hello {
             oldest,
             newest,
             epoch: Epoch(epoch),
             shared: shared.map(|(host, blocks, description)| {
                 (host, SharedMemory { blocks, description })
             }),
+            channels,
         })),
         offers(),
         grant.prop_map(|(transfer, lease, wanted, landed, transport)| Frame::Grant(Grant {
@@ -104,6 +105,11 @@ fn frames() -> impl Strategy<Value = Frame> {
         transfers().prop_map(Frame::Heartbeat),
         transfers().prop_map(Frame::Read),
         transfers().prop_map(Frame::Held),
+        vec(any::<u8>(), 128).prop_map(|name| Frame::Invite(name.try_into().unwrap())),
+        Just(Frame::Joined),
+        (transfers(), layer_runs(), any::<u32>())
+            .prop_map(|(id, at, bytes)| Frame::Announce(id, at, bytes)),
+        transfers().prop_map(Frame::Unable),
     ]
 }
 
@@ -233,8 +239,8 @@ fn the_largest_offer_fits_a_frame() {
 #[test]
 fn versions_are_negotiated() {
     let hello = |oldest, newest| Hello { oldest, newest, ..Hello::new(Epoch(1)) };
-    assert_eq!(hello(1, 2).common_version(), Some(2));
-    assert_eq!(hello(2, 9).common_version(), Some(2), "a newer peer that still speaks ours");
-    assert_eq!(hello(3, 9).common_version(), None);
-    assert_eq!(hello(0, 1).common_version(), None);
+    assert_eq!(hello(1, 3).common_version(), Some(3));
+    assert_eq!(hello(3, 9).common_version(), Some(3), "a newer peer that still speaks ours");
+    assert_eq!(hello(4, 9).common_version(), None);
+    assert_eq!(hello(0, 2).common_version(), None);
 }

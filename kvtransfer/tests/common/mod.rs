@@ -32,6 +32,7 @@ pub fn timing() -> Timing {
         lease: Duration::from_secs(5),
         idle: Duration::from_millis(600),
         reconnect: Duration::from_secs(20),
+        channel: Duration::from_millis(50),
         ..Timing::default()
     }
 }

@@ -31,6 +31,7 @@ fn steps(blocks: u32) -> impl Strategy<Value = Step> {
         1 => Just(Step::Reserve),
         6 => Just(Step::Applied),
         1 => Just(Step::Unreadable),
+        1 => Just(Step::Unable),
     ]
 }
 
@@ -55,7 +56,12 @@ fn steps_with_faults(blocks: u32) -> impl Strategy<Value = Step> {
 fn worlds<S: Strategy<Value = Step>>(
     steps: impl Fn(u32) -> S + Copy,
 ) -> impl Strategy<Value = ((u32, u32, Sink), Vec<Step>)> {
-    let sinks = prop_oneof![Just(Sink::InPlace), Just(Sink::Staged), Just(Sink::Direct)];
+    let sinks = prop_oneof![
+        Just(Sink::InPlace),
+        Just(Sink::Staged),
+        Just(Sink::Direct),
+        Just(Sink::Channel),
+    ];
     let worlds =
         (1u32..9, sinks).prop_flat_map(|(blocks, sink)| (Just(blocks), 0..=blocks, Just(sink)));
     worlds.prop_flat_map(move |world| (Just(world), vec(steps(world.0), 0..150)))
@@ -218,7 +224,12 @@ fn complete_means_applied() {
 
 /// Both ends on one machine, granted, with everything ready and the prompt finished.
 fn direct(blocks: u32, held: u32) -> World {
-    let mut world = World::with_sink(blocks, held, Sink::Direct);
+    all_sent(blocks, held, Sink::Direct)
+}
+
+/// Granted, with everything ready and the prompt finished.
+fn all_sent(blocks: u32, held: u32, sink: Sink) -> World {
+    let mut world = World::with_sink(blocks, held, sink);
     for step in [Step::Reserve, Step::Connect, Step::ToReceiver(0), Step::ToSender(0)] {
         world.apply(step);
     }
@@ -272,6 +283,59 @@ fn who_cannot_read_the_senders_memory_gets_the_bytes() {
     let sent = world.sender.outcome().unwrap().as_ref().unwrap();
     assert_eq!(sent.transport, Transport::Quic);
     assert_eq!(world.sent, 2 * world.wanted(), "also what was copied");
+}
+
+#[test]
+fn parcels_need_no_confirmation() {
+    let mut world = all_sent(4, 1, Sink::Channel);
+    assert!(!world.visible, "announced is not arrived");
+    (0..LAYERS).for_each(|_| world.apply(Step::Applied));
+    assert!(world.visible);
+    assert!(world.settle());
+    let sent = world.sender.outcome().unwrap().as_ref().unwrap();
+    assert_eq!((sent.transport, sent.blocks), (Transport::Nccl, 3));
+}
+
+#[test]
+fn parcels_that_do_not_come_are_made_good_over_the_network() {
+    let mut world = all_sent(4, 0, Sink::Channel);
+    world.apply(Step::Applied);
+    world.apply(Step::Unreadable);
+    assert!(world.to_sender.is_empty(), "one may still come");
+    world.apply(Step::Applied);
+    assert!(world.settle());
+    let sent = world.sender.outcome().unwrap().as_ref().unwrap();
+    assert_eq!(sent.transport, Transport::Quic);
+    assert_eq!(world.sent, 2 * world.wanted(), "also what had come");
+}
+
+#[test]
+fn a_sender_whose_channel_breaks_asks_for_another_way() {
+    let mut world = World::with_sink(4, 0, Sink::Channel);
+    for step in [Step::Reserve, Step::Connect, Step::ToReceiver(0), Step::ToSender(0)] {
+        world.apply(step);
+    }
+    world.apply(Step::Ready { layer: 0, from: 0, to: 4 });
+    world.apply(Step::Send);
+    world.apply(Step::Unable);
+    ready_all(&mut world);
+    world.apply(Step::Finish);
+    assert_eq!(world.sender.poll_unit(world.now), None, "it waits for the other way");
+    assert!(world.settle());
+    assert_eq!(world.sender.outcome().unwrap().as_ref().unwrap().transport, Transport::Quic);
+}
+
+#[test]
+fn nothing_is_announced_twice() {
+    let mut world = World::with_sink(4, 0, Sink::Channel);
+    for step in [Step::Reserve, Step::Connect, Step::ToReceiver(0), Step::ToSender(0)] {
+        world.apply(step);
+    }
+    world.apply(Step::Ready { layer: 0, from: 0, to: 4 });
+    for step in [Step::Send, Step::RepeatPayload, Step::Payload, Step::Payload] {
+        world.apply(step);
+    }
+    assert!(matches!(world.receiver.outcome(), Some(Err(ReceiveError::Protocol(_)))));
 }
 
 #[test]

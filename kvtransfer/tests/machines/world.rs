@@ -72,8 +72,10 @@ pub(crate) enum Step {
     Reserve,
     /// The oldest copy into a device's memory ends.
     Applied,
-    /// The oldest copy fails, if it is from the sender's memory.
+    /// The oldest copy fails, if it is from the sender's memory, or a parcel does not come.
     Unreadable,
+    /// The sender's end of the channel breaks.
+    Unable,
 }
 
 /// Where the receiver's blocks are, and whether it can reach the sender's.
@@ -84,6 +86,8 @@ pub(crate) enum Sink {
     Staged,
     /// It copies from the sender's memory.
     Direct,
+    /// Parcels come through a channel.
+    Channel,
 }
 
 /// A copy into the sink that has begun.
@@ -92,6 +96,8 @@ pub(crate) enum Copy {
     Staged(Vec<(usize, usize, u8)>),
     /// Pieces of the sender's memory, as it is when the copy ends.
     From(LayerRun),
+    /// Pieces as they were sent.
+    Parcel(LayerRun),
 }
 
 /// A unit on its way; it arrives in two parts and then ends.
@@ -202,6 +208,7 @@ impl World {
             Step::Reserve => self.receiver.reserve(now, self.held),
             Step::Applied => self.applied(),
             Step::Unreadable => self.unreadable(),
+            Step::Unable => self.sender.handle_channel_broken(now),
         }
         self.collect_frames();
         self.check();
@@ -227,7 +234,9 @@ impl World {
         self.sent += u64::from(run.count);
         let transport = self.sender.transport();
         let bytes: Vec<u8> = match transport {
-            Transport::Quic => run.range().flat_map(|o| content(layer, o)).collect(),
+            Transport::Quic | Transport::Nccl => {
+                run.range().flat_map(|o| content(layer, o)).collect()
+            }
             Transport::Ipc => run.range().flat_map(u32::to_le_bytes).collect(),
         };
         let header = UnitHeader {
@@ -250,6 +259,7 @@ impl World {
             Frame::Offer(offer) => {
                 let best = match self.kind {
                     Sink::Direct => Transport::Ipc,
+                    Sink::Channel => Transport::Nccl,
                     _ => Transport::Quic,
                 };
                 self.receiver.handle_offer(self.now, link, &offer, best);
@@ -264,6 +274,12 @@ impl World {
             return;
         };
         let now = self.now;
+        if unit.header.transport == Transport::Nccl {
+            if self.receiver.announced(now, unit.link, &unit.header) == Ok(true) {
+                self.applying.push_back(Copy::Parcel(unit.header.pieces));
+            }
+            return;
+        }
         if unit.header.transport == Transport::Ipc {
             let checksum = crc32c(&unit.bytes);
             if self.receiver.references(now, unit.link, &unit.header, checksum) == Ok(true) {
@@ -331,6 +347,11 @@ impl World {
                     self.sink[piece][at] = byte;
                 }
             }
+            Copy::Parcel(LayerRun { layer, run }) => {
+                for ordinal in run.range() {
+                    self.sink[(layer * self.blocks + ordinal) as usize] = content(layer, ordinal);
+                }
+            }
             Copy::From(LayerRun { layer, run }) => {
                 for ordinal in run.range() {
                     // A sender that has ended has given its blocks to others.
@@ -344,7 +365,7 @@ impl World {
     }
 
     fn unreadable(&mut self) {
-        if let Some(Copy::From(_)) = self.applying.front() {
+        if let Some(Copy::From(_) | Copy::Parcel(_)) = self.applying.front() {
             self.applying.pop_front();
             self.receiver.unreadable(self.now);
         }
@@ -380,7 +401,7 @@ impl World {
 
     pub(crate) fn check(&mut self) {
         let again = u64::from(MAX_RETRIES * self.blocks);
-        let ways = if self.kind == Sink::Direct { 2 } else { 1 };
+        let ways = if matches!(self.kind, Sink::Direct | Sink::Channel) { 2 } else { 1 };
         assert!(self.sent <= ways * self.wanted() + again, "what is in flight was granted");
         match self.receiver.outcome() {
             Some(Ok(token)) => {

@@ -306,7 +306,7 @@ impl Endpoint {
         let piece_bytes = outbound.machine.manifest().geometry.piece_bytes();
         let transport = outbound.machine.transport();
         let length = match transport {
-            Transport::Quic => run.run.count * piece_bytes as u32,
+            Transport::Quic | Transport::Nccl => run.run.count * piece_bytes as u32,
             Transport::Ipc => run.run.count * size_of::<u32>() as u32,
         };
         let mut header = UnitHeader { transfer: id, pieces: run, transport, length, checksum: 0 };
