@@ -12,6 +12,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use baton_kernels::cpu::KvStore;
 use baton_proto::ids::TransferId;
 
+use crate::channel::{NcclChannel, Parcel};
 use crate::inbox::Inbox;
 use crate::memory::{KvMemory, PeerKv, Soon, at_hand};
 use crate::place::Place;
@@ -157,6 +158,55 @@ impl BlockLease {
         match &self.memory {
             KvMemory::Device(staging) if ordinals.start >= self.shared => {
                 staging.pull((peer.clone(), from), self.clone(), layer, ordinals)
+            }
+            _ => at_hand(false),
+        }
+    }
+
+    /// A copy of one layer of the blocks `ordinals` for a channel, of which it waits for a parcel
+    /// that is free. `None`: the blocks are not on its device, more than a parcel holds, or the
+    /// channel is broken.
+    ///
+    /// # Panics
+    /// If a piece has not been told ready.
+    #[must_use]
+    pub fn pack(
+        self: &Arc<Self>,
+        channel: &NcclChannel,
+        layer: usize,
+        ordinals: Range<usize>,
+    ) -> Soon<Option<Parcel>> {
+        let complete = self.gate.readable[layer].load(Ordering::Acquire);
+        assert!(ordinals.end <= complete, "layer {layer} of blocks {ordinals:?} is not complete");
+        let KvMemory::Device(staging) = self.memory.clone() else { return at_hand(None) };
+        let Some(room) = channel.room(ordinals.len() * staging.piece_bytes()) else {
+            return at_hand(None);
+        };
+        let lease = self.clone();
+        Box::pin(async move {
+            let Ok(parcel) = room.await else { return Ok(None) };
+            staging.pack(lease, layer, ordinals, parcel).await.map(Some)
+        })
+    }
+
+    /// Copies what came through a channel to one layer of the blocks `ordinals`. False: they may not
+    /// be written, or other ones came. Done, and bound to come to its end, as [`Place::apply`].
+    ///
+    /// # Panics
+    /// If there are no such blocks here.
+    #[must_use]
+    pub fn unpack(
+        self: &Arc<Self>,
+        layer: usize,
+        ordinals: Range<usize>,
+        parcel: Parcel,
+    ) -> Soon<bool> {
+        match &self.memory {
+            KvMemory::Device(staging)
+                if ordinals.start >= self.shared
+                    && parcel.bytes() == ordinals.len() * staging.piece_bytes() =>
+            {
+                staging.unpack(self.clone(), layer, ordinals, parcel)
             }
             _ => at_hand(false),
         }

@@ -2,6 +2,7 @@
 //! batching and sampling. Opens no socket and sees no text.
 
 pub mod blocks;
+pub mod channel;
 pub mod config;
 mod engine;
 mod events;

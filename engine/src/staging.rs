@@ -17,8 +17,10 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
 
+use baton_kernels::cuda::Buffer;
 use tokio::sync::oneshot;
 
+use crate::channel::Parcel;
 use crate::lease::BlockLease;
 use crate::memory::{MemoryLost, PeerKv, SharedKv, Soon};
 
@@ -90,6 +92,36 @@ pub trait Copies: Send + 'static {
         Ok(false)
     }
 
+    /// Begins to copy one layer of `blocks`, one after the other, to the beginning of `to`, which is
+    /// on the same device.
+    ///
+    /// # Safety
+    /// Until it is [waited](Self::wait) for, nothing else reads or writes `to`, and nothing writes
+    /// to these pieces.
+    unsafe fn pack(
+        &mut self,
+        _layer: usize,
+        _blocks: &[u32],
+        _to: &Buffer<u8>,
+    ) -> Result<(), MemoryLost> {
+        Err(MemoryLost)
+    }
+
+    /// Begins to copy pieces from the beginning of `from`, one after the other, to one layer of
+    /// `blocks`. What computes after it was waited for sees it.
+    ///
+    /// # Safety
+    /// Until it is [waited](Self::wait) for, nothing writes to `from`, and nothing else reads or
+    /// writes these pieces of the cache.
+    unsafe fn unpack(
+        &mut self,
+        _layer: usize,
+        _from: &Buffer<u8>,
+        _blocks: &[u32],
+    ) -> Result<(), MemoryLost> {
+        Err(MemoryLost)
+    }
+
     /// Waits for the oldest copy that was begun and not yet waited for.
     fn wait(&mut self) -> Result<(), MemoryLost>;
 }
@@ -99,6 +131,8 @@ pub trait Copies: Send + 'static {
 pub struct Staging {
     piece_bytes: usize,
     shared: Option<SharedKv>,
+    /// The cache, if it is one device's.
+    cache: Option<Arc<DeviceKv>>,
     out: Sender<Request>,
     into: Sender<Request>,
 }
@@ -122,7 +156,43 @@ impl Staging {
     ) -> Self {
         let out = Copier::start("kv-export", copies, slots);
         let into = Copier::start("kv-import", into.0, into.1);
-        Self { piece_bytes, shared, out, into }
+        Self { piece_bytes, shared, cache: None, out, into }
+    }
+
+    /// The same, of a cache that channels may be made to.
+    pub(crate) fn with_cache(self, cache: Arc<DeviceKv>) -> Self {
+        Self { cache: Some(cache), ..self }
+    }
+
+    pub(crate) fn cache(&self) -> Option<Arc<DeviceKv>> {
+        self.cache.clone()
+    }
+
+    /// Fills a parcel with one layer of the blocks `ordinals` of a lease.
+    pub(crate) fn pack(
+        &self,
+        lease: Arc<BlockLease>,
+        layer: usize,
+        ordinals: Range<usize>,
+        parcel: Parcel,
+    ) -> Soon<Parcel> {
+        let (reply, packed) = oneshot::channel();
+        let blocks = lease.block_ids(ordinals).to_vec();
+        ask(&self.out, Request::Pack { lease, layer, blocks, parcel, reply }, packed)
+    }
+
+    /// Copies a parcel to one layer of the blocks `ordinals` of a lease. False: they may not be
+    /// written any more.
+    pub(crate) fn unpack(
+        &self,
+        lease: Arc<BlockLease>,
+        layer: usize,
+        ordinals: Range<usize>,
+        parcel: Parcel,
+    ) -> Soon<bool> {
+        let (reply, unpacked) = oneshot::channel();
+        let blocks = lease.block_ids(ordinals).to_vec();
+        ask(&self.into, Request::Unpack { lease, layer, blocks, parcel, reply }, unpacked)
     }
 
     pub(crate) fn shared(&self) -> Option<&SharedKv> {

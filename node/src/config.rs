@@ -195,11 +195,12 @@ fn max_waiting(value: Option<usize>) -> Result<usize, ConfigError> {
 }
 
 fn kv_transports(given: Option<Vec<String>>) -> Result<Vec<Transport>, ConfigError> {
-    let Some(names) = given else { return Ok(Transport::ALL.to_vec()) };
+    // NCCL's bytes are not encrypted: it has to be asked for.
+    let Some(names) = given else { return Ok(vec![Transport::Ipc, Transport::Quic]) };
     let named = |name: &String| Transport::ALL.into_iter().find(|one| one.name() == name);
     match names.iter().map(named).collect::<Option<Vec<_>>>() {
         Some(transports) if transports.contains(&Transport::Quic) => Ok(transports),
-        _ => invalid("kv_transports", names.join(","), "quic, or quic and ipc"),
+        _ => invalid("kv_transports", names.join(","), "quic, alone or with ipc and nccl"),
     }
 }
 
@@ -380,11 +381,11 @@ mod tests {
             ("kv_dtype = 'f8'", "it must be f32, bf16, f16 or fp8"),
             (
                 "kv_transports = ['ipc']",
-                "kv_transports is \"ipc\"; it must be quic, or quic and ipc",
+                "kv_transports is \"ipc\"; it must be quic, alone or with ipc and nccl",
             ),
             (
                 "kv_transports = ['quic', 'tcp']",
-                "kv_transports is \"quic,tcp\"; it must be quic, or quic and ipc",
+                "kv_transports is \"quic,tcp\"; it must be quic, alone or with ipc and nccl",
             ),
             ("price = 0.0", "price is \"0\"; it must be above 0, at most 1000000"),
             ("price = 1000001", "price is \"1000001\"; it must be above 0, at most 1000000"),
@@ -397,6 +398,14 @@ mod tests {
         }
         let missing = Config::try_from(Settings::default()).expect_err("empty").to_string();
         assert!(missing.contains("--model"), "{missing}");
+    }
+
+    #[test]
+    fn what_is_not_encrypted_has_to_be_asked_for() {
+        let by_default = given("").expect("legal").kv_transports;
+        assert!(!by_default.contains(&Transport::Nccl));
+        let asked = given("kv_transports = ['quic', 'nccl']").expect("legal").kv_transports;
+        assert_eq!(asked, [Transport::Quic, Transport::Nccl]);
     }
 
     #[test]

@@ -167,6 +167,7 @@ async fn start(config: Config, identity: Identity, role: Role) -> Result<Node, S
         endpoint,
         kv_address: kv_address.clone(),
         kv_transports: config.kv_transports,
+        cuda_libraries: config.cuda_libraries,
         model_name: config.model_name.clone(),
         engine: loaded.engine,
         price: config.price,

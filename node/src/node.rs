@@ -1,10 +1,12 @@
 //! The parts of a running node, put together: engine, KV endpoint, worker, and one task per
 //! coordinator. The daemons and the tests start nodes here.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
+use baton_engine::channel::NcclChannels;
 use baton_engine::{Engine, EngineConfig, EngineInfo, Executor};
 use baton_identity::Identity;
 use baton_kvtransfer::{Endpoint, Transport};
@@ -15,7 +17,7 @@ use tokio::sync::{mpsc, watch};
 
 use crate::driver::{self, Driver, Event, MAX_EVENTS};
 use crate::join::Joiner;
-use crate::memory::EngineMemory;
+use crate::memory::{EngineChannels, EngineMemory};
 use crate::metrics;
 use crate::worker::News;
 
@@ -36,6 +38,8 @@ pub struct Setup {
     pub kv_address: String,
     /// How its KV may travel.
     pub kv_transports: Vec<Transport>,
+    /// Where the libraries of CUDA are looked for first.
+    pub cuda_libraries: Option<PathBuf>,
     /// Name of the model.
     pub model_name: String,
     /// Sizes of the engine.
@@ -73,6 +77,9 @@ impl Node {
         let shares = setup.kv_transports.contains(&Transport::Ipc);
         if let Some(memory) = EngineMemory::of(engine.memory()).filter(|_| shares) {
             setup.endpoint.share(Arc::new(memory));
+        }
+        if setup.kv_transports.contains(&Transport::Nccl) {
+            open_channels(&setup, &engine);
         }
         let hello = hello(&setup, &engine.info());
         let (news, reported) = watch::channel(News { role: hello.role, ..News::default() });
@@ -131,6 +138,13 @@ impl Node {
         drop((driver, received));
         let all = async { while sessions.join_next().await.is_some() {} };
         let _ = tokio::time::timeout(LEAVE_TIMEOUT, all).await;
+    }
+}
+
+fn open_channels(setup: &Setup, engine: &Engine) {
+    match NcclChannels::of(engine.memory(), setup.cuda_libraries.as_slice()) {
+        Ok(channels) => setup.endpoint.open_channels(Arc::new(EngineChannels(channels))),
+        Err(reason) => tracing::warn!("KV does not travel by nccl: {reason}"),
     }
 }
 

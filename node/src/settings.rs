@@ -71,8 +71,10 @@ pub struct Settings {
     /// Host, or host:port, under which other nodes reach kv-listen. Default: kv-listen itself.
     #[arg(long, env = "BATON_KV_ADVERTISE", value_name = "HOST[:PORT]")]
     pub kv_advertise: Option<String>,
-    /// How KV may travel, the best that both ends have: `quic`, which is always needed, and `ipc`, by
-    /// which GPU nodes of one machine read each other's memory. Default: quic,ipc.
+    /// How KV may travel, the best that both ends have: `ipc`, by which GPU nodes of one machine read
+    /// each other's memory, else `nccl`, from GPU to GPU over NVLink or the network, else `quic`, which
+    /// is always needed. What `nccl` carries is neither encrypted nor authenticated: only for networks
+    /// that nobody else reaches. Default: quic,ipc.
     #[arg(long, env = "BATON_KV_TRANSPORTS", value_name = "NAMES", value_delimiter = ',')]
     pub kv_transports: Option<Vec<String>>,
     /// A coordinator's cluster address; give all of them. At least one is required.

@@ -54,7 +54,7 @@ pub struct ClusterOptions {
     /// Folder with the libraries of CUDA
     #[arg(long, value_name = "DIR")]
     pub cuda_libraries: Option<PathBuf>,
-    /// How KV may travel between nodes: `quic`, or `quic,ipc` [default: quic,ipc]
+    /// How KV may travel between nodes: `quic`, alone or with `ipc` and `nccl` [default: quic,ipc]
     #[arg(long, value_name = "NAMES")]
     pub kv_transports: Option<String>,
     /// Most tokens that a node computes in one step

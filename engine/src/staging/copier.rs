@@ -8,6 +8,7 @@ use std::sync::mpsc::{self, Receiver, Sender};
 use tokio::sync::oneshot;
 
 use super::{Copies, Slot, Staged};
+use crate::channel::Parcel;
 use crate::lease::BlockLease;
 use crate::memory::{MemoryLost, PeerKv, SharedKv};
 
@@ -42,6 +43,20 @@ pub(super) enum Request {
         to: Vec<u32>,
         reply: oneshot::Sender<bool>,
     },
+    Pack {
+        lease: Arc<BlockLease>,
+        layer: usize,
+        blocks: Vec<u32>,
+        parcel: Parcel,
+        reply: oneshot::Sender<Parcel>,
+    },
+    Unpack {
+        lease: Arc<BlockLease>,
+        layer: usize,
+        blocks: Vec<u32>,
+        parcel: Parcel,
+        reply: oneshot::Sender<bool>,
+    },
 }
 
 /// What one thread owns.
@@ -64,6 +79,8 @@ enum Done {
     Apply(Slot, oneshot::Sender<()>),
     /// The peer's cache stays open until then.
     Pull(PeerKv, oneshot::Sender<bool>),
+    Pack(Parcel, oneshot::Sender<Parcel>),
+    Unpack(Parcel, oneshot::Sender<bool>),
 }
 
 impl Copier {
@@ -108,6 +125,14 @@ impl Copier {
             Request::Open { shared, reply } => drop(reply.send(self.copies.open(&shared)?)),
             Request::Pull { peer, from, lease, layer, to, reply } => {
                 self.pull((peer, &from), lease, (layer, &to), reply)?;
+            }
+            Request::Pack { lease, layer, blocks, parcel, reply } => {
+                // SAFETY: as of slots: the parcel is this copy's alone.
+                unsafe { self.copies.pack(layer, &blocks, parcel.memory())? };
+                self.begun.push_back(Begun { lease, done: Done::Pack(parcel, reply) });
+            }
+            Request::Unpack { lease, layer, blocks, parcel, reply } => {
+                self.unpack(lease, (layer, &blocks), parcel, reply)?;
             }
         }
         while !self.free.is_empty()
@@ -188,6 +213,29 @@ impl Copier {
         Ok(())
     }
 
+    fn unpack(
+        &mut self,
+        lease: Arc<BlockLease>,
+        (layer, blocks): (usize, &[u32]),
+        parcel: Parcel,
+        reply: oneshot::Sender<bool>,
+    ) -> Result<(), MemoryLost> {
+        let copies = &mut self.copies;
+        // SAFETY: the parcel is this copy's alone; the blocks were granted to the lease alone.
+        let begin = || unsafe { copies.unpack(layer, parcel.memory(), blocks) };
+        match lease.while_writable(begin) {
+            Some(begun) => {
+                begun?;
+                self.begun.push_back(Begun { lease, done: Done::Unpack(parcel, reply) });
+            }
+            None => {
+                drop((lease, parcel));
+                let _ = reply.send(false);
+            }
+        }
+        Ok(())
+    }
+
     fn end_oldest(&mut self) -> Result<(), MemoryLost> {
         self.copies.wait()?;
         let Some(Begun { lease, done }) = self.begun.pop_front() else { return Ok(()) };
@@ -201,6 +249,11 @@ impl Copier {
             }
             Done::Pull(peer, reply) => {
                 drop(peer);
+                let _ = reply.send(true);
+            }
+            Done::Pack(parcel, reply) => drop(reply.send(parcel)),
+            Done::Unpack(parcel, reply) => {
+                drop(parcel);
                 let _ = reply.send(true);
             }
         }

@@ -44,7 +44,8 @@ impl DeviceKv {
         let kv = Arc::new(self);
         let (out, into) = (direction(&kv, SLOTS_OUT)?, direction(&kv, SLOTS_IN)?);
         let shared = kv.describe();
-        Ok(KvMemory::Device(Staging::start(kv.share.piece_bytes(), shared, out, into)))
+        let staging = Staging::start(kv.share.piece_bytes(), shared, out, into);
+        Ok(KvMemory::Device(staging.with_cache(kv)))
     }
 
     /// A cache whose heads several devices share, as leases reach it: whole, whoever has what. Other

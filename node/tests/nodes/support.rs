@@ -27,7 +27,7 @@ use tonic::transport::{Certificate, Server, ServerTlsConfig};
 use tonic::{Request, Response, Status, Streaming};
 
 /// Longest wait for something that must happen; a test that reaches it has failed.
-const PATIENCE: Duration = Duration::from_secs(30);
+const PATIENCE: Duration = Duration::from_secs(120);
 
 pub(crate) async fn patiently<F: Future>(what: &str, future: F) -> F::Output {
     match tokio::time::timeout(PATIENCE, future).await {
@@ -218,14 +218,28 @@ impl Pair {
 
     /// The same with a model of one's own.
     pub(crate) async fn with(model: impl Fn() -> Box<dyn Executor>) -> Self {
+        Self::of([model(), model()], Timing::default(), |_| {}).await
+    }
+
+    /// The same with a model for each, the prefill node's first, and what else is `change`d.
+    pub(crate) async fn of(
+        [first, second]: [Box<dyn Executor>; 2],
+        timing: Timing,
+        change: impl Fn(&mut Setup),
+    ) -> Self {
         let folder = tempfile::tempdir().expect("a folder");
         let ca = ClusterCa::create(&folder.path().join("ca")).expect("a new authority");
         let (sender, joined) = mpsc::channel(8);
         let own = identity(&ca, &folder, Part::Coordinator, "coordinator");
         let coordinator = serve(&own, sender).await;
-        let setup = |role, name| setup(role, identity(&ca, &folder, Part::Node, name), coordinator);
-        let prefill = TestNode::start(setup(Role::Prefill, "prefill-0"), model());
-        let decode = TestNode::start(setup(Role::Decode, "decode-0"), model());
+        let setup = |role, name| {
+            let identity = identity(&ca, &folder, Part::Node, name);
+            let mut setup = setup(role, identity, coordinator, timing);
+            change(&mut setup);
+            setup
+        };
+        let prefill = TestNode::start(setup(Role::Prefill, "prefill-0"), first);
+        let decode = TestNode::start(setup(Role::Decode, "decode-0"), second);
         Self { joined, prefill, decode }
     }
 
@@ -266,17 +280,18 @@ async fn serve(identity: &Identity, joined: mpsc::Sender<Joined>) -> SocketAddr 
     address
 }
 
-fn setup(role: Role, identity: Identity, coordinator: SocketAddr) -> Setup {
+fn setup(role: Role, identity: Identity, coordinator: SocketAddr, timing: Timing) -> Setup {
     let epoch = Epoch(7);
     let any = SocketAddr::from(([127, 0, 0, 1], 0));
-    let endpoint = Endpoint::bind(any, &identity, epoch, Timing::default()).expect("a port");
+    let endpoint = Endpoint::bind(any, &identity, epoch, timing).expect("a port");
     Setup {
         role,
         identity,
         epoch,
         kv_address: endpoint.local_addr().to_string(),
         endpoint,
-        kv_transports: Transport::ALL.to_vec(),
+        kv_transports: vec![Transport::Ipc, Transport::Quic],
+        cuda_libraries: None,
         model_name: "fake".to_owned(),
         price: 1.0,
         engine: EngineConfig {

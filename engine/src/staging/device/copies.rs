@@ -141,6 +141,56 @@ impl DeviceCopies {
         self.marks.set(&self.stream)
     }
 
+    fn begin_pack(
+        &mut self,
+        layer: usize,
+        blocks: &[u32],
+        to: &Buffer<u8>,
+    ) -> Result<(), DeviceError> {
+        self.for_parcel(layer, blocks, to, |stream, pieces, pool, blocks, share| {
+            gather_blocks(stream, pieces, pool, blocks, share)
+        })
+    }
+
+    fn begin_unpack(
+        &mut self,
+        layer: usize,
+        from: &Buffer<u8>,
+        blocks: &[u32],
+    ) -> Result<(), DeviceError> {
+        self.for_parcel(layer, blocks, from, |stream, pieces, pool, blocks, share| {
+            scatter_blocks(stream, pool, pieces, blocks, share)
+        })
+    }
+
+    /// Queues a copy between contiguous pieces and blocks of a layer, whose numbers it gets.
+    fn for_parcel(
+        &mut self,
+        layer: usize,
+        blocks: &[u32],
+        parcel: &Buffer<u8>,
+        copy: impl Fn(
+            &Stream,
+            Slice<'_, u8>,
+            Slice<'_, u8>,
+            Slice<'_, u32>,
+            PieceShare,
+        ) -> Result<(), DeviceError>,
+    ) -> Result<(), DeviceError> {
+        let (share, bytes) = (self.kv.share, self.kv.share.piece_bytes());
+        let Self { stream, scratches, kv, .. } = self;
+        let most = scratches[0].pieces.len() / bytes;
+        let own = layer_of(kv.pieces.all(), kv.blocks, share, layer);
+        for (at, blocks) in blocks.chunks(most).enumerate() {
+            scratches.rotate_left(1);
+            let (scratch, start) = (&mut scratches[0], at * most * bytes);
+            scratch.name(stream, blocks)?;
+            let pieces = parcel.slice(start..start + blocks.len() * bytes);
+            copy(stream, pieces, own, scratch.blocks.slice(0..blocks.len()), share)?;
+        }
+        self.marks.set(&self.stream)
+    }
+
     /// Whether pieces of the other cache have what this one's do, and lie where they should.
     fn fits(&self, memory: &SharedBuffer, blocks: usize, theirs: &Shape) -> bool {
         let (own, share) = (self.kv.share, theirs.share);
@@ -243,6 +293,24 @@ impl Copies for DeviceCopies {
         let Some(peer) = peer.cache.downcast_ref::<Opened>() else { return Ok(false) };
         self.begin_pull(peer, layer, from, to).map_err(lost)?;
         Ok(true)
+    }
+
+    unsafe fn pack(
+        &mut self,
+        layer: usize,
+        blocks: &[u32],
+        to: &Buffer<u8>,
+    ) -> Result<(), MemoryLost> {
+        self.begin_pack(layer, blocks, to).map_err(lost)
+    }
+
+    unsafe fn unpack(
+        &mut self,
+        layer: usize,
+        from: &Buffer<u8>,
+        blocks: &[u32],
+    ) -> Result<(), MemoryLost> {
+        self.begin_unpack(layer, from, blocks).map_err(lost)
     }
 
     fn wait(&mut self) -> Result<(), MemoryLost> {
