@@ -111,7 +111,27 @@ def errors():
         pass
 
 
-for check in [models, chat, stream, logprobs, text, cancel, errors]:
+def responses():
+    ask = {"model": "", "instructions": FACTS, "input": "What is the code of Raven?", "temperature": 0}
+    whole = client.responses.create(**ask, store=False)
+    assert "9302" in whole.output_text and whole.status == "completed", whole
+    with client.responses.stream(**ask) as stream:
+        kinds = [event.type for event in stream]
+        last = stream.get_final_response()
+    assert kinds[0] == "response.created" and kinds[-1] == "response.completed", kinds
+    assert last.output_text == whole.output_text
+    assert last.usage.output_tokens == whole.usage.output_tokens
+    follow_up = [{"role": "user", "content": ask["input"]}, *whole.output]
+    follow_up.append({"role": "user", "content": "And its city?"})
+    again = client.responses.create(**{**ask, "input": follow_up})
+    assert again.usage.input_tokens > whole.usage.input_tokens
+    try:
+        client.responses.create(**ask, previous_response_id=whole.id)
+    except openai.BadRequestError as error:
+        assert error.param == "previous_response_id"
+
+
+for check in [models, chat, stream, logprobs, text, cancel, errors, responses]:
     check()
     print(f"openai {openai.__version__}: {check.__name__} ok", flush=True)
 sys.exit(0)
