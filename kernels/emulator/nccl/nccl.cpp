@@ -99,7 +99,7 @@ int run(void* data) {
   if (!group.transfers.empty() && messages_left == 0) return WORK_NOT_READY;
   if ((!group.captured && c.done != group.number) || c.state != SUCCESS) return WORK_NOT_READY;
   for (size_t i = 0; i < group.to_self.size(); i++) memmove(group.from_self[i].first, group.to_self[i].first, group.to_self[i].second);
-  Progress progress = advance(c, group.transfers);
+  Progress progress = nccl::advance(c, group.transfers);  // not std::advance, which takes anything
   // As on a device, work whose peer is gone goes on until the communicator is aborted.
   if (progress == Progress::broken) c.state = REMOTE_ERROR;
   if (progress != Progress::done) return WORK_NOT_READY;
