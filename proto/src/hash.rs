@@ -26,6 +26,22 @@ impl CacheSalt {
             blake3::Hasher::new_derive_key("baton 1 cache salt").update(text.as_bytes()),
         )))
     }
+
+    /// The salt of a tenant's request that may name a further salt. No two tenants share one,
+    /// whatever they name; without a tenant it is that of [`CacheSalt::from_text`] or none.
+    #[must_use]
+    pub fn of(tenant: Option<&str>, text: Option<&str>) -> Self {
+        let Some(tenant) = tenant else {
+            return text.map_or_else(Self::default, Self::from_text);
+        };
+        let mut hasher = blake3::Hasher::new_derive_key("baton 1 tenant cache salt");
+        hasher.update(&(tenant.len() as u64).to_le_bytes()).update(tenant.as_bytes());
+        if let Some(text) = text {
+            // A salt that is empty is one, too.
+            hasher.update(&[1]).update(text.as_bytes());
+        }
+        Self(Some(truncated(&hasher)))
+    }
 }
 
 impl ModelRoot {
@@ -105,6 +121,18 @@ mod tests {
         );
         assert_eq!((a.len(), b.len()), (2, 2));
         assert_ne!(a[1], b[1], "same tokens after another prefix are another block");
+    }
+
+    #[test]
+    fn tenants_share_no_salt_whatever_they_name() {
+        let names = [None, Some(""), Some("a"), Some("b"), Some("ab"), Some("a\u{1}b")];
+        let salts = names.iter().flat_map(|tenant| names.map(|text| CacheSalt::of(*tenant, text)));
+        let salts: Vec<_> = salts.collect();
+        for (i, a) in salts.iter().enumerate() {
+            assert!(salts[i + 1..].iter().all(|b| a != b), "salt {i} is not the only one");
+        }
+        assert_eq!(CacheSalt::of(None, Some("a")), CacheSalt::from_text("a"));
+        assert_eq!(CacheSalt::of(None, None), CacheSalt::default());
     }
 
     #[test]
