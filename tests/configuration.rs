@@ -30,6 +30,27 @@ A request that names `chat` is served by the model with the least price times pr
 would begin to answer within the target, or by whichever begins first. The last message says which model answered.
 ";
 
+const KEYS: &str = "
+`api_keys` names a file with one table for each key; `baton keys new --tenant NAME` makes a key and its table:
+
+```toml
+[[keys]]
+name = \"website\"               # in logs and errors; letters, digits, - _ . @
+sha256 = \"9f86d081…\"           # of the key; the key itself is nowhere
+tenant = \"acme\"                # whose requests its requests are
+scopes = [\"generate\"]          # default; also view and operate
+requests_per_minute = 600      # these three: default no limit
+tokens_per_minute = 1000000    # of prompts and outputs
+max_in_flight = 32
+
+[[tenants]]                    # limits of all keys of a tenant together
+name = \"acme\"
+tokens_per_minute = 2000000
+```
+
+[security.md](security.md) says what scopes allow and how limits count.
+";
+
 fn section<T: Args>(title: &str, page: &mut String) {
     writeln!(page, "\n## {title}\n\n| key | flag | variable | meaning |\n|---|---|---|---|")
         .unwrap();
@@ -47,6 +68,7 @@ fn the_page_says_what_the_code_says() {
     let mut page = HEAD.to_owned();
     section::<baton_coordinator::config::Settings>("Coordinator", &mut page);
     page.push_str(ALIASES);
+    page.push_str(KEYS);
     section::<baton_node::settings::Settings>("Prefill and decode nodes", &mut page);
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/configuration.md");
     if std::env::var_os("UPDATE").is_some() {

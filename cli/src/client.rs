@@ -1,19 +1,25 @@
 //! Connections to coordinators. Any one of a cluster's serves every request.
 
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use baton_proto::wire::v1::cluster_client::ClusterClient;
 use baton_proto::wire::v1::inference_client::InferenceClient;
-use tonic::transport::{Channel, Endpoint};
+use tonic::metadata::{Ascii, MetadataValue};
+use tonic::service::Interceptor;
+use tonic::service::interceptor::InterceptedService;
+use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
 
 use crate::commands::CommandError;
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// Prompt log-probabilities of a long prompt are one message.
 const MAX_MESSAGE_BYTES: usize = 256 << 20;
+/// The key itself; it has no flag, since others see the command lines of processes.
+const API_KEY_VARIABLE: &str = "BATON_API_KEY";
 
 /// Where the coordinators listen for clients.
-#[derive(clap::Args)]
+#[derive(clap::Args, Default)]
 pub(crate) struct Target {
     /// Coordinators' gRPC addresses; the first that answers is asked
     #[arg(
@@ -24,12 +30,44 @@ pub(crate) struct Target {
         default_value = "127.0.0.1:7401"
     )]
     coordinator: Vec<String>,
+    /// File with the API key [default: what BATON_API_KEY says]
+    #[arg(long, value_name = "FILE", env = "BATON_API_KEY_FILE")]
+    api_key_file: Option<PathBuf>,
+    /// Authorities that the coordinators' certificates must come from, as PEM; turns on TLS
+    #[arg(long, value_name = "FILE", env = "BATON_CA")]
+    tls_ca: Option<PathBuf>,
+    /// Certificate to show to coordinators that ask for one, as PEM
+    #[arg(long, value_name = "FILE", env = "BATON_CLIENT_CERT", requires_all = ["tls_ca", "tls_key"])]
+    tls_cert: Option<PathBuf>,
+    /// Private key of that certificate, as PEM
+    #[arg(long, value_name = "FILE", env = "BATON_CLIENT_KEY", requires = "tls_cert")]
+    tls_key: Option<PathBuf>,
+}
+
+/// A connection that shows the key with every request.
+pub(crate) type Connection = InterceptedService<Channel, ApiKey>;
+
+/// The `authorization` of every request, if there is one.
+#[derive(Clone)]
+pub(crate) struct ApiKey(Option<MetadataValue<Ascii>>);
+
+impl Interceptor for ApiKey {
+    fn call(
+        &mut self,
+        mut request: tonic::Request<()>,
+    ) -> Result<tonic::Request<()>, tonic::Status> {
+        if let Some(value) = &self.0 {
+            request.metadata_mut().insert("authorization", value.clone());
+        }
+        Ok(request)
+    }
 }
 
 impl Target {
-    /// The coordinators at `addresses`, with commas between them.
+    /// The coordinators at `addresses`, with commas between them; on this machine, without keys.
     pub(crate) fn new(addresses: &str) -> Self {
-        Self { coordinator: addresses.split(',').map(str::to_owned).collect() }
+        let coordinator = addresses.split(',').map(str::to_owned).collect();
+        Self { coordinator, ..Self::default() }
     }
 
     /// All of them, in the order in which they are to be tried; never none.
@@ -38,16 +76,71 @@ impl Target {
     }
 
     /// For looking at the cluster: the first coordinator that answers.
-    pub(crate) async fn cluster(&self) -> Result<ClusterClient<Channel>, CommandError> {
+    pub(crate) async fn cluster(&self) -> Result<ClusterClient<Connection>, CommandError> {
         let mut silent = Vec::new();
         for address in &self.coordinator {
-            match endpoint(address)?.connect().await {
-                Ok(channel) => return Ok(ClusterClient::new(channel)),
+            match self.endpoint(address)?.connect().await {
+                Ok(channel) => {
+                    return Ok(ClusterClient::with_interceptor(channel, self.api_key()?));
+                }
                 Err(_) => silent.push(address.as_str()),
             }
         }
         Err(no_answer(&silent.join(", ")))
     }
+
+    /// For text generation at one coordinator.
+    pub(crate) async fn inference(
+        &self,
+        address: &str,
+    ) -> Result<InferenceClient<Connection>, Failure> {
+        let channel = self.endpoint(address).map_err(Failure::Final)?.connect().await;
+        let channel = channel.map_err(|_| Failure::TryAnother(no_answer(address)))?;
+        let key = self.api_key().map_err(Failure::Final)?;
+        let client = InferenceClient::with_interceptor(channel, key);
+        Ok(client.max_decoding_message_size(MAX_MESSAGE_BYTES))
+    }
+
+    fn api_key(&self) -> Result<ApiKey, CommandError> {
+        let key = match &self.api_key_file {
+            Some(file) => read(file)?,
+            None => std::env::var(API_KEY_VARIABLE).unwrap_or_default(),
+        };
+        if key.trim().is_empty() {
+            return Ok(ApiKey(None));
+        }
+        let mut value: MetadataValue<Ascii> = format!("Bearer {}", key.trim())
+            .parse()
+            .map_err(|_| "the API key has characters that no key has")?;
+        value.set_sensitive(true);
+        Ok(ApiKey(Some(value)))
+    }
+
+    fn endpoint(&self, address: &str) -> Result<Endpoint, CommandError> {
+        let host = address.strip_prefix("http://").unwrap_or(address);
+        let (scheme, host) = match host.strip_prefix("https://") {
+            Some(_) if self.tls_ca.is_none() => {
+                return Err(format!("--coordinator {address:?} needs --tls-ca").into());
+            }
+            Some(host) => ("https", host),
+            None => (if self.tls_ca.is_some() { "https" } else { "http" }, host),
+        };
+        let endpoint = Endpoint::from_shared(format!("{scheme}://{host}"));
+        let mut endpoint =
+            endpoint.map_err(|_| format!("--coordinator {address:?} is no HOST:PORT"))?;
+        if let Some(ca) = &self.tls_ca {
+            let mut tls = ClientTlsConfig::new().ca_certificate(Certificate::from_pem(read(ca)?));
+            if let (Some(cert), Some(key)) = (&self.tls_cert, &self.tls_key) {
+                tls = tls.identity(Identity::from_pem(read(cert)?, read(key)?));
+            }
+            endpoint = endpoint.tls_config(tls).map_err(|e| format!("TLS: {e}"))?;
+        }
+        Ok(endpoint.connect_timeout(CONNECT_TIMEOUT))
+    }
+}
+
+fn read(file: &Path) -> Result<String, CommandError> {
+    std::fs::read_to_string(file).map_err(|e| format!("{}: {e}", file.display()).into())
 }
 
 /// How a request failed at one coordinator.
@@ -72,20 +165,6 @@ pub(crate) fn is_lost(status: &tonic::Status) -> bool {
     broken || status.code() == tonic::Code::Unavailable
 }
 
-/// For text generation at one coordinator.
-pub(crate) async fn inference(address: &str) -> Result<InferenceClient<Channel>, Failure> {
-    let channel = endpoint(address).map_err(Failure::Final)?.connect().await;
-    let channel = channel.map_err(|_| Failure::TryAnother(no_answer(address)))?;
-    Ok(InferenceClient::new(channel).max_decoding_message_size(MAX_MESSAGE_BYTES))
-}
-
-fn endpoint(address: &str) -> Result<Endpoint, CommandError> {
-    let host = address.strip_prefix("http://").unwrap_or(address);
-    let endpoint = Endpoint::from_shared(format!("http://{host}"));
-    let endpoint = endpoint.map_err(|_| format!("--coordinator {address:?} is no HOST:PORT"))?;
-    Ok(endpoint.connect_timeout(CONNECT_TIMEOUT))
-}
-
 fn no_answer(addresses: &str) -> CommandError {
     format!("no coordinator answers at {addresses}; is one running? (`baton up` starts one)").into()
 }
@@ -95,5 +174,30 @@ pub(crate) fn explain(status: &tonic::Status) -> CommandError {
     match status.message() {
         "" => format!("the coordinator answers {:?}, without a reason", status.code()).into(),
         message => message.into(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_key_comes_from_its_file_and_goes_along() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let file = folder.path().join("key");
+        std::fs::write(&file, "baton-12\n").expect("writable");
+        let target = Target { api_key_file: Some(file), ..Target::new("x:1") };
+        let mut key = target.api_key().expect("it is there");
+        let request = key.call(tonic::Request::new(())).expect("nothing is refused");
+        assert_eq!(request.metadata().get("authorization").expect("it is sent"), "Bearer baton-12");
+        assert!(!format!("{:?}", request.metadata()).contains("baton-12"), "it is no secret");
+    }
+
+    #[test]
+    fn tls_needs_an_authority() {
+        let target = Target::new("https://x:1");
+        let error = target.endpoint("https://x:1").expect_err("no authority").to_string();
+        assert_eq!(error, "--coordinator \"https://x:1\" needs --tls-ca");
+        assert!(target.endpoint("x:1").is_ok() && target.endpoint("http://x:1").is_ok());
     }
 }

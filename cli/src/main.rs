@@ -10,7 +10,9 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-use commands::{bench, cache, certs, check, demo, drain, generate, nodes, plan, role, status};
+use commands::{
+    bench, cache, certs, check, demo, drain, generate, keys, nodes, plan, role, status,
+};
 
 #[derive(Parser)]
 #[command(name = "baton", version, about = "Serves language models from prefill and decode nodes")]
@@ -40,6 +42,9 @@ enum Command {
     /// Make the cluster's certificates
     #[command(subcommand)]
     Certs(certs::CertsCommand),
+    /// Make API keys for clients
+    #[command(subcommand)]
+    Keys(keys::KeysCommand),
     /// Check a configuration file
     Check(check::CheckArgs),
     /// Measure parts of Baton on this machine
@@ -61,6 +66,7 @@ async fn main() -> ExitCode {
         Command::Role(args) => role::run(args).await,
         Command::Drain(args) => drain::run(args).await,
         Command::Certs(command) => certs::run(&command),
+        Command::Keys(command) => keys::run(&command),
         Command::Check(args) => check::run(&args),
         Command::Bench(command) => bench::run(command).await,
         Command::Plan(args) => plan::run(&args),

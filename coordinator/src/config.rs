@@ -11,6 +11,7 @@ use serde::Deserialize;
 
 use crate::aliases::Alias;
 use crate::control::Options;
+use crate::front::door::{MAX_CONNECTIONS, TlsFiles};
 use crate::front::{PlaintextRefused, check_plaintext};
 use crate::peers::MAX_PEERS;
 use crate::placement::{self, LocalPrefill};
@@ -36,8 +37,25 @@ pub struct Settings {
     /// Where HTTP clients connect, for health and metrics as well. Default: 127.0.0.1:7402.
     #[arg(long, env = "BATON_HTTP", value_name = "ADDR")]
     pub http: Option<SocketAddr>,
-    /// Lets `grpc` and `http` listen on addresses that other machines reach. They are plaintext:
-    /// put a TLS proxy before them.
+    /// Certificate chain of `grpc` and `http` as PEM, from any authority; together with `tls_key`.
+    /// Read again on SIGHUP. Default: none, they are plaintext.
+    #[arg(long, env = "BATON_TLS_CERT", value_name = "FILE")]
+    pub tls_cert: Option<PathBuf>,
+    /// Its private key as PEM, which other users must not be able to read.
+    #[arg(long, env = "BATON_TLS_KEY", value_name = "FILE")]
+    pub tls_key: Option<PathBuf>,
+    /// Authorities as PEM: clients then need a certificate of one of them. Default: they need none.
+    #[arg(long, env = "BATON_TLS_CLIENT_CA", value_name = "FILE")]
+    pub tls_client_ca: Option<PathBuf>,
+    /// File of API keys, made with `baton keys new`. Read again on SIGHUP. Default: none, everybody
+    /// who reaches the ports may do everything.
+    #[arg(long, env = "BATON_API_KEYS", value_name = "FILE")]
+    pub api_keys: Option<PathBuf>,
+    /// Most connections of clients, half of them from one address. Default: 4096.
+    #[arg(long, env = "BATON_MAX_CONNECTIONS", value_name = "N")]
+    pub max_connections: Option<usize>,
+    /// Lets `grpc` and `http` listen without TLS on addresses that other machines reach, where prompts
+    /// and API keys can be read on the way. For networks that are encrypted themselves.
     #[arg(long, env = "BATON_ALLOW_PLAINTEXT", num_args = 0..=1, default_missing_value = "true")]
     pub allow_plaintext: Option<bool>,
     /// Folder of this coordinator's certificate and key, from `baton certs issue`. Required.
@@ -148,6 +166,12 @@ pub struct Config {
     pub grpc: SocketAddr,
     /// Where HTTP clients connect.
     pub http: SocketAddr,
+    /// The certificate of both; `None` is plaintext.
+    pub tls: Option<TlsFiles>,
+    /// The file of API keys; `None` lets everybody in.
+    pub api_keys: Option<PathBuf>,
+    /// Most connections of clients.
+    pub max_connections: usize,
     /// Folder of the identity.
     pub identity: PathBuf,
     /// Names and folders of the models.
@@ -192,6 +216,11 @@ impl Settings {
             peers: self.peers.or(other.peers),
             grpc: self.grpc.or(other.grpc),
             http: self.http.or(other.http),
+            tls_cert: self.tls_cert.or(other.tls_cert),
+            tls_key: self.tls_key.or(other.tls_key),
+            tls_client_ca: self.tls_client_ca.or(other.tls_client_ca),
+            api_keys: self.api_keys.or(other.api_keys),
+            max_connections: self.max_connections.or(other.max_connections),
             allow_plaintext: self.allow_plaintext.or(other.allow_plaintext),
             identity: self.identity.or(other.identity),
             model: self.model.or(other.model),
@@ -241,7 +270,8 @@ impl TryFrom<Settings> for Config {
         let loopback = |port| SocketAddr::from(([127, 0, 0, 1], port));
         let (grpc, http) =
             (settings.grpc.unwrap_or(loopback(7401)), settings.http.unwrap_or(loopback(7402)));
-        let allow = settings.allow_plaintext.unwrap_or(false);
+        let tls = tls(&settings)?;
+        let allow = tls.is_some() || settings.allow_plaintext.unwrap_or(false);
         check_plaintext(grpc, allow)?;
         check_plaintext(http, allow)?;
         let above_0 = |key, value: usize| match value {
@@ -270,6 +300,12 @@ impl TryFrom<Settings> for Config {
             peers: peers(settings.peers)?,
             grpc,
             http,
+            tls,
+            api_keys: settings.api_keys,
+            max_connections: above_0(
+                "max_connections",
+                settings.max_connections.unwrap_or(MAX_CONNECTIONS),
+            )?,
             identity: settings.identity.ok_or(ConfigError::Missing("identity"))?,
             aliases: aliases(settings.aliases, &models)?,
             models,
@@ -279,6 +315,20 @@ impl TryFrom<Settings> for Config {
             log: settings.log.unwrap_or_else(|| "info".to_owned()),
             log_json,
         })
+    }
+}
+
+fn tls(settings: &Settings) -> Result<Option<TlsFiles>, ConfigError> {
+    let alone = |key, other: &str| {
+        Err(ConfigError::Value { key, problem: format!("is set without {other}") })
+    };
+    let client_ca = settings.tls_client_ca.clone();
+    match (settings.tls_cert.clone(), settings.tls_key.clone()) {
+        (Some(cert), Some(key)) => Ok(Some(TlsFiles { cert, key, client_ca })),
+        (Some(_), None) => alone("tls_cert", "tls_key"),
+        (None, Some(_)) => alone("tls_key", "tls_cert"),
+        (None, None) if client_ca.is_some() => alone("tls_client_ca", "tls_cert"),
+        (None, None) => Ok(None),
     }
 }
 
@@ -420,9 +470,11 @@ mod tests {
             ),
             (
                 "model = ['/m']\nidentity = '/i'\ngrpc = '0.0.0.0:1'",
-                "0.0.0.0:1 is open to other machines without encryption; listen on a loopback \
-                 address or set allow_plaintext = true",
+                "0.0.0.0:1 is open to other machines without encryption; set tls_cert and tls_key, \
+                 listen on a loopback address, or set allow_plaintext = true",
             ),
+            ("model = ['/m']\ntls_cert = '/c'", "tls_cert is set without tls_key"),
+            ("model = ['/m']\ntls_client_ca = '/c'", "tls_client_ca is set without tls_cert"),
         ];
         for (text, message) in cases {
             assert_eq!(parse(text).unwrap_err().to_string(), message);

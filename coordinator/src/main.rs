@@ -45,7 +45,14 @@ fn start_logging(filter: &str, json: bool) -> Result<(), String> {
 
 async fn run(config: &Config) -> Result<(), Box<dyn std::error::Error>> {
     let mut stop = Stop::new()?;
+    let mut hang_up = signal(SignalKind::hangup())?;
     let mut coordinator = Coordinator::start(config, install_metrics()?).await?;
+    let entrance = coordinator.entrance().clone();
+    let reloading = async {
+        while hang_up.recv().await.is_some() {
+            entrance.reload();
+        }
+    };
     let Coordinator { grpc, http, cluster, .. } = &coordinator;
     // Whoever started this process with free ports reads them here.
     writeln!(std::io::stdout(), "ready grpc={grpc} http={http} cluster={cluster}")?;
@@ -55,6 +62,7 @@ async fn run(config: &Config) -> Result<(), Box<dyn std::error::Error>> {
     tokio::select! {
         why = coordinator.broken() => return Err(why.into()),
         () = watch(&core) => unreachable!("it goes on for ever"),
+        () = reloading => unreachable!("signals never end"),
         () = stop.requested() => {}
     }
     tracing::info!("draining: taking nothing new, finishing what runs");

@@ -4,7 +4,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use baton_identity::Identity;
+use baton_identity::{ClientPortError, Identity};
 use metrics_exporter_prometheus::{BuildError, PrometheusHandle};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
@@ -14,6 +14,8 @@ use crate::config::Config;
 use crate::core::Core;
 use crate::driver::Driver;
 use crate::exchange::Caller;
+use crate::front::door::keys::KeysError;
+use crate::front::door::{Door, Entrance, Tls};
 use crate::front::models::{ModelFileError, Models};
 use crate::front::{Front, serve_grpc, serve_http};
 use crate::join;
@@ -30,6 +32,12 @@ pub enum StartError {
     /// It must act as a coordinator.
     #[error("the identity of {0} is that of a node; issue one for a coordinator")]
     NotACoordinator(baton_proto::ids::NodeId),
+    /// The file of API keys.
+    #[error("api_keys: {0}")]
+    Keys(#[from] KeysError),
+    /// The certificate of the client ports.
+    #[error(transparent)]
+    Tls(#[from] ClientPortError),
     /// A model's folder.
     #[error(transparent)]
     Model(#[from] ModelFileError),
@@ -49,7 +57,6 @@ pub enum StartError {
 }
 
 /// A coordinator whose ports are bound and served.
-#[derive(Debug)]
 pub struct Coordinator {
     /// Where gRPC clients connect.
     pub grpc: SocketAddr,
@@ -58,6 +65,8 @@ pub struct Coordinator {
     /// Where nodes join.
     pub cluster: SocketAddr,
     core: Core,
+    front: Front,
+    entrance: Entrance,
     /// True once clients are taken no more.
     closing: watch::Sender<bool>,
     servers: JoinSet<Result<(), String>>,
@@ -73,6 +82,9 @@ impl Coordinator {
         }
         let folders = config.models.iter();
         let models = Models::load(folders.map(|(name, dir)| (name.as_str(), dir.as_path())))?;
+        let tls = config.tls.clone().map(Tls::load).transpose()?;
+        let door = Door::new(config.api_keys.clone())?;
+        let entrance = Entrance::new(door, tls, config.max_connections);
         let (grpc_listener, grpc) = bind("grpc", config.grpc).await?;
         let (http_listener, http) = bind("http", config.http).await?;
         let (cluster_listener, cluster) = bind("cluster_listen", config.cluster_listen).await?;
@@ -85,13 +97,14 @@ impl Coordinator {
         let (closing, closed) = watch::channel(false);
         let (mut servers, mut nodes) = (JoinSet::new(), JoinSet::new());
         tokio::spawn(driver.run());
-        let (grpc_front, stop) = (front.clone(), until(closed.clone()));
+        let (to_serve, door, stop) = (front.clone(), entrance.clone(), until(closed.clone()));
         servers.spawn(async move {
-            serve_grpc(grpc_front, grpc_listener, None, stop).await.map_err(|e| e.to_string())
+            serve_grpc(to_serve, grpc_listener, &door, stop).await.map_err(|e| e.to_string())
         });
-        let stop = until(closed);
+        let (to_serve, door, stop) = (front.clone(), entrance.clone(), until(closed));
         servers.spawn(async move {
-            serve_http(front, metrics, http_listener, stop).await.map_err(|e| e.to_string())
+            serve_http(to_serve, metrics, http_listener, &door, stop).await;
+            Ok(())
         });
         let requests = config.options.limits.requests;
         for address in config.peers.clone() {
@@ -107,13 +120,19 @@ impl Coordinator {
             let served = join::serve(cluster_listener, &identity, requests, own, links, never);
             served.await.map_err(|e| e.to_string())
         });
-        Ok(Self { grpc, http, cluster, core, closing, servers, nodes })
+        Ok(Self { grpc, http, cluster, core, front, entrance, closing, servers, nodes })
     }
 
     /// The handle to its core.
     #[must_use]
     pub fn core(&self) -> &Core {
         &self.core
+    }
+
+    /// What clients pass through: its keys and its certificate can be read again.
+    #[must_use]
+    pub fn entrance(&self) -> &Entrance {
+        &self.entrance
     }
 
     /// Waits until a server ends by itself, which it should not; says why.
@@ -130,8 +149,10 @@ impl Coordinator {
         }
     }
 
-    /// Takes no more clients and waits until those there are have been served.
+    /// Takes no more requests, which health checks are told first, and waits until those there are
+    /// have been served. Health can be asked for until then.
     pub async fn drain(&mut self) {
+        self.front.drain().await;
         self.closing.send_replace(true);
         while self.servers.join_next().await.is_some() {}
     }

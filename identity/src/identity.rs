@@ -147,7 +147,7 @@ fn client_config(roots: &Arc<RootCertStore>, current: Arc<Current>) -> ClientCon
         .with_client_cert_resolver(current)
 }
 
-fn roots(path: &Path, pem: &str) -> Result<RootCertStore, FileError> {
+pub(crate) fn roots(path: &Path, pem: &str) -> Result<RootCertStore, FileError> {
     let mut roots = RootCertStore::empty();
     for certificate in certificates(path, pem)? {
         roots.add(certificate).map_err(|e| FileError::new(path, e))?;

@@ -16,11 +16,13 @@
 
 mod ca;
 mod certified;
+mod client_port;
 mod files;
 mod identity;
 mod name;
 
 pub use ca::{ClusterCa, IssueError};
+pub use client_port::{ClientPortError, client_port_tls};
 pub use files::FileError;
 pub use identity::{Identity, LoadError};
 pub use name::{COORDINATOR_SERVER_NAME, Part, PeerError, node_server_name, peer, peer_node_id};

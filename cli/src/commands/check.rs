@@ -3,6 +3,7 @@
 
 use std::path::{Path, PathBuf};
 
+use baton_coordinator::front::door::{Door, Tls};
 use baton_identity::{Identity, Part};
 use clap::ValueEnum;
 
@@ -54,12 +55,19 @@ fn check_coordinator(file: &Path) -> Result<(), CommandError> {
         require(folder, &["tokenizer.json"])?;
     }
     let names: Vec<&str> = config.models.iter().map(|(name, _)| name.as_str()).collect();
+    let door = Door::new(config.api_keys.clone()).map_err(|e| format!("api_keys: {e}"))?;
+    config.tls.clone().map(Tls::load).transpose()?;
     println!("{}: a coordinator's file, and complete", file.display());
     println!("  nodes join at {}", config.cluster_listen);
     if !config.peers.is_empty() {
         println!("  beside the coordinators at {}", config.peers.join(", "));
     }
     println!("  clients: gRPC {}, HTTP {}", config.grpc, config.http);
+    println!("  encrypted: {}", if config.tls.is_some() { "with TLS 1.3" } else { "no" });
+    match door.key_count() {
+        Some(count) => println!("  API keys: {count}"),
+        None => println!("  API keys: none, everybody who reaches the ports may do everything"),
+    }
     println!("  models: {}", names.join(", "));
     Ok(())
 }

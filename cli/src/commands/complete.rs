@@ -6,7 +6,7 @@ use baton_proto::wire::v1::{FinishReason, GenerateRequest};
 
 use super::CommandError;
 use super::generate::Completion;
-use crate::client::{Failure, Target, explain, inference, is_lost};
+use crate::client::{Failure, Target, explain, is_lost};
 
 /// Sends `request` to the first coordinator that serves it and gathers its completions; `on_text`
 /// sees the first one's text as it comes.
@@ -17,7 +17,7 @@ pub(crate) async fn complete(
 ) -> Result<Vec<Completion>, CommandError> {
     let mut failures = Vec::new();
     for address in target.addresses() {
-        match complete_at(address, request.clone(), &mut on_text).await {
+        match complete_at(target, address, request.clone(), &mut on_text).await {
             Ok(choices) => return Ok(choices),
             Err(Failure::Final(error)) => return Err(error),
             Err(Failure::TryAnother(error)) => failures.push(error.to_string()),
@@ -27,13 +27,14 @@ pub(crate) async fn complete(
 }
 
 async fn complete_at(
+    target: &Target,
     address: &str,
     request: GenerateRequest,
     on_text: &mut impl FnMut(&str) -> io::Result<()>,
 ) -> Result<Vec<Completion>, Failure> {
     let mut choices: Vec<Completion> = Vec::new();
     choices.resize_with(request.n.unwrap_or(1).max(1) as usize, Completion::default);
-    let mut stream = inference(address).await?.generate(request).await?.into_inner();
+    let mut stream = target.inference(address).await?.generate(request).await?.into_inner();
     let mut begun = false;
     loop {
         let message = match stream.message().await {
@@ -70,7 +71,10 @@ mod tests {
     use std::net::SocketAddr;
 
     use baton_proto::wire::v1::inference_server::{Inference, InferenceServer};
-    use baton_proto::wire::v1::{Finished, GenerateResponse};
+    use baton_proto::wire::v1::{
+        DetokenizeRequest, DetokenizeResponse, Finished, GenerateResponse, TokenizeRequest,
+        TokenizeResponse,
+    };
     use tokio::net::TcpListener;
     use tokio_stream::Iter;
     use tonic::transport::Server;
@@ -92,6 +96,20 @@ mod tests {
             _: Request<GenerateRequest>,
         ) -> Result<Response<Self::GenerateStream>, Status> {
             self.0.clone().map(|messages| Response::new(tokio_stream::iter(messages)))
+        }
+
+        async fn tokenize(
+            &self,
+            _: Request<TokenizeRequest>,
+        ) -> Result<Response<TokenizeResponse>, Status> {
+            unreachable!("nobody asks")
+        }
+
+        async fn detokenize(
+            &self,
+            _: Request<DetokenizeRequest>,
+        ) -> Result<Response<DetokenizeResponse>, Status> {
+            unreachable!("nobody asks")
         }
     }
 

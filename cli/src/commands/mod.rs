@@ -8,6 +8,7 @@ mod complete;
 pub(crate) mod demo;
 pub(crate) mod drain;
 pub(crate) mod generate;
+pub(crate) mod keys;
 pub(crate) mod nodes;
 pub(crate) mod plan;
 pub(crate) mod role;

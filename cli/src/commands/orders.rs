@@ -4,10 +4,9 @@ use std::time::Duration;
 
 use baton_proto::wire::v1::cluster_client::ClusterClient;
 use baton_proto::wire::v1::{ListNodesRequest, Node};
-use tonic::transport::Channel;
 
 use super::CommandError;
-use crate::client::{Target, explain};
+use crate::client::{Connection, Target, explain};
 
 /// Nodes report ten times a second, and at once when their role or draining changes.
 const PAUSE: Duration = Duration::from_millis(20);
@@ -28,7 +27,7 @@ pub(crate) struct OrderArgs {
 
 /// Waits until the node shows that it does what it was told.
 pub(crate) async fn follow(
-    client: &mut ClusterClient<Channel>,
+    client: &mut ClusterClient<Connection>,
     name: &str,
     goal: &str,
     done: impl Fn(&Node) -> bool,
@@ -40,7 +39,7 @@ pub(crate) async fn follow(
 
 /// Waits until the node is as wanted, however long that takes.
 pub(crate) async fn wait_until(
-    client: &mut ClusterClient<Channel>,
+    client: &mut ClusterClient<Connection>,
     name: &str,
     done: impl Fn(&Node) -> bool,
 ) -> Result<Node, CommandError> {

@@ -14,6 +14,7 @@ use tokio::net::TcpListener;
 use tokio::sync::{mpsc, watch};
 use tonic::transport::{Channel, Endpoint};
 
+use super::door::Entrance;
 use super::models::Models;
 use super::text::Tokenizer;
 use super::{Front, serve_grpc, serve_http};
@@ -65,7 +66,10 @@ type Queues = Arc<Mutex<BTreeMap<String, f64>>>;
 
 /// A front that listens, and its played core.
 pub(crate) struct Played {
-    grpc: SocketAddr,
+    /// Address of the gRPC port.
+    pub(crate) grpc: SocketAddr,
+    /// What listens.
+    pub(crate) front: Front,
     /// Address of the HTTP port.
     pub(crate) http: SocketAddr,
     asked: Asked,
@@ -122,6 +126,17 @@ pub(crate) async fn start_in(
     aliases: Vec<Alias>,
     play: impl Fn(&NewRequest) -> Play + Send + 'static,
 ) -> Played {
+    start_behind(Entrance::open(), folder, names, aliases, play).await
+}
+
+/// The same behind an entrance.
+pub(crate) async fn start_behind(
+    entrance: Entrance,
+    folder: &Path,
+    names: &[&str],
+    aliases: Vec<Alias>,
+    play: impl Fn(&NewRequest) -> Play + Send + 'static,
+) -> Played {
     let hello = hello(Role::Decode, 1);
     let model = |name: &&str| ModelInfo {
         name: String::from(*name),
@@ -146,10 +161,16 @@ pub(crate) async fn start_in(
     let (grpc, http) = (listener().await, listener().await);
     let addresses = (grpc.local_addr().unwrap(), http.local_addr().unwrap());
     let metrics = PrometheusBuilder::new().build_recorder().handle();
-    tokio::spawn(serve_grpc(front.clone(), grpc, None, std::future::pending()));
-    tokio::spawn(serve_http(front, metrics, http, std::future::pending()));
+    let (to_serve, door) = (front.clone(), entrance.clone());
+    tokio::spawn(async move {
+        serve_grpc(to_serve, grpc, &door, std::future::pending()).await.unwrap();
+    });
+    let to_serve = front.clone();
+    tokio::spawn(async move {
+        serve_http(to_serve, metrics, http, &entrance, std::future::pending()).await;
+    });
     let (grpc, http) = addresses;
-    Played { grpc, http, asked, queues, dropped: dropped.into(), ready }
+    Played { grpc, http, front, asked, queues, dropped: dropped.into(), ready }
 }
 
 /// Starts a front for a model whose template teaches calls in the format of Hermes, in few tokens.
@@ -233,6 +254,7 @@ fn status(ready: bool) -> StatusView {
         ready,
         reason: if ready { String::new() } else { "no decode node".to_owned() },
         models: if ready { vec!["demo".to_owned()] } else { Vec::new() },
+        decode_nodes: usize::from(ready),
         ..StatusView::default()
     }
 }

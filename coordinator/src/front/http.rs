@@ -1,7 +1,6 @@
 //! The HTTP port: the API, health, version and metrics.
 
 use std::future::Future;
-use std::io;
 use std::time::Duration;
 
 use axum::extract::{FromRef, Request, State};
@@ -13,7 +12,9 @@ use metrics_exporter_prometheus::PrometheusHandle;
 use serde_json::json;
 use tokio::net::TcpListener;
 
+use super::door::Entrance;
 use super::inference::random;
+use super::serve::serve_router;
 use super::{Front, VERSION, messages, openai, responses};
 
 /// How often samples of histograms are merged; without it they would pile up until scraped.
@@ -33,8 +34,9 @@ pub async fn serve_http(
     front: Front,
     metrics: PrometheusHandle,
     listener: TcpListener,
-    shutdown: impl Future<Output = ()> + Send + 'static,
-) -> io::Result<()> {
+    entrance: &Entrance,
+    shutdown: impl Future<Output = ()>,
+) {
     let app = App { front, metrics: metrics.clone() };
     let router = openai::routes::<App>()
         .merge(messages::routes())
@@ -47,9 +49,8 @@ pub async fn serve_http(
         .method_not_allowed_fallback(openai::method_not_allowed)
         .layer(from_fn(name_request))
         .with_state(app);
-    let serving = axum::serve(listener, router).with_graceful_shutdown(shutdown);
     tokio::select! {
-        result = serving.into_future() => result,
+        () = serve_router(router, listener, entrance, shutdown) => {}
         () = upkeep(metrics) => unreachable!("upkeep goes on for ever"),
     }
 }
@@ -83,7 +84,7 @@ async fn upkeep(metrics: PrometheusHandle) {
 
 /// 200 if a request would be served now, else 503 and why not.
 async fn health(State(app): State<App>) -> impl IntoResponse {
-    let status = app.front.core.status().await;
+    let status = app.front.status().await;
     if status.ready {
         (StatusCode::OK, "ready\n".to_owned())
     } else {

@@ -6,7 +6,10 @@ use std::time::{Duration, SystemTime};
 
 use baton_proto::ids::RequestId;
 use baton_proto::wire::v1::inference_server::Inference;
-use baton_proto::wire::v1::{GenerateRequest, GenerateResponse};
+use baton_proto::wire::v1::{
+    DetokenizeRequest, DetokenizeResponse, GenerateRequest, GenerateResponse, TokenizeRequest,
+    TokenizeResponse,
+};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 use tokio_stream::wrappers::ReceiverStream;
@@ -16,13 +19,32 @@ use tonic::{Request, Response, Status};
 
 use super::Front;
 use super::choice::{Choice, Step};
+use super::door::{Admission, Caller};
 use super::models::ServedModel;
 use super::prepare::{Prepared, prepare, prompt_tokens};
 use super::refusal::Refusal;
+use super::running::Run;
 use crate::core::{Core, ModelInfo, NewRequest, SubmitError, Updates};
 
 /// Messages that wait for a slow client; the rest waits as tokens in the core's channel.
 const WAITING_MESSAGES: usize = 16;
+
+/// A client that takes none of them for so long is given up.
+const SLOW_CLIENT: Duration = Duration::from_secs(60);
+
+/// What a request holds until its last completion has ended.
+struct Ticket {
+    admission: Admission,
+    _run: Run,
+}
+
+/// Where a completion's messages go.
+struct Out {
+    messages: mpsc::Sender<Message>,
+    /// A place that is kept for an error.
+    last_word: mpsc::OwnedPermit<Message>,
+    ticket: Arc<Ticket>,
+}
 
 /// A part of a completion, or why there is none.
 type Message = Result<GenerateResponse, Refusal>;
@@ -49,22 +71,40 @@ impl Inference for Front {
     ) -> Result<Response<Self::GenerateStream>, Status> {
         let arrived = Instant::now();
         let timeout = grpc_timeout(request.metadata());
-        let started = self.start(vec![request.into_inner()], timeout, arrived).await?;
+        let caller = request.extensions().get::<Caller>().cloned().unwrap_or_default();
+        let requests = vec![request.into_inner()];
+        let started = self.start(&caller, requests, timeout, arrived).await?;
         let messages = ReceiverStream::new(started.messages);
         Ok(Response::new(Box::pin(messages.map(|message| message.map_err(Status::from)))))
+    }
+
+    async fn tokenize(
+        &self,
+        request: Request<TokenizeRequest>,
+    ) -> Result<Response<TokenizeResponse>, Status> {
+        Ok(Response::new(self.token_ids(request.into_inner()).await?))
+    }
+
+    async fn detokenize(
+        &self,
+        request: Request<DetokenizeRequest>,
+    ) -> Result<Response<DetokenizeResponse>, Status> {
+        Ok(Response::new(self.text_of(request.into_inner()).await?))
     }
 }
 
 impl Front {
     /// Starts all of `requests` or none; there is at least one, and the first one's model serves all.
     /// Each message names its completion: those of a request follow those of the one before.
+    /// The tenant of the caller's key is that of all requests, whatever they say themselves.
     pub(crate) async fn start(
         &self,
+        caller: &Caller,
         requests: Vec<GenerateRequest>,
         timeout: Option<Duration>,
         arrived: Instant,
     ) -> Result<Started, Refusal> {
-        let started = self.start_all(requests, timeout, arrived).await;
+        let started = self.start_all(caller, requests, timeout, arrived).await;
         started.inspect_err(|refusal| {
             let code = format!("{:?}", refusal.code());
             metrics::counter!("baton_refused_requests_total", "code" => code).increment(1);
@@ -73,30 +113,50 @@ impl Front {
 
     async fn start_all(
         &self,
+        caller: &Caller,
         requests: Vec<GenerateRequest>,
         timeout: Option<Duration>,
         arrived: Instant,
     ) -> Result<Started, Refusal> {
+        let ticket = self.admit(caller)?;
         let (model, info) = self.model_for(&requests[0]).await?;
-        let (mut prompts, mut accepted) = (Vec::new(), Vec::new());
-        for request in requests {
+        let mut all = Vec::new();
+        for mut request in requests {
+            if let Some(tenant) = caller.tenant() {
+                request.tenant = tenant.to_owned();
+            }
             let (seed, now) = (u64::from_ne_bytes(random()), SystemTime::now());
             let (model_there, info) = (model.clone(), info.clone());
             let preparing = move || prepare(request, &model_there, &info, seed, now);
             // A long prompt takes milliseconds of computing, which would hold up other requests.
             let prepared = tokio::task::spawn_blocking(preparing).await;
-            let prepared = prepared.map_err(|_| Refusal::Submit(SubmitError::ShuttingDown))??;
+            all.push(prepared.map_err(|_| Refusal::Submit(SubmitError::ShuttingDown))??);
+        }
+        ticket.admission.charge_prompt(all.iter().map(|prepared| prepared.tokens.len()).sum())?;
+        let (mut prompts, mut accepted) = (Vec::new(), Vec::new());
+        for prepared in all {
             let deadline = [prepared.deadline, timeout].into_iter().flatten().min();
             let deadline = deadline.map(|deadline| arrived + deadline);
             self.submit_all(&model, &prepared, deadline, &mut accepted).await?;
             prompts.push(prepared.tokens);
         }
         let id = accepted[0].1.id();
-        let (sender, messages) = mpsc::channel(WAITING_MESSAGES);
-        for (choice, updates) in accepted {
-            tokio::spawn(run(choice, updates, self.core.clone(), sender.clone()));
+        let (sender, messages) = mpsc::channel(WAITING_MESSAGES + accepted.len());
+        // All before any runs: then there is room for them.
+        let room = |_: &(Choice, Updates)| sender.clone().try_reserve_owned();
+        let last_words: Result<Vec<_>, _> = accepted.iter().map(room).collect();
+        let last_words = last_words.expect("the channel has a place for each completion");
+        for ((choice, updates), last_word) in accepted.into_iter().zip(last_words) {
+            let out = Out { messages: sender.clone(), last_word, ticket: ticket.clone() };
+            tokio::spawn(run(choice, updates, self.core.clone(), out));
         }
         Ok(Started { model, id, prompts, messages })
+    }
+
+    /// Lets a request begin, before anything is done for it.
+    fn admit(&self, caller: &Caller) -> Result<Arc<Ticket>, Refusal> {
+        let run = self.running.begin().ok_or(SubmitError::ShuttingDown)?;
+        Ok(Arc::new(Ticket { admission: caller.enter()?, _run: run }))
     }
 
     /// The tokens of a request's prompt, and whose they are.
@@ -164,12 +224,8 @@ impl Front {
 
 /// Carries one choice's updates to the client. A client that goes away closes `messages`; dropping
 /// `updates` then cancels the request.
-async fn run(
-    mut choice: Choice,
-    mut updates: Updates,
-    core: Core,
-    messages: mpsc::Sender<Message>,
-) {
+async fn run(mut choice: Choice, mut updates: Updates, core: Core, out: Out) {
+    let Out { messages, last_word, ticket } = out;
     loop {
         let update = tokio::select! {
             () = messages.closed() => return,
@@ -186,8 +242,17 @@ async fn run(
             Some(Step::Fail(error)) => (Err(error.into()), true),
             None => (Err(SubmitError::ShuttingDown.into()), true),
         };
-        if messages.send(message).await.is_err() || last {
-            return;
+        if let Ok(message) = &message {
+            ticket.admission.charge_output(message.token_ids.len());
+        }
+        match tokio::time::timeout(SLOW_CLIENT, messages.send(message)).await {
+            Ok(Ok(())) if !last => {}
+            Ok(_) => return,
+            // An end without an error would look like success.
+            Err(_) => {
+                last_word.send(Err(Refusal::SlowClient));
+                return;
+            }
         }
     }
 }

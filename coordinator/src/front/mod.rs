@@ -4,12 +4,14 @@
 use std::sync::Arc;
 
 use crate::aliases::Alias;
-use crate::core::Core;
+use crate::core::{Core, StatusView};
 use aliases::Aliases;
 use models::Models;
+use running::Running;
 
 pub mod chat;
 pub mod defaults;
+pub mod door;
 pub mod models;
 pub mod stop;
 pub mod text;
@@ -19,6 +21,7 @@ mod aliases;
 mod choice;
 mod cluster;
 mod conversation;
+mod details;
 mod http;
 mod inference;
 mod messages;
@@ -28,8 +31,10 @@ mod prepare;
 mod python_json;
 mod refusal;
 mod responses;
+mod running;
 mod serve;
 mod strftime;
+mod tokens;
 
 #[cfg(test)]
 pub(crate) mod fixtures;
@@ -49,6 +54,7 @@ pub struct Front {
     aliases: Arc<Aliases>,
     /// Seconds since 1970, as the date of the models.
     started: u64,
+    running: Running,
 }
 
 impl Front {
@@ -56,7 +62,23 @@ impl Front {
     #[must_use]
     pub fn new(core: Core, models: Models, aliases: Vec<Alias>) -> Self {
         let aliases = Aliases::new(aliases, &models);
-        let started = openai::unix_now();
-        Self { core, models: Arc::new(models), aliases: Arc::new(aliases), started }
+        let (started, running) = (openai::unix_now(), Running::default());
+        Self { core, models: Arc::new(models), aliases: Arc::new(aliases), started, running }
+    }
+
+    /// Begins no more requests, says so wherever it is asked for its health, and returns when those
+    /// that run have ended.
+    pub async fn drain(&self) {
+        self.running.drain();
+        self.running.drained().await;
+    }
+
+    /// The coordinator as a whole; one that drains is not ready.
+    pub(crate) async fn status(&self) -> StatusView {
+        let status = self.core.status().await;
+        match self.running.draining() {
+            true => StatusView { ready: false, reason: "draining".to_owned(), ..status },
+            false => status,
+        }
     }
 }

@@ -61,8 +61,8 @@ pub(crate) fn prepare(
     if request.deadline_ms == Some(0) {
         return Err(Refusal::field("deadline_ms", 0, "at least 1"));
     }
-    let salt = request.cache_salt.as_deref().map(checked_salt).transpose()?;
     let standing = standing(&request.priority, &request.tenant)?;
+    let salt = salt(&request.tenant, request.cache_salt.as_deref())?;
     check_stops(&given.stop)?;
     // Once with all the room there could be, so that nothing long is tokenized for nothing.
     sampling(&given, &model.defaults, info, info.max_model_len, drawn_seed)?;
@@ -75,7 +75,7 @@ pub(crate) fn prepare(
         skip_special: given.skip_special_tokens.unwrap_or(true),
         stops: given.stop,
         choices,
-        salt: salt.unwrap_or_default(),
+        salt,
         standing,
         deadline: request.deadline_ms.map(|ms| Duration::from_millis(ms.into())),
     })
@@ -105,7 +105,7 @@ pub(crate) fn prompt_tokens(
     now: SystemTime,
 ) -> Result<Vec<u32>, Refusal> {
     match input {
-        None => Err(Refusal::Invalid("one of prompt, token_ids and chat is required".into())),
+        None => Err(Refusal::wrong("prompt", "one of prompt, token_ids and chat is required")),
         Some(Input::Prompt(text)) if text.is_empty() => {
             Err(Refusal::wrong("prompt", "prompt is empty"))
         }
@@ -205,11 +205,13 @@ fn check_stops(stops: &[String]) -> Result<(), Refusal> {
     })
 }
 
-fn checked_salt(salt: &str) -> Result<CacheSalt, Refusal> {
-    if salt.len() > MAX_SALT_BYTES {
+/// A tenant is a salt of its own, so that nobody learns from the time to the first token what others
+/// have asked; a salt of the request divides the tenant's own cache.
+fn salt(tenant: &str, salt: Option<&str>) -> Result<CacheSalt, Refusal> {
+    if let Some(salt) = salt.filter(|salt| salt.len() > MAX_SALT_BYTES) {
         let given = salt.len();
         let what = format!("cache_salt's length is {given}; it must be at most {MAX_SALT_BYTES}");
         return Err(Refusal::wrong("cache_salt", what));
     }
-    Ok(CacheSalt::from_text(salt))
+    Ok(CacheSalt::of(Some(tenant).filter(|tenant| !tenant.is_empty()), salt))
 }

@@ -4,13 +4,14 @@
 use std::time::Duration;
 
 use baton_proto::sampling::InvalidSampling;
-use tonic::metadata::MetadataValue;
 use tonic::{Code, Status};
 
 use super::chat::ChatError;
+use super::details;
+use super::door::Exceeded;
 use super::models::UnknownModel;
 use super::text::EncodeError;
-use crate::core::{RequestError, SubmitError};
+use crate::core::{RETRY_AFTER, RequestError, SubmitError};
 
 /// A request was refused before anything was started, or it failed.
 #[derive(Debug, thiserror::Error)]
@@ -32,9 +33,15 @@ pub(crate) enum Refusal {
     /// The core refuses.
     #[error(transparent)]
     Submit(#[from] SubmitError),
+    /// The caller's quota does not allow it now.
+    #[error(transparent)]
+    Quota(#[from] Exceeded),
     /// The deadline passed before the request was placed.
     #[error("the request's deadline passed")]
     Late,
+    /// The client does not take what is generated for it.
+    #[error("the client took nothing for too long")]
+    SlowClient,
     /// It was started and failed.
     #[error(transparent)]
     Failed(#[from] RequestError),
@@ -59,6 +66,7 @@ impl Refusal {
             }
             Self::Model(UnknownModel::NotServed { .. }) => Code::NotFound,
             Self::Late => Code::DeadlineExceeded,
+            Self::Quota(_) | Self::SlowClient => Code::ResourceExhausted,
             Self::Submit(error) => match error {
                 // The front knows the model, so its nodes have only not joined yet.
                 SubmitError::UnknownModel(_)
@@ -90,6 +98,8 @@ impl Refusal {
             Self::Submit(
                 SubmitError::Overloaded { retry_after } | SubmitError::TooLate { retry_after },
             ) => Some(*retry_after),
+            Self::Quota(exceeded) => Some(exceeded.retry_after),
+            refusal if refusal.code() == Code::Unavailable => Some(RETRY_AFTER),
             _ => None,
         }
     }
@@ -114,13 +124,7 @@ impl From<EncodeError> for Refusal {
 }
 
 impl From<Refusal> for Status {
-    /// An overloaded coordinator says in `retry-after-ms` when to come back.
     fn from(refusal: Refusal) -> Self {
-        let mut status = Self::new(refusal.code(), refusal.to_string());
-        if let Some(retry_after) = refusal.retry_after() {
-            let wait = MetadataValue::from(retry_after.as_millis() as u64);
-            status.metadata_mut().insert("retry-after-ms", wait);
-        }
-        status
+        details::status(&refusal)
     }
 }

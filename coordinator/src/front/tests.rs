@@ -9,8 +9,9 @@ use baton_proto::wire::v1::cluster_client::ClusterClient;
 use baton_proto::wire::v1::generate_request::Input;
 use baton_proto::wire::v1::inference_client::InferenceClient;
 use baton_proto::wire::v1::{
-    Chat, FinishReason, GenerateRequest, GenerateResponse, GetCacheRequest, GetStatusRequest,
-    ListNodesRequest, Sampling, SetRoleRequest, TokenIds,
+    Chat, ChatMessage, DetokenizeRequest, FinishReason, GenerateRequest, GenerateResponse,
+    GetCacheRequest, GetStatusRequest, ListNodesRequest, Sampling, SetRoleRequest, TokenIds,
+    TokenizeRequest, tokenize_request,
 };
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -20,6 +21,7 @@ use tonic_health::pb::health_client::HealthClient;
 use tonic_reflection::pb::v1::server_reflection_client::ServerReflectionClient;
 use tonic_reflection::pb::v1::server_reflection_request::MessageRequest;
 use tonic_reflection::pb::v1::server_reflection_response::MessageResponse;
+use tonic_types::StatusExt;
 
 use super::fixtures::{MAX_MODEL_LEN, Play, Played, done, output, start, start_with, tokenizer};
 use crate::aliases::Alias;
@@ -104,11 +106,20 @@ async fn bad_requests_are_refused_by_field_and_limit() {
         let status = all(&played, request).await.unwrap_err();
         assert_eq!(status.code(), Code::InvalidArgument, "{status:?}");
         assert!(status.message().contains(message), "{message:?} is not in {status:?}");
+        let violations = status.get_details_bad_request().expect("it names a field");
+        let field = &violations.field_violations[0].field;
+        let name = field.rsplit('.').next().unwrap();
+        assert!(status.message().contains(name), "{field}: {status:?}");
     }
     let unknown = GenerateRequest { model: "gpt".into(), ..prompt("Hello") };
     let status = all(&played, unknown).await.unwrap_err();
     assert_eq!(status.code(), Code::NotFound);
     assert_eq!(status.message(), "model \"gpt\" is not served here; served: demo");
+    assert_eq!(status.get_details_resource_info().unwrap().resource_name, "gpt");
+    let long = all(&played, tokens(vec![1; 70])).await.unwrap_err();
+    let info = long.get_details_error_info().unwrap();
+    assert_eq!(info.reason, "CONTEXT_LENGTH_EXCEEDED");
+    assert_eq!((&*info.metadata["max"], &*info.metadata["got"]), ("63", "70"));
 }
 
 #[tokio::test]
@@ -314,12 +325,12 @@ async fn failures_of_the_core_have_their_codes() {
         (SubmitError::ShuttingDown, Code::Unavailable),
     ];
     for (refusal, code) in refusals {
-        let overloaded = code == Code::ResourceExhausted;
         let played = start(move |_| Play::Refuse(refusal.clone())).await;
         let status = all(&played, prompt("Hello")).await.unwrap_err();
         assert_eq!(status.code(), code);
-        let wait = status.metadata().get("retry-after-ms").map(|wait| wait.to_str().unwrap());
-        assert_eq!(wait, overloaded.then_some("1000"));
+        assert_eq!(status.metadata().get("retry-after-ms").unwrap(), "1000");
+        let retry = status.get_details_retry_info().expect("trying again may help");
+        assert_eq!(retry.retry_delay, Some(Duration::from_secs(1)));
     }
     let failures = [
         (RequestError::DeadlineExceeded, Code::DeadlineExceeded),
@@ -332,6 +343,39 @@ async fn failures_of_the_core_have_their_codes() {
         let status = all(&played, prompt("Hello")).await.unwrap_err();
         assert_eq!(status.code(), code, "{status:?}");
     }
+}
+
+#[tokio::test]
+async fn tokens_are_those_that_generation_computes_with() {
+    let played = start(|_| Play::Accept(says("ok", Some(NodeFinish::Length)))).await;
+    let mut client = InferenceClient::new(played.channel());
+    let messages =
+        vec![ChatMessage { role: "user".into(), content: "Hello".into(), ..Default::default() }];
+    let chat = Chat { messages, ..Chat::default() };
+    let inputs = [
+        (tokenize_request::Input::Prompt("Hello".into()), Input::Prompt("Hello".into())),
+        (tokenize_request::Input::Chat(chat.clone()), Input::Chat(chat)),
+    ];
+    for (asked, generated) in inputs {
+        let request = TokenizeRequest { input: Some(asked), ..TokenizeRequest::default() };
+        let told = client.tokenize(request).await.unwrap().into_inner();
+        assert_eq!((told.model.as_str(), told.max_model_len), ("demo", MAX_MODEL_LEN));
+        all(&played, GenerateRequest { input: Some(generated), ..prompt("") }).await.unwrap();
+        assert_eq!(told.token_ids, &*played.asked().last().unwrap().tokens);
+        for skip in [None, Some(false)] {
+            let token_ids = told.token_ids.clone();
+            let request =
+                DetokenizeRequest { token_ids, skip_special_tokens: skip, ..Default::default() };
+            let text = client.detokenize(request).await.unwrap().into_inner().text;
+            assert!(text.contains("Hello"), "{text:?}");
+            let again = tokenizer().encode(&text, false).unwrap();
+            assert_eq!(again == told.token_ids, skip == Some(false) || !text.contains('\n'));
+        }
+    }
+    let empty = client.tokenize(TokenizeRequest::default()).await.unwrap_err();
+    assert_eq!(empty.get_details_bad_request().unwrap().field_violations[0].field, "prompt");
+    let request = DetokenizeRequest { token_ids: vec![2048], ..Default::default() };
+    assert_eq!(client.detokenize(request).await.unwrap_err().code(), Code::InvalidArgument);
 }
 
 #[tokio::test]

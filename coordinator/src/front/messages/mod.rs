@@ -1,13 +1,14 @@
 //! The Messages API of Anthropic: from JSON to the one kind of request and back.
 
-use axum::Router;
 use axum::extract::{DefaultBodyLimit, FromRef, State};
 use axum::response::{IntoResponse, Json, Response};
 use axum::routing::post;
+use axum::{Extension, Router};
 use serde_json::{Value, json};
 use tokio::time::Instant;
 
 use super::Front;
+use super::door::Caller;
 use super::openai::body::{Body, MAX_BODY_BYTES};
 use super::openai::error::ApiError;
 use super::openai::gather::gather;
@@ -43,12 +44,13 @@ where
 /// Answers a conversation.
 async fn create(
     State(front): State<Front>,
+    Extension(caller): Extension<Caller>,
     body: Result<Body, ApiError>,
 ) -> Result<Response, MessagesError> {
     let arrived = Instant::now();
     let MessagesRequest { mut request, stream: streams, tools } = MessagesRequest::parse(body?.0)?;
     let reader = tools::apply(&front, &mut request, tools.as_ref()).await?;
-    let started = front.start(vec![request], None, arrived).await?;
+    let started = front.start(&caller, vec![request], None, arrived).await?;
     let (answering, mut messages) = Answering::new(started);
     if streams {
         return Ok(stream(messages, MessageEvents::new(answering, reader)).await?);

@@ -1,5 +1,6 @@
 //! `/v1/chat/completions`.
 
+use axum::Extension;
 use axum::extract::State;
 use axum::response::{IntoResponse, Json, Response};
 use baton_proto::wire::v1::generate_request::Input;
@@ -18,18 +19,20 @@ use super::sampling::{self, MAX_LOGPROBS, Reply};
 use super::stream::stream;
 use super::tools;
 use crate::front::Front;
+use crate::front::door::Caller;
 use crate::front::tools::request::ToolRequest;
 
 /// Answers a conversation.
 pub(super) async fn create(
     State(front): State<Front>,
+    Extension(caller): Extension<Caller>,
     Body(fields): Body,
 ) -> Result<Response, ApiError> {
     let arrived = Instant::now();
     let ChatRequest { mut request, reply, tools } = ChatRequest::parse(fields)?;
     let choices = request.n.unwrap_or(1);
     let reader = tools::apply(&front, &mut request, tools.as_ref()).await?;
-    let started = front.start(vec![request], None, arrived).await.map_err(|refusal| {
+    let started = front.start(&caller, vec![request], None, arrived).await.map_err(|refusal| {
         let mut error = ApiError::from(refusal);
         if error.param.as_deref() == Some("prompt") {
             error.param = Some("messages".to_owned());

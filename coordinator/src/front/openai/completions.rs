@@ -1,5 +1,6 @@
 //! `/v1/completions`.
 
+use axum::Extension;
 use axum::extract::State;
 use axum::response::{IntoResponse, Json, Response};
 use baton_proto::wire::v1::generate_request::Input;
@@ -16,6 +17,7 @@ use super::reply::Answering;
 use super::sampling::{self, MAX_LOGPROBS, Reply, token_ids};
 use super::stream::stream;
 use crate::front::Front;
+use crate::front::door::Caller;
 
 /// Most completions of all prompts of a request.
 const MAX_COMPLETIONS: usize = 256;
@@ -23,6 +25,7 @@ const MAX_COMPLETIONS: usize = 256;
 /// Continues texts.
 pub(super) async fn create(
     State(front): State<Front>,
+    Extension(caller): Extension<Caller>,
     Body(fields): Body,
 ) -> Result<Response, ApiError> {
     let arrived = Instant::now();
@@ -30,7 +33,7 @@ pub(super) async fn create(
         TextRequest::parse(fields)?;
     let choices = requests.len() * per_prompt as usize;
     let texts: Vec<_> = requests.iter().map(text_of).collect();
-    let started = front.start(requests, None, arrived).await?;
+    let started = front.start(&caller, requests, None, arrived).await?;
     let (mut answering, mut messages) = Answering::new("cmpl", started, reply, per_prompt);
     let echo = echo.then(|| prompt_texts(&answering, texts));
     let form = Form { per_prompt, echo, logprobs, prompt_only };

@@ -143,6 +143,11 @@ impl From<Refusal> for ApiError {
             Refusal::Late | Refusal::Failed(RequestError::DeadlineExceeded) => {
                 Self::new(StatusCode::GATEWAY_TIMEOUT, "deadline_exceeded", message).never_again()
             }
+            Refusal::Quota(exceeded) => {
+                Self::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_exceeded", message)
+                    .after(exceeded.retry_after)
+            }
+            Refusal::SlowClient => Self::new(client_closed(), "slow_client", message),
             Refusal::Submit(error) => match error {
                 SubmitError::UnknownModel(_)
                 | SubmitError::NoNodes(_)

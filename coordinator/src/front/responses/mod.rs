@@ -1,13 +1,14 @@
 //! The Responses API of OpenAI without what it stores: from JSON to the one kind of request and
 //! back. A conversation's earlier turns are all in `input`.
 
-use axum::Router;
 use axum::extract::{DefaultBodyLimit, FromRef, State};
 use axum::response::{IntoResponse, Json, Response};
 use axum::routing::post;
+use axum::{Extension, Router};
 use tokio::time::Instant;
 
 use super::Front;
+use super::door::Caller;
 use super::openai::body::{Body, MAX_BODY_BYTES};
 use super::openai::error::ApiError;
 use super::openai::gather::gather;
@@ -36,12 +37,16 @@ where
 }
 
 /// Answers an input.
-async fn create(State(front): State<Front>, Body(fields): Body) -> Result<Response, ApiError> {
+async fn create(
+    State(front): State<Front>,
+    Extension(caller): Extension<Caller>,
+    Body(fields): Body,
+) -> Result<Response, ApiError> {
     let arrived = Instant::now();
     let ResponsesRequest { mut request, stream: streams, tools, said } =
         ResponsesRequest::parse(fields)?;
     let reader = tools::apply(&front, &mut request, tools.as_ref()).await?;
-    let started = front.start(vec![request], None, arrived).await?;
+    let started = front.start(&caller, vec![request], None, arrived).await?;
     let (answering, mut messages) = Answering::new(started, said);
     if streams {
         return stream(messages, ResponseEvents::new(answering, reader)).await;

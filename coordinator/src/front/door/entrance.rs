@@ -1,0 +1,155 @@
+//! Accepting connections: places, TLS, and how long both may take.
+
+use std::io;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::mpsc;
+use tokio_rustls::TlsAcceptor;
+use tokio_stream::wrappers::ReceiverStream;
+
+use super::Door;
+use super::connection::Connection;
+use super::room::{Place, Room};
+use super::tls::{Protocol, Tls};
+
+/// Default of how many connections there may be.
+pub(crate) const MAX_CONNECTIONS: usize = 4096;
+/// When the process has no file descriptors left, waiting is all that helps.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+/// Connections that wait to be served.
+const WAITING_CONNECTIONS: usize = 64;
+
+/// How long clients are waited for.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Patience {
+    /// For a TLS handshake.
+    pub(crate) handshake: Duration,
+    /// For the first bytes of a connection.
+    pub(crate) greeting: Duration,
+    /// For a client that takes nothing of what is written to it.
+    pub(crate) stall: Duration,
+    /// For all headers of an HTTP/1.1 request, counted from the end of the one before. Longer than
+    /// clients keep idle connections, so that it is them who close these.
+    pub(crate) headers: Duration,
+    /// For all of an HTTP request's body.
+    pub(crate) body: Duration,
+}
+
+impl Default for Patience {
+    fn default() -> Self {
+        Self {
+            handshake: Duration::from_secs(10),
+            greeting: Duration::from_secs(10),
+            stall: Duration::from_secs(60),
+            headers: Duration::from_secs(75),
+            body: Duration::from_secs(60),
+        }
+    }
+}
+
+/// What both client ports share. Cheap to clone.
+#[derive(Clone)]
+pub struct Entrance {
+    pub(crate) door: Door,
+    tls: Option<Tls>,
+    room: Room,
+    pub(crate) patience: Patience,
+}
+
+/// New connections, ready to be served; dropping it closes the port.
+pub(crate) type Incoming = ReceiverStream<io::Result<Connection>>;
+
+impl Entrance {
+    /// An entrance through `door`; plaintext without `tls`.
+    #[must_use]
+    pub fn new(door: Door, tls: Option<Tls>, max_connections: usize) -> Self {
+        let patience = Patience::default();
+        Self { door, tls, room: Room::new(max_connections), patience }
+    }
+
+    /// Open to everybody who reaches it.
+    #[must_use]
+    pub fn open() -> Self {
+        Self::new(Door::default(), None, MAX_CONNECTIONS)
+    }
+
+    /// Reads the files of keys and of certificates again, and says in the log what came of it. What
+    /// cannot be used changes nothing.
+    pub fn reload(&self) {
+        match self.door.reload() {
+            Ok(Some(count)) => tracing::info!(count, "API keys read again"),
+            Ok(None) => {}
+            Err(error) => tracing::error!(%error, "API keys stay as they are"),
+        }
+        match self.tls.as_ref().map(Tls::reload) {
+            Some(Ok(())) => tracing::info!("TLS certificate read again"),
+            None => {}
+            Some(Err(error)) => tracing::error!(%error, "the TLS certificate stays as it is"),
+        }
+    }
+
+    /// Begins to accept connections.
+    pub(crate) fn incoming(&self, listener: TcpListener, protocol: Protocol) -> Incoming {
+        let (sender, connections) = mpsc::channel(WAITING_CONNECTIONS);
+        tokio::spawn(self.clone().accept(listener, protocol, sender));
+        ReceiverStream::new(connections)
+    }
+
+    async fn accept(
+        self,
+        listener: TcpListener,
+        protocol: Protocol,
+        connections: mpsc::Sender<io::Result<Connection>>,
+    ) {
+        loop {
+            let accepted = tokio::select! {
+                accepted = listener.accept() => accepted,
+                () = connections.closed() => return,
+            };
+            let (stream, address) = match accepted {
+                Ok(accepted) => accepted,
+                Err(error) => {
+                    tracing::warn!(%error, "cannot accept a connection");
+                    tokio::time::sleep(ACCEPT_PAUSE).await;
+                    continue;
+                }
+            };
+            let Some(place) = self.room.enter(address.ip()) else {
+                refused(address, "too many connections");
+                continue;
+            };
+            let acceptor = self.tls.as_ref().map(|tls| tls.acceptor(protocol));
+            let (patience, connections) = (self.patience, connections.clone());
+            tokio::spawn(async move {
+                match greet(stream, place, acceptor, patience).await {
+                    // Whoever serves them may have stopped.
+                    Ok(connection) => drop(connections.send(Ok(connection)).await),
+                    Err(why) => refused(address, &why),
+                }
+            });
+        }
+    }
+}
+
+/// Makes a connection of a stream; the error says what is wrong with the client.
+async fn greet(
+    stream: TcpStream,
+    place: Place,
+    acceptor: Option<TlsAcceptor>,
+    patience: Patience,
+) -> Result<Connection, String> {
+    // Tokens are small and each is wanted at once.
+    stream.set_nodelay(true).map_err(|e| e.to_string())?;
+    let Some(acceptor) = acceptor else { return Ok(Connection::plain(stream, place, patience)) };
+    let stream = tokio::time::timeout(patience.handshake, acceptor.accept(stream)).await;
+    let stream = stream.map_err(|_| "the TLS handshake takes too long")?;
+    let stream = stream.map_err(|error| format!("TLS: {error}"))?;
+    Ok(Connection::tls(stream, place, patience))
+}
+
+fn refused(address: SocketAddr, why: &str) {
+    metrics::counter!("baton_refused_connections_total").increment(1);
+    tracing::debug!(%address, why, "connection refused");
+}
