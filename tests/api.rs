@@ -1,7 +1,10 @@
 //! What a client of the gRPC API sees, good input and bad.
 
 use baton_proto::wire::v1::generate_request::Input;
-use baton_proto::wire::v1::{Chat, ChatMessage, FinishReason, GenerateRequest, Sampling};
+use baton_proto::wire::v1::structured_output::Kind;
+use baton_proto::wire::v1::{
+    Chat, ChatMessage, Choice, FinishReason, GenerateRequest, Sampling, StructuredOutput,
+};
 use baton_tests::{Answer, Chance, TestCluster, options, request};
 use tonic::Code;
 
@@ -38,6 +41,35 @@ async fn bad_requests_are_refused_by_name_and_disturb_nothing() {
         assert!(error.message().contains(word), "{word:?} is not in {:?}", error.message());
     }
     assert_eq!(cluster.complete(request(vec![20], 4)).await.unwrap().tokens.len(), 4);
+    cluster.idle().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn structured_outputs_are_whole_after_a_hand_over() {
+    let mut wanted = options(1, 1);
+    wanted.local_prefill = Some("never".into());
+    let cluster = TestCluster::start(wanted).await;
+    let ask = |kind: Kind, seed: u64| {
+        let mut request = request(Chance(seed).tokens(60), 120);
+        let sampling = request.sampling.as_mut().unwrap();
+        (sampling.ignore_eos, sampling.temperature, sampling.seed) = (None, Some(1.0), Some(seed));
+        request.structured_output = Some(StructuredOutput { kind: Some(kind) });
+        request
+    };
+    let texts = ["prefill", "decode"].map(str::to_owned);
+    let choice = Kind::Choice(Choice { texts: texts.to_vec() });
+    let schema = r#"{"type": "object", "properties": {"n": {"enum": [1, 22]}, "ok": {"type": "boolean"}},
+        "required": ["n", "ok"], "additionalProperties": false}"#;
+    for seed in 1..4 {
+        let answer = cluster.complete(ask(choice.clone(), seed)).await.unwrap();
+        assert!(texts.contains(&answer.text), "{:?}", answer.text);
+        assert_eq!(answer.finished.unwrap().reason(), FinishReason::Stop);
+        let answer = cluster.complete(ask(Kind::JsonSchema(schema.into()), seed)).await.unwrap();
+        let document: serde_json::Value = serde_json::from_str(&answer.text).unwrap();
+        assert!(document["n"] == 1 || document["n"] == 22);
+        assert!(document["ok"].is_boolean() && document.as_object().unwrap().len() == 2);
+        assert_eq!(answer.finished.unwrap().reason(), FinishReason::Stop);
+    }
     cluster.idle().await;
 }
 

@@ -153,7 +153,7 @@ impl Bench {
         };
         let (sink, events) = channel();
         let sink = Box::new(move |event| drop(sink.send(event)));
-        let engine = Engine::start(config, Box::new(model), sink);
+        let engine = Engine::start(config, Box::new(model), None, sink);
         Ok(Self { engine, events, work, vocab, jobs: 0, json, fp8 })
     }
 

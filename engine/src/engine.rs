@@ -3,6 +3,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
+use baton_grammar::Grammars;
 use baton_proto::geometry::KvGeometry;
 use baton_proto::hash::ModelRoot;
 use baton_proto::ids::TransferId;
@@ -10,6 +11,7 @@ use baton_proto::message::{BlockCounts, Report};
 
 use crate::events::{EngineEvent, FirstToken, Submission, SubmitError};
 use crate::executor::Executor;
+use crate::guiding::Guides;
 use crate::inbox::Inbox;
 use crate::memory::KvMemory;
 use crate::scheduler::{Limits, Scheduler};
@@ -58,6 +60,7 @@ struct Handle {
     report: Arc<Mutex<Report>>,
     info: EngineInfo,
     memory: KvMemory,
+    follows_grammars: bool,
 }
 
 impl Drop for Handle {
@@ -67,12 +70,18 @@ impl Drop for Handle {
 }
 
 impl Engine {
-    /// Allocates the KV cache and starts the thread. `sink` hears of all that happens.
+    /// Allocates the KV cache and starts the thread. `sink` hears of all that happens. Without
+    /// `grammars`, jobs that have one are refused.
     ///
     /// # Panics
     /// If the operating system has no memory for the KV cache, or no thread.
     #[must_use]
-    pub fn start(config: EngineConfig, mut executor: Box<dyn Executor>, sink: Sink) -> Self {
+    pub fn start(
+        config: EngineConfig,
+        mut executor: Box<dyn Executor>,
+        grammars: Option<Arc<Grammars>>,
+        sink: Sink,
+    ) -> Self {
         let info = info(&config, &*executor);
         let memory = executor.allocate(info.geometry.block_tokens, info.kv_blocks);
         let limits = Limits {
@@ -87,19 +96,24 @@ impl Engine {
         let free = BlockCounts { free: info.kv_blocks as u64, ..BlockCounts::default() };
         let report = Arc::new(Mutex::new(Report { blocks: free, ..Report::default() }));
         let scheduler = Scheduler::new(limits, info.root);
-        let parts = (scheduler, executor, memory.clone());
+        let guides = grammars.map(|grammars| Guides::start(&grammars, &inbox));
+        let follows_grammars = guides.is_some();
+        let parts = (scheduler, executor, memory.clone(), guides);
         let block_tokens = info.geometry.block_tokens as usize;
         let device = Device::new(parts, block_tokens, inbox.clone(), report.clone(), sink);
         std::thread::Builder::new()
             .name("engine".to_owned())
             .spawn(move || device.run())
             .expect("the operating system has a thread for the engine");
-        Self(Arc::new(Handle { inbox, report, info, memory }))
+        Self(Arc::new(Handle { inbox, report, info, memory, follows_grammars }))
     }
 
     /// Queues a job; does not block.
     pub fn submit(&self, submission: Submission) -> Result<(), SubmitError> {
         self.0.info.check(&submission)?;
+        if submission.job.sampling.grammar.is_some() && !self.0.follows_grammars {
+            return Err(SubmitError::NoGrammars);
+        }
         self.0.inbox.submit(submission, Instant::now())
     }
 

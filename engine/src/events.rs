@@ -58,6 +58,9 @@ pub enum SubmitError {
     /// The engine still has a job of this id.
     #[error("{0} is already here")]
     Duplicate(TransferId),
+    /// The engine was started without what grammars need.
+    #[error("this node has no tokenizer.json by which it could follow a grammar")]
+    NoGrammars,
     /// The job contradicts itself or the model.
     #[error("invalid job: {0}")]
     Invalid(String),
@@ -68,7 +71,7 @@ impl SubmitError {
     #[must_use]
     pub fn retry(&self) -> Retry {
         match self {
-            Self::Full(_) | Self::Draining => Retry::OtherNode,
+            Self::Full(_) | Self::Draining | Self::NoGrammars => Retry::OtherNode,
             Self::TooLong { .. } | Self::Duplicate(_) | Self::Invalid(_) => Retry::Never,
         }
     }

@@ -8,6 +8,7 @@
 
 use std::ops::ControlFlow;
 
+use baton_grammar::TokenMask;
 use baton_proto::geometry::KvGeometry;
 use baton_proto::sampling::SamplingParams;
 
@@ -133,6 +134,8 @@ pub struct Sample<'a> {
     pub output: &'a [u32],
     /// Output tokens that are not known yet: 1 if the chunk's input is pending, else 0.
     pub pending: usize,
+    /// The tokens that a grammar allows; `min_tokens` has been seen to.
+    pub allowed: Option<&'a TokenMask>,
 }
 
 impl Input<'_> {

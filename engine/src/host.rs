@@ -159,7 +159,6 @@ fn read_logits(
     if let Some(sample) = chunk.sample
         && row + 1 == chunk.input.rows()
     {
-        let token = sampler.sample(values, sample.params, sample.prompt, sample.output);
-        outcome.sampled[index] = Some(token);
+        outcome.sampled[index] = Some(sampler.sample(values, &sample));
     }
 }

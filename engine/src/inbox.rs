@@ -4,11 +4,12 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use baton_proto::ids::TransferId;
 
 use crate::events::{FirstToken, Submission, SubmitError};
+use crate::scheduler::MaskFound;
 
 /// The mailbox of an engine's thread.
 #[derive(Debug)]
@@ -42,6 +43,8 @@ pub(crate) struct Inputs {
     pub(crate) imported: BTreeMap<TransferId, FirstToken>,
     /// Fetches whose KV is complete.
     pub(crate) fetched: BTreeSet<TransferId>,
+    /// Masks that were computed.
+    pub(crate) masks: Vec<MaskFound>,
     /// Jobs to stop.
     pub(crate) cancelled: BTreeSet<TransferId>,
     /// Jobs whose lease was dropped.
@@ -58,7 +61,7 @@ impl Inputs {
     fn is_empty(&self) -> bool {
         let Self { submitted, released, imported, fetched, cancelled, returned, .. } = self;
         let new = submitted.is_empty() && released.is_empty();
-        let arrived = imported.is_empty() && fetched.is_empty();
+        let arrived = imported.is_empty() && fetched.is_empty() && self.masks.is_empty();
         let over = cancelled.is_empty() && returned.is_empty();
         new && arrived && over && !self.snapshot && !self.nudge && !self.stop
     }
@@ -126,6 +129,18 @@ impl Inbox {
             state.inputs.fetched.insert(id);
             self.filled.notify_one();
         }
+    }
+
+    pub(crate) fn masked(&self, mask: MaskFound) {
+        self.state().inputs.masks.push(mask);
+        self.filled.notify_one();
+    }
+
+    /// Waits until so many masks are here, but for `most` at most.
+    pub(crate) fn await_masks(&self, masks: usize, most: Duration) {
+        let lacks = |state: &mut State| state.inputs.masks.len() < masks;
+        // Whether they came or not is seen when they are taken.
+        drop(self.filled.wait_timeout_while(self.state(), most, lacks));
     }
 
     pub(crate) fn cancel(&self, id: TransferId) {

@@ -10,6 +10,7 @@ mod executor;
 mod forward;
 pub mod generation;
 pub mod gpu;
+mod guiding;
 mod host;
 mod inbox;
 mod lease;

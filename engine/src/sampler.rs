@@ -4,19 +4,22 @@
 //! position: the same request gives the same tokens on any node and in any batch. Steps, in this
 //! order (that of Hugging Face transformers and vLLM):
 //!
-//! 1. logit bias is added
-//! 2. `min_tokens`: end-of-sequence and stop tokens become impossible
-//! 3. repetition penalty for tokens of prompt and output, divided or multiplied once
-//! 4. frequency and presence penalty for tokens of the output
-//! 5. temperature 0: the largest logit, the lowest id among equal ones; else logits are divided
-//! 6. top-k, then top-p of what top-k kept, then min-p; at least one token stays
-//! 7. a draw with the random number of (seed, position)
+//! 1. what a grammar does not allow becomes impossible
+//! 2. logit bias is added
+//! 3. `min_tokens`: end-of-sequence and stop tokens become impossible; with a grammar its mask has
+//!    seen to that
+//! 4. repetition penalty for tokens of prompt and output, divided or multiplied once
+//! 5. frequency and presence penalty for tokens of the output
+//! 6. temperature 0: the largest logit, the lowest id among equal ones; else logits are divided
+//! 7. top-k, then top-p of what top-k kept, then min-p; at least one token stays
+//! 8. a draw with the random number of (seed, position)
 //!
 //! Log-probabilities are the log-softmax of the model's own logits, before all of this (as vLLM's
 //! default), so they do not depend on how tokens are chosen.
 //!
 //! Only additions, multiplications and divisions decide the token, never a platform's `exp`.
 
+use baton_grammar::TokenMask;
 use baton_proto::message::Logprobs;
 use baton_proto::sampling::SamplingParams;
 
@@ -25,6 +28,7 @@ mod numeric;
 #[cfg(test)]
 mod tests;
 
+use crate::executor::Sample;
 use filter::Filter;
 use numeric::{exp, uniform};
 
@@ -64,20 +68,15 @@ impl Sampler {
         }
     }
 
-    /// Chooses the token that follows `prompt` and `output`, whose logits are `logits`. Token ids
-    /// outside the vocabulary are ignored.
-    pub fn sample(
-        &mut self,
-        logits: &[f32],
-        params: &SamplingParams,
-        prompt: &[u32],
-        output: &[u32],
-    ) -> Sampled {
-        let token = if adjusts(params, output.len()) {
+    /// Chooses the next token of a sequence all of whose tokens are known. Token ids outside the
+    /// vocabulary are ignored.
+    pub fn sample(&mut self, logits: &[f32], sample: &Sample<'_>) -> Sampled {
+        let Sample { params, output, .. } = *sample;
+        let token = if adjusts(sample) {
             let mut adjusted = std::mem::take(&mut self.adjusted);
             adjusted.clear();
             adjusted.extend_from_slice(logits);
-            self.adjust(&mut adjusted, params, prompt, output);
+            self.adjust(&mut adjusted, sample);
             let token = self.choose(&adjusted, params, output.len());
             self.adjusted = adjusted;
             token
@@ -88,19 +87,17 @@ impl Sampler {
         Sampled { token, logprobs }
     }
 
-    fn adjust(
-        &mut self,
-        logits: &mut [f32],
-        params: &SamplingParams,
-        prompt: &[u32],
-        output: &[u32],
-    ) {
+    fn adjust(&mut self, logits: &mut [f32], sample: &Sample<'_>) {
+        let Sample { params, prompt, output, allowed, .. } = *sample;
+        if let Some(allowed) = allowed {
+            forbid(logits, allowed);
+        }
         for &(token, bias) in &params.logit_bias {
             if let Some(logit) = logits.get_mut(token as usize) {
                 *logit += bias;
             }
         }
-        if masks(params, output.len()) {
+        if masks(sample) {
             for &token in params.eos_token_ids.iter().chain(&params.stop_token_ids) {
                 if let Some(logit) = logits.get_mut(token as usize) {
                     *logit = f32::NEG_INFINITY;
@@ -172,16 +169,29 @@ impl Sampler {
     }
 }
 
-/// Whether end-of-sequence and stop tokens are impossible at output position `position`.
-fn masks(params: &SamplingParams, position: usize) -> bool {
-    position < params.min_tokens as usize
+/// Makes impossible what a mask does not allow.
+fn forbid(logits: &mut [f32], allowed: &TokenMask) {
+    for (logits, word) in logits.chunks_mut(32).zip(allowed.words()) {
+        for (bit, logit) in logits.iter_mut().enumerate() {
+            if word >> bit & 1 == 0 {
+                *logit = f32::NEG_INFINITY;
+            }
+        }
+    }
+}
+
+/// Whether end-of-sequence and stop tokens are impossible.
+fn masks(sample: &Sample<'_>) -> bool {
+    sample.allowed.is_none() && sample.output.len() < sample.params.min_tokens as usize
 }
 
 /// Whether the logits are changed before temperature.
-fn adjusts(params: &SamplingParams, position: usize) -> bool {
+fn adjusts(sample: &Sample<'_>) -> bool {
+    let params = sample.params;
     let penalties = [params.presence_penalty, params.frequency_penalty];
-    !params.logit_bias.is_empty()
-        || masks(params, position)
+    sample.allowed.is_some()
+        || !params.logit_bias.is_empty()
+        || masks(sample)
         || params.repetition_penalty != 1.0
         || penalties != [0.0, 0.0]
 }

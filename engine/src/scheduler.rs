@@ -15,6 +15,8 @@
 //! - A held sequence keeps its place but is overtaken until it is released: nothing is reserved for
 //!   KV that is not about to come.
 //! - Serving and fetching a cached prefix ([`pull`]) are leases without a sequence.
+//! - A sequence with a grammar has a token sampled only when its mask is here ([`guided`]); it
+//!   misses steps until then, and nobody waits for it.
 //!
 //! With a step in flight:
 //!
@@ -23,6 +25,8 @@
 //! - Blocks that the step may read or write are given to nobody else before it has ended
 //!   ([`Flight`]), whatever becomes of the sequence.
 //! - Nobody is preempted: if that is needed the plan is empty, until nothing is in flight.
+//! - A sequence with a grammar does not go on before its last token is known. If that holds for
+//!   most of those that generate, the plan is empty: one step for all of them costs less than two.
 //! - A block is cached when the step that fills it has ended.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
@@ -41,12 +45,14 @@ use pull::Fetch;
 
 mod complete;
 mod flight;
+mod guided;
 mod plan;
 mod pull;
 #[cfg(test)]
 mod tests;
 
 pub use complete::Outcome;
+pub use guided::{Following, MaskFound, MaskWanted};
 pub use plan::{Plan, PlannedChunk};
 
 /// Sizes that a scheduler keeps to; none is zero.
@@ -133,6 +139,10 @@ pub struct Scheduler {
     importing: BTreeSet<u64>,
     running: BTreeSet<u64>,
     deadlines: BTreeSet<(Instant, u64)>,
+    /// Lack a mask that nobody computes yet.
+    unguided: BTreeSet<u64>,
+    /// Their masks are being computed.
+    guiding: BTreeSet<u64>,
     leases: HashMap<TransferId, Lease>,
     fetches: HashMap<TransferId, Fetch>,
     /// Oldest first.
@@ -159,6 +169,8 @@ impl Scheduler {
             importing: BTreeSet::new(),
             running: BTreeSet::new(),
             deadlines: BTreeSet::new(),
+            unguided: BTreeSet::new(),
+            guiding: BTreeSet::new(),
             leases: HashMap::new(),
             fetches: HashMap::new(),
             flights: VecDeque::new(),
@@ -182,6 +194,9 @@ impl Scheduler {
         self.deadlines.extend(sequence.deadline.map(|deadline| (deadline, number)));
         self.numbers.insert(sequence.id, number);
         self.waiting.insert(number);
+        if sequence.following.is_some() {
+            self.unguided.insert(number);
+        }
         self.sequences.insert(number, sequence);
     }
 
@@ -245,6 +260,8 @@ impl Scheduler {
             // The exporter told that the sequence goes on: nobody knows that it cannot here.
             let reason = format!("the exporter takes more than {max_model_len} tokens");
             self.fail(number, reason, Retry::OtherNode);
+        } else {
+            self.lacks_mask(number);
         }
     }
 
@@ -384,7 +401,8 @@ impl Scheduler {
         if let Some(deadline) = sequence.deadline {
             self.deadlines.remove(&(deadline, number));
         }
-        for queue in [&mut self.waiting, &mut self.held, &mut self.importing, &mut self.running] {
+        let queues = [&mut self.waiting, &mut self.held, &mut self.importing, &mut self.running];
+        for queue in queues.into_iter().chain([&mut self.unguided, &mut self.guiding]) {
             queue.remove(&number);
         }
         if sequence.in_flight() {

@@ -9,6 +9,7 @@ use baton_proto::sampling::SamplingParams;
 
 use crate::blocks::User;
 use crate::events::Kind;
+use crate::scheduler::Following;
 
 /// Where a sequence is. Each is in exactly one phase.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -67,6 +68,8 @@ pub struct Sequence {
     /// Log-probabilities of the prompt from position 1 on, as far as computed; `None` when not
     /// wanted or told already.
     pub prompt_logprobs: Option<Vec<(u32, Logprobs)>>,
+    /// Where it is in its grammar, if it has one.
+    pub following: Option<Following>,
 }
 
 impl Sequence {
@@ -95,6 +98,7 @@ impl Sequence {
             prefill: Duration::ZERO,
             sampled: false,
             prompt_logprobs: wanted.then(Vec::new),
+            following: job.sampling.grammar.is_some().then(Following::default),
             sampling: job.sampling,
             tokens: job.tokens.to_vec(),
         }
@@ -132,6 +136,13 @@ impl Sequence {
             && (self.kind == Kind::Export
                 || output >= self.sampling.max_tokens as usize
                 || self.length() >= max_model_len)
+    }
+
+    /// A token may be sampled for it: it is free, or it is known what may follow its last token.
+    #[must_use]
+    pub fn may_sample(&self) -> bool {
+        let Some(following) = &self.following else { return true };
+        self.pending == 0 && following.mask().is_some()
     }
 
     /// As what it uses its blocks.
@@ -186,7 +197,8 @@ impl Sequence {
     pub fn finish(&self, max_model_len: usize) -> Option<NodeFinish> {
         let output = self.output();
         let token = *output.last()?;
-        let may_stop = output.len() > self.sampling.min_tokens as usize;
+        // A mask has an end only where that is allowed.
+        let may_stop = self.following.is_some() || output.len() > self.sampling.min_tokens as usize;
         if may_stop && self.sampling.eos_token_ids.contains(&token) {
             Some(NodeFinish::EndOfSequence)
         } else if may_stop && self.sampling.stop_token_ids.contains(&token) {

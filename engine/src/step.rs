@@ -8,7 +8,7 @@ use std::collections::{HashMap, VecDeque};
 use std::ops::{ControlFlow, Range};
 use std::panic::AssertUnwindSafe;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use baton_proto::ids::TransferId;
 use baton_proto::message::{Report, Retry};
@@ -16,6 +16,7 @@ use baton_proto::message::{Report, Retry};
 use crate::engine::Sink;
 use crate::events::{EngineEvent, Kind};
 use crate::executor::{DeviceFailure, Executor, Step};
+use crate::guiding::Guides;
 use crate::inbox::{Inbox, Inputs, Wait};
 use crate::lease::{BlockLease, Gate};
 use crate::memory::KvMemory;
@@ -24,6 +25,10 @@ use crate::scheduler::{Event, Plan, Scheduler};
 
 use chunks::step_chunk;
 use meters::Meters;
+
+/// How long a step is put off for masks that its sequences lack: far longer than most take, and
+/// little enough for those that wait without need.
+const MASK_WAIT: Duration = Duration::from_millis(1);
 
 /// All that the thread owns.
 pub(crate) struct Device {
@@ -34,6 +39,8 @@ pub(crate) struct Device {
     memory: KvMemory,
     block_tokens: usize,
     pace: Pace,
+    /// Compute masks, if the engine can follow grammars.
+    guides: Option<Guides>,
     /// Of every lease that is out.
     gates: HashMap<TransferId, Arc<Gate>>,
     layers: usize,
@@ -58,7 +65,12 @@ struct Exported {
 
 impl Device {
     pub(crate) fn new(
-        (scheduler, executor, memory): (Scheduler, Box<dyn Executor>, KvMemory),
+        (scheduler, executor, memory, guides): (
+            Scheduler,
+            Box<dyn Executor>,
+            KvMemory,
+            Option<Guides>,
+        ),
         block_tokens: usize,
         inbox: Arc<Inbox>,
         report: Arc<Mutex<Report>>,
@@ -72,6 +84,7 @@ impl Device {
             memory,
             block_tokens,
             pace: Pace::default(),
+            guides,
             gates: HashMap::new(),
             layers,
             inbox,
@@ -101,11 +114,17 @@ impl Device {
     fn serve(&mut self) -> Result<(), DeviceFailure> {
         let mut wait = Wait::No;
         loop {
+            self.ask_masks();
+            let awaited = self.scheduler.masks_awaited();
+            if awaited > 0 {
+                self.inbox.await_masks(awaited, MASK_WAIT);
+            }
             let inputs = self.inbox.take(wait);
             if inputs.stop {
                 return Ok(());
             }
             let (snapshot, returned) = self.apply(inputs);
+            self.ask_masks();
             let limit = self.pace.prefill_limit(self.scheduler.decodes());
             self.scheduler.set_prefill_limit(whole_tiles(limit));
             let plan = self.scheduler.plan(Instant::now());
@@ -120,6 +139,12 @@ impl Device {
             } else if !launches || self.in_flight.len() >= self.executor.depth() {
                 self.finish()?;
             }
+        }
+    }
+
+    fn ask_masks(&mut self) {
+        if let Some(guides) = &self.guides {
+            self.scheduler.masks_wanted().into_iter().for_each(|wanted| guides.ask(wanted));
         }
     }
 
@@ -145,6 +170,9 @@ impl Device {
         }
         for id in inputs.fetched {
             self.scheduler.fetched(id);
+        }
+        for mask in inputs.masks {
+            self.scheduler.mask_found(mask);
         }
         for id in inputs.cancelled {
             self.scheduler.cancel(id);

@@ -170,6 +170,7 @@ async fn start(config: Config, identity: Identity, role: Role) -> Result<Node, S
         cuda_libraries: config.cuda_libraries,
         model_name: config.model_name.clone(),
         engine: loaded.engine,
+        grammars: loaded.grammars,
         price: config.price,
         coordinators: config.coordinators,
         tracer,

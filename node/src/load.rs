@@ -2,6 +2,8 @@
 //! systemd.
 
 use std::io::Write;
+use std::path::Path;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use baton_engine::gpu::{
@@ -9,6 +11,7 @@ use baton_engine::gpu::{
 };
 use baton_engine::model::{LoadError, LoadFormat, LoadOptions, LoadProgress, Model};
 use baton_engine::{EngineConfig, Executor, HostExecutor};
+use baton_grammar::{Grammars, Vocabulary};
 
 use crate::config::{self, Config, DeviceChoice, KvSize};
 use crate::supervisor;
@@ -27,6 +30,7 @@ const PROGRESS_PAUSE: Duration = Duration::from_millis(500);
 pub(crate) struct Loaded {
     pub(crate) executor: Box<dyn Executor>,
     pub(crate) engine: EngineConfig,
+    pub(crate) grammars: Option<Arc<Grammars>>,
 }
 
 /// Why there is nothing to compute with.
@@ -91,7 +95,7 @@ fn on_cpu(config: &Config) -> Result<Loaded, LoadFailure> {
     })?;
     let executor = Box::new(HostExecutor::new(model));
     let memory = machine_memory().unwrap_or(u64::MAX);
-    Ok(Loaded { engine: engine_config(config, &ON_CPU, &*executor, memory)?, executor })
+    loaded(config, &ON_CPU, executor, memory)
 }
 
 fn on_gpus(config: &Config, ordinals: &[usize]) -> Result<Loaded, LoadFailure> {
@@ -122,7 +126,31 @@ fn on_gpus(config: &Config, ordinals: &[usize]) -> Result<Loaded, LoadFailure> {
         (model.free_bytes(), Box::new(model))
     };
     let memory = free_bytes.map_err(GpuLoadError::from)? as u64;
-    Ok(Loaded { engine: engine_config(config, &ON_GPU, &*executor, memory)?, executor })
+    loaded(config, &ON_GPU, executor, memory)
+}
+
+fn loaded(
+    config: &Config,
+    defaults: &Defaults,
+    executor: Box<dyn Executor>,
+    memory: u64,
+) -> Result<Loaded, LoadFailure> {
+    let engine = engine_config(config, defaults, &*executor, memory)?;
+    Ok(Loaded { engine, grammars: grammars(&config.model, executor.vocab_size()), executor })
+}
+
+/// Without a tokenizer everything is served but structured output.
+fn grammars(model: &Path, vocab_size: usize) -> Option<Arc<Grammars>> {
+    let read = std::fs::read_to_string(model.join("tokenizer.json"));
+    let parsed = read.map_err(|error| format!("tokenizer.json: {error}"));
+    let parsed = parsed.and_then(|text| Vocabulary::parse(&text).map_err(|e| e.to_string()));
+    match parsed {
+        Ok(vocabulary) => Some(Arc::new(Grammars::new(&vocabulary, vocab_size))),
+        Err(reason) => {
+            tracing::warn!("structured output is not served: {reason}");
+            None
+        }
+    }
 }
 
 fn format(config: &Config) -> LoadFormat {

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use baton_engine::channel::NcclChannels;
 use baton_engine::{Engine, EngineConfig, EngineInfo, Executor};
+use baton_grammar::Grammars;
 use baton_identity::Identity;
 use baton_kvtransfer::{Endpoint, Transport};
 use baton_proto::ids::{Epoch, Role};
@@ -44,6 +45,8 @@ pub struct Setup {
     pub model_name: String,
     /// Sizes of the engine.
     pub engine: EngineConfig,
+    /// Compiles grammars, if the model's tokenizer is known.
+    pub grammars: Option<Arc<Grammars>>,
     /// What its time costs relative to that of other nodes.
     pub price: f64,
     /// Cluster addresses of all coordinators.
@@ -73,7 +76,7 @@ impl Node {
         let (events, received) = mpsc::channel(MAX_EVENTS);
         let sink = EngineSink(events.clone());
         let sink = Box::new(move |event| sink.tell(Event::Engine(event)));
-        let engine = Engine::start(setup.engine.clone(), executor, sink);
+        let engine = Engine::start(setup.engine.clone(), executor, setup.grammars.clone(), sink);
         let shares = setup.kv_transports.contains(&Transport::Ipc);
         if let Some(memory) = EngineMemory::of(engine.memory()).filter(|_| shares) {
             setup.endpoint.share(Arc::new(memory));

@@ -6,6 +6,7 @@
 
 pub mod config;
 pub mod geometry;
+pub mod grammar;
 pub mod hash;
 pub mod ids;
 pub mod message;

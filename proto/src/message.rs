@@ -10,7 +10,7 @@ use crate::sampling::SamplingParams;
 use crate::trace::TraceContext;
 
 /// Version of the join stream; a node with another one is refused.
-pub const PROTOCOL: u32 = 2;
+pub const PROTOCOL: u32 = 3;
 /// Largest [`Hello::price`].
 pub const MAX_PRICE: f64 = 1e6;
 

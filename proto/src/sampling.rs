@@ -1,5 +1,9 @@
 //! Validated sampling parameters, as nodes use them.
 
+use std::sync::Arc;
+
+use crate::grammar::Grammar;
+
 /// Most alternatives that log-probabilities may be asked for.
 pub const MAX_LOGPROBS: u32 = 20;
 /// Most entries of a logit bias.
@@ -40,6 +44,9 @@ pub struct SamplingParams {
     pub logprobs: Option<u32>,
     /// The same for the prompt; the prefix cache is then not read.
     pub prompt_logprobs: Option<u32>,
+    /// What the output has to follow. Its end is an end-of-sequence token, of which there is at
+    /// least one. Where nothing else may follow, `min_tokens` does not keep it from ending.
+    pub grammar: Option<Arc<Grammar>>,
 }
 
 impl Default for SamplingParams {
@@ -60,6 +67,7 @@ impl Default for SamplingParams {
             stop_token_ids: Vec::new(),
             logprobs: None,
             prompt_logprobs: None,
+            grammar: None,
         }
     }
 }
@@ -99,7 +107,18 @@ impl SamplingParams {
             number(field, value, (-2.0..=2.0).contains(&value), "from -2 to 2")?;
         }
         self.check_counts()?;
+        self.check_grammar()?;
         self.check_tokens(vocab_size)
+    }
+
+    fn check_grammar(&self) -> Result<(), InvalidSampling> {
+        let Some(grammar) = &self.grammar else { return Ok(()) };
+        if self.eos_token_ids.is_empty() {
+            let limit = "absent where no token ends a sequence".to_owned();
+            let value = "given".to_owned();
+            return Err(InvalidSampling { field: "structured_output", value, limit });
+        }
+        grammar.check()
     }
 
     fn check_counts(&self) -> Result<(), InvalidSampling> {
@@ -154,6 +173,7 @@ impl SamplingParams {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::grammar::MAX_GRAMMAR_BYTES;
 
     #[test]
     fn names_the_field_and_the_limit() {
@@ -180,5 +200,31 @@ mod tests {
             assert_eq!(params.check(10).unwrap_err().to_string(), message);
         }
         SamplingParams::default().check(10).unwrap();
+    }
+
+    #[test]
+    fn a_grammar_has_a_size_and_an_end() {
+        let check = |grammar: Grammar, eos: &[u32]| {
+            let (grammar, eos_token_ids) = (Some(Arc::new(grammar)), eos.to_vec());
+            let params = SamplingParams { grammar, eos_token_ids, ..SamplingParams::default() };
+            params.check(10).map_err(|error| error.to_string())
+        };
+        let refused = |grammar, message: &str| {
+            assert_eq!(
+                check(grammar, &[1]).unwrap_err(),
+                format!("structured_output is {message}")
+            );
+        };
+        let long = "x".repeat(MAX_GRAMMAR_BYTES + 1);
+        let bytes = "65537 bytes long; it must be from 1 to 65536 bytes long";
+        refused(Grammar::Regex(long.clone()), bytes);
+        refused(Grammar::Choice(vec![long]), bytes);
+        let none = "0 bytes long; it must be from 1 to 65536 bytes long";
+        refused(Grammar::Lark(String::new()), none);
+        refused(Grammar::Choice(vec![]), "a choice of 0; it must be a choice of 1 to 1024 texts");
+        assert_eq!(check(Grammar::JsonSchema("{}".into()), &[1]), Ok(()));
+        let endless =
+            "structured_output is given; it must be absent where no token ends a sequence";
+        assert_eq!(check(Grammar::JsonObject, &[]).unwrap_err(), endless);
     }
 }

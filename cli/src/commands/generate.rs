@@ -3,9 +3,10 @@
 use std::path::PathBuf;
 
 use baton_proto::wire::v1::generate_request::Input;
+use baton_proto::wire::v1::structured_output::Kind;
 use baton_proto::wire::v1::{
     Chat, ChatMessage, FinishReason, Finished, GenerateRequest, GenerateResponse, Sampling,
-    TokenIds, TokenLogprob, TokenLogprobs,
+    StructuredOutput, TokenIds, TokenLogprob, TokenLogprobs,
 };
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -27,6 +28,8 @@ pub(crate) struct GenerateArgs {
     model: String,
     #[command(flatten)]
     sampling: SamplingArgs,
+    #[command(flatten)]
+    structured: StructuredArgs,
     /// Number of completions
     #[arg(long)]
     n: Option<u32>,
@@ -62,6 +65,29 @@ struct InputArgs {
     /// JSON file: [{"role": "user", "content": "…"}, …]
     #[arg(long, value_name = "FILE")]
     chat: Option<PathBuf>,
+}
+
+#[derive(clap::Args)]
+#[group(multiple = false)]
+struct StructuredArgs {
+    /// JSON that is valid under this schema
+    #[arg(long, value_name = "FILE")]
+    json_schema: Option<PathBuf>,
+    /// Text that this regular expression matches as a whole
+    #[arg(long, value_name = "REGEX", allow_hyphen_values = true)]
+    regex: Option<String>,
+    /// Text of this grammar, in llguidance's variant of Lark's syntax
+    #[arg(long, value_name = "FILE")]
+    lark: Option<PathBuf>,
+}
+
+impl StructuredArgs {
+    fn load(self) -> Result<Option<StructuredOutput>, CommandError> {
+        let schema = self.json_schema.as_ref().map(read).transpose()?.map(Kind::JsonSchema);
+        let lark = self.lark.as_ref().map(read).transpose()?.map(Kind::Lark);
+        let kind = schema.or(self.regex.map(Kind::Regex)).or(lark);
+        Ok(kind.map(|kind| StructuredOutput { kind: Some(kind) }))
+    }
 }
 
 #[derive(clap::Args)]
@@ -268,6 +294,7 @@ pub(crate) async fn run(args: GenerateArgs) -> Result<(), CommandError> {
         priority: args.priority,
         tenant: args.tenant,
         n: args.n,
+        structured_output: args.structured.load()?,
         input: Some(args.input.load()?),
     };
     let show = |text: &str| if streams { print(text) } else { Ok(()) };

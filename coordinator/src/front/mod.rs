@@ -34,6 +34,7 @@ mod responses;
 mod running;
 mod serve;
 mod strftime;
+mod structured;
 mod tokens;
 
 #[cfg(test)]

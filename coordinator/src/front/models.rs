@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use baton_grammar::{Grammars, Vocabulary, VocabularyError};
 use serde_json::Value;
 
 use super::chat::ChatTemplate;
@@ -20,6 +21,8 @@ pub struct ServedModel {
     pub chat: Option<ChatTemplate>,
     /// What the checkpoint says about sampling.
     pub defaults: Defaults,
+    /// Compiles grammars, or why it cannot.
+    pub grammars: Result<Arc<Grammars>, VocabularyError>,
 }
 
 /// A file of a model's folder cannot be used.
@@ -85,9 +88,13 @@ impl Models {
 impl ServedModel {
     /// Reads what is needed from a checkpoint's folder.
     pub fn load(name: &str, dir: &Path) -> Result<Self, ModelFileError> {
+        let path = dir.join("tokenizer.json");
+        let tokenizer = Arc::new(Tokenizer::load(&path)?);
+        let vocabulary = Vocabulary::parse(&read_text(&path)?.unwrap_or_default());
         Ok(Self {
             name: name.to_owned(),
-            tokenizer: Arc::new(Tokenizer::load(&dir.join("tokenizer.json"))?),
+            tokenizer,
+            grammars: vocabulary.map(|known| Arc::new(Grammars::new(&known, known.bytes().len()))),
             chat: ChatTemplate::load(dir)?,
             defaults: Defaults::load(dir)?,
         })

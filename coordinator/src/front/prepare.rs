@@ -1,16 +1,18 @@
 //! From what a client asks to what the core takes: checks, defaults, template, tokens.
 
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use baton_proto::grammar::Grammar;
 use baton_proto::hash::CacheSalt;
 use baton_proto::sampling::SamplingParams;
 use baton_proto::wire::v1::generate_request::Input;
 use baton_proto::wire::v1::{Chat, GenerateRequest, Sampling};
 
 use super::conversation;
-use super::defaults::Defaults;
 use super::models::ServedModel;
 use super::refusal::Refusal;
+use super::structured;
 use crate::core::{ModelInfo, SubmitError};
 use crate::placement::{Class, Standing, TenantId};
 
@@ -54,6 +56,11 @@ pub(crate) fn prepare(
     now: SystemTime,
 ) -> Result<Prepared, Refusal> {
     let given = request.sampling.unwrap_or_default();
+    let grammar = request.structured_output.map(structured::grammar).transpose()?;
+    if grammar.is_some() && given.ignore_eos == Some(true) {
+        let limit = "false with structured_output, which says where the text ends";
+        return Err(Refusal::field("ignore_eos", true, limit));
+    }
     let choices = request.n.unwrap_or(1);
     if !(1..=MAX_CHOICES).contains(&choices) {
         return Err(Refusal::field("n", choices, &format!("from 1 to {MAX_CHOICES}")));
@@ -65,11 +72,14 @@ pub(crate) fn prepare(
     let salt = salt(&request.tenant, request.cache_salt.as_deref())?;
     check_stops(&given.stop)?;
     // Once with all the room there could be, so that nothing long is tokenized for nothing.
-    sampling(&given, &model.defaults, info, info.max_model_len, drawn_seed)?;
+    sampling(&given, grammar.clone(), (model, info), info.max_model_len, drawn_seed)?;
+    if let Some(grammar) = &grammar {
+        structured::check(grammar, model)?;
+    }
     let tokens = prompt_tokens(request.input, model, info, true, now)?;
     let room = room_after(tokens.len(), info)?;
     Ok(Prepared {
-        sampling: sampling(&given, &model.defaults, info, room, drawn_seed)?,
+        sampling: sampling(&given, grammar, (model, info), room, drawn_seed)?,
         tokens,
         include_stop: given.include_stop_string.unwrap_or(false),
         skip_special: given.skip_special_tokens.unwrap_or(true),
@@ -149,8 +159,8 @@ fn room_after(prompt_tokens: usize, info: &ModelInfo) -> Result<u32, SubmitError
 
 fn sampling(
     given: &Sampling,
-    defaults: &Defaults,
-    info: &ModelInfo,
+    grammar: Option<Arc<Grammar>>,
+    (ServedModel { defaults, .. }, info): (&ServedModel, &ModelInfo),
     room: u32,
     drawn_seed: u64,
 ) -> Result<SamplingParams, Refusal> {
@@ -183,6 +193,7 @@ fn sampling(
         stop_token_ids: given.stop_token_ids.clone(),
         logprobs: given.logprobs,
         prompt_logprobs: given.prompt_logprobs,
+        grammar,
     };
     params.check(info.vocab_size)?;
     // More than fits is no mistake: the output ends with the context.

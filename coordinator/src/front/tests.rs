@@ -1,17 +1,20 @@
 //! Real clients of a front whose core is played by the test.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use axum::http::StatusCode;
+use baton_proto::grammar::Grammar;
 use baton_proto::ids::RequestId;
 use baton_proto::message::{Logprobs, NodeFinish};
 use baton_proto::wire::v1::cluster_client::ClusterClient;
 use baton_proto::wire::v1::generate_request::Input;
 use baton_proto::wire::v1::inference_client::InferenceClient;
+use baton_proto::wire::v1::structured_output::Kind;
 use baton_proto::wire::v1::{
-    Chat, ChatMessage, DetokenizeRequest, FinishReason, GenerateRequest, GenerateResponse,
-    GetCacheRequest, GetStatusRequest, ListNodesRequest, Sampling, SetRoleRequest, TokenIds,
-    TokenizeRequest, tokenize_request,
+    Chat, ChatMessage, Choice as WireChoice, DetokenizeRequest, FinishReason, GenerateRequest,
+    GenerateResponse, GetCacheRequest, GetStatusRequest, JsonObject, ListNodesRequest, Sampling,
+    SetRoleRequest, StructuredOutput, TokenIds, TokenizeRequest, tokenize_request,
 };
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -120,6 +123,52 @@ async fn bad_requests_are_refused_by_field_and_limit() {
     let info = long.get_details_error_info().unwrap();
     assert_eq!(info.reason, "CONTEXT_LENGTH_EXCEEDED");
     assert_eq!((&*info.metadata["max"], &*info.metadata["got"]), ("63", "70"));
+}
+
+fn structured(kind: Kind) -> GenerateRequest {
+    GenerateRequest {
+        structured_output: Some(StructuredOutput { kind: Some(kind) }),
+        ..prompt("Hello")
+    }
+}
+
+#[tokio::test]
+async fn grammars_are_compiled_before_anything_is_placed() {
+    let played = start(|_| panic!("nothing of this reaches the core")).await;
+    let ignores = Sampling { ignore_eos: Some(true), ..Sampling::default() };
+    let ignores =
+        GenerateRequest { sampling: Some(ignores), ..structured(Kind::JsonObject(JsonObject {})) };
+    let empty = StructuredOutput { kind: None };
+    let cases = [
+        (ignores, "ignore_eos is true; it must be false with structured_output"),
+        (
+            GenerateRequest { structured_output: Some(empty), ..prompt("Hello") },
+            "structured_output is empty; it must be one of json_schema",
+        ),
+        (structured(Kind::JsonSchema("{".into())), "structured_output: the schema is no JSON"),
+        (structured(Kind::JsonSchema(r#"{"not": {}}"#.into())), "structured_output: "),
+        (structured(Kind::Regex("(".into())), "structured_output: "),
+        (structured(Kind::Lark("start: missing".into())), "missing"),
+        (structured(Kind::Choice(WireChoice { texts: vec![] })), "a choice of 0"),
+        (structured(Kind::Regex("x".repeat(70_000))), "structured_output is 70000 bytes long"),
+    ];
+    for (request, message) in cases {
+        let status = all(&played, request).await.unwrap_err();
+        assert_eq!(status.code(), Code::InvalidArgument, "{status:?}");
+        assert!(status.message().contains(message), "{message:?} is not in {status:?}");
+    }
+}
+
+#[tokio::test]
+async fn choices_of_a_request_share_its_grammar() {
+    let played = start(|_| Play::Accept(says("{}", Some(NodeFinish::EndOfSequence)))).await;
+    let schema = r#"{"type": "object"}"#;
+    let request = GenerateRequest { n: Some(2), ..structured(Kind::JsonSchema(schema.into())) };
+    all(&played, request).await.unwrap();
+    let grammars: Vec<_> =
+        played.asked().into_iter().map(|asked| asked.sampling.grammar.unwrap()).collect();
+    assert_eq!(*grammars[0], Grammar::JsonSchema(schema.into()));
+    assert!(Arc::ptr_eq(&grammars[0], &grammars[1]));
 }
 
 #[tokio::test]

@@ -28,6 +28,8 @@ pub(super) struct Places {
     pub(super) biases: Range<usize>,
     /// Sources of the tokens of sequences with penalties.
     pub(super) histories: Range<usize>,
+    /// Masks of all rows that sample, or empty if no row has one.
+    pub(super) allowed: Range<usize>,
     /// No row wants anything but its likeliest token.
     pub(super) greedy: bool,
 }
@@ -60,8 +62,19 @@ pub(super) fn pack(
         biased: packing.array(lists.biased),
         biases: packing.array(lists.biases.into_iter().map(f32::to_bits)),
         histories: packing.array(lists.histories),
+        allowed: packing.array(masks(rows, step)),
         greedy,
     }
+}
+
+/// A mask for each row that samples, zeros where there is none; nothing if there is none at all.
+fn masks<'a>(rows: &'a Rows, step: &'a Step<'_>) -> impl Iterator<Item = u32> + 'a {
+    let mask = |index: &usize| step.chunks[*index].sample.and_then(|sample| sample.allowed);
+    let words = rows.sampling.iter().find_map(mask).map_or(0, |mask| mask.words().len());
+    rows.sampling.iter().flat_map(move |index| {
+        let mask = mask(index).map_or(&[][..], |mask| mask.words());
+        mask.iter().copied().chain(std::iter::repeat_n(0, words - mask.len()))
+    })
 }
 
 /// Lists that rows have parts of.
@@ -93,7 +106,8 @@ impl Lists {
             presence_penalty: p.presence_penalty,
             frequency_penalty: p.frequency_penalty,
             top_k: p.top_k,
-            min_tokens: p.min_tokens,
+            // A mask has seen to it.
+            min_tokens: if sample.allowed.is_some() { 0 } else { p.min_tokens },
             history,
             prompt_tokens: sample.prompt.len() as u32,
             ends_start: ends_start as u32,
@@ -101,7 +115,7 @@ impl Lists {
             biases_start: biases_start as u32,
             biases_count: (self.biased.len() - biases_start) as u32,
             logprobs: p.logprobs.unwrap_or(NO_LOGPROBS),
-            constrained: 0,
+            constrained: u32::from(sample.allowed.is_some()),
         }
     }
 

@@ -224,7 +224,7 @@ impl GpuModel {
             history_stride: 1,
             ends: self.inputs.array(&s.ends),
             biases: (self.inputs.array(&s.biased), self.inputs.array(&s.biases).cast()),
-            allowed: self.inputs.array(&(0..0)),
+            allowed: self.inputs.array(&s.allowed),
         };
         self.sampler.sample(&self.stream, &inputs, &outputs, s.greedy)?;
         let mut scoring = std::mem::take(&mut self.scoring);

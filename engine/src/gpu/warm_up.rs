@@ -134,6 +134,7 @@ fn rehearse(
             prompt: &prompt,
             output: &[],
             pending: 0,
+            allowed: None,
         }),
     };
     let step = Step { chunks: vec![chunk; sequences], watched: false };

@@ -44,10 +44,14 @@ fn naive(logits: &[f32], params: &SamplingParams, prompt: &[u32], output: &[u32]
     (0..l.len()).map(|t| if kept.contains(&t) { weight(t) / total } else { 0.0 }).collect()
 }
 
+fn of<'a>(params: &'a SamplingParams, prompt: &'a [u32], output: &'a [u32]) -> Sample<'a> {
+    Sample { params, prompt, output, pending: 0, allowed: None }
+}
+
 /// What the sampler would draw from.
 fn probabilities(logits: &[f32], params: &SamplingParams, prompt: &[u32], out: &[u32]) -> Vec<f64> {
     let mut sampler = Sampler::new(logits.len());
-    let token = sampler.sample(logits, params, prompt, out).token as usize;
+    let token = sampler.sample(logits, &of(params, prompt, out)).token as usize;
     assert!(sampler.counts.iter().all(|&count| count == 0), "nothing stays");
     if params.temperature < MIN_TEMPERATURE {
         return (0..logits.len()).map(|other| f64::from(u8::from(other == token))).collect();
@@ -108,8 +112,32 @@ fn min_tokens_lets_a_stop_token_come_when_they_are_there() {
         ..SamplingParams::default()
     };
     let mut sampler = Sampler::new(16);
-    let mut token = |output: &[u32]| sampler.sample(&logits(), &params, &[9], output).token;
+    let mut token = |output: &[u32]| sampler.sample(&logits(), &of(&params, &[9], output)).token;
     assert!(token(&[1]) != 0 && token(&[1, 1]) == 0);
+}
+
+#[test]
+fn masks_forbid_whatever_else_is_wanted() {
+    let params = SamplingParams {
+        temperature: 0.0,
+        min_tokens: 9,
+        eos_token_ids: vec![7],
+        logit_bias: vec![(0, 100.0), (3, 1.0)],
+        repetition_penalty: 1.5,
+        logprobs: Some(1),
+        ..SamplingParams::default()
+    };
+    let sampled = |allowed: &[u32]| {
+        let mask = TokenMask::of(allowed, 16);
+        let sample = Sample { allowed: Some(&mask), ..of(&params, &[9], &[1]) };
+        Sampler::new(16).sample(&logits(), &sample)
+    };
+    assert_eq!(sampled(&[3, 12]).token, 3);
+    assert_eq!(sampled(&[12]).token, 12);
+    assert_eq!(sampled(&[7]).token, 7, "the mask has seen to min_tokens");
+    let free = Sampler::new(16).sample(&logits(), &of(&params, &[9], &[1]));
+    let top = |sampled: Sampled| sampled.logprobs.unwrap().top;
+    assert_eq!(top(sampled(&[12])), top(free), "what is told is the model's own");
 }
 
 prop_compose! {
@@ -210,7 +238,7 @@ const PINNED_RANDOM: [f64; 3] = [0.5243459416779314, 0.30213903321684277, 0.9409
 #[test]
 fn greedy_takes_the_lowest_of_equal_tokens() {
     let params = SamplingParams { temperature: 0.0, ..SamplingParams::default() };
-    let sample = |logits: &[f32]| Sampler::new(4).sample(logits, &params, &[], &[]).token;
+    let sample = |logits: &[f32]| Sampler::new(4).sample(logits, &of(&params, &[], &[])).token;
     assert_eq!(sample(&[1.0, 2.0, 2.0, 0.0]), 1);
     assert_eq!(sample(&[f32::NAN, -3.0, f32::NEG_INFINITY, -2.0]), 3);
 }
@@ -226,7 +254,7 @@ fn logprobs_are_those_of_the_model() {
         ..SamplingParams::default()
     };
     let logits = [0.5, -2.0, 3.0, 0.5, 1.0_f32];
-    let sampled = Sampler::new(5).sample(&logits, &params, &[], &[]);
+    let sampled = Sampler::new(5).sample(&logits, &of(&params, &[], &[]));
     assert_eq!(sampled.token, 1);
     let sum: f64 = logits.iter().map(|&logit| f64::from(logit).exp()).sum();
     let want = |token: usize| (f64::from(logits[token]) - sum.ln()) as f32;
@@ -235,5 +263,6 @@ fn logprobs_are_those_of_the_model() {
     assert_eq!(top.iter().map(|entry| entry.0).collect::<Vec<_>>(), [2, 4, 0], "ties by id");
     assert!(top.iter().all(|&(token, value)| (value - want(token as usize)).abs() < 1e-6));
     let none = SamplingParams { logprobs: Some(0), ..params };
-    assert_eq!(Sampler::new(5).sample(&logits, &none, &[], &[]).logprobs.unwrap().top, []);
+    let sampled = Sampler::new(5).sample(&logits, &of(&none, &[], &[]));
+    assert_eq!(sampled.logprobs.unwrap().top, []);
 }

@@ -46,6 +46,8 @@ impl Scheduler {
                 let export = self.sequences[&chunk.number].kind == Kind::Export;
                 if export || token.finish.is_some() {
                     over.push(chunk.number);
+                } else {
+                    self.lacks_mask(chunk.number);
                 }
                 tokens.push(token);
             }

@@ -92,12 +92,16 @@ impl Scheduler {
     }
 
     fn plan_decodes(&mut self, plan: &mut Plan) -> Result<(), InFlight> {
+        if self.leaves_most_behind() {
+            return Err(InFlight);
+        }
         let mut from = 0;
         while let Some(&number) = self.running.range(from..).next() {
             from = number + 1;
             let sequence = &self.sequences[&number];
-            let goes_on =
-                sequence.decoding() && !sequence.ends_in_flight(self.limits.max_model_len);
+            let goes_on = sequence.decoding()
+                && sequence.may_sample()
+                && !sequence.ends_in_flight(self.limits.max_model_len);
             if goes_on && self.grow(number, plan)? {
                 plan.chunks.push(planned(number, &self.sequences[&number], 1));
             }
@@ -146,10 +150,8 @@ impl Scheduler {
     fn plan_prefills(&mut self, plan: &mut Plan, budget: &mut usize) {
         for &number in &self.running {
             let sequence = &self.sequences[&number];
-            if *budget > 0 && !sequence.decoding() {
-                let tokens = sequence.remaining().min(*budget);
-                *budget -= tokens;
-                plan.chunks.push(planned(number, sequence, tokens));
+            if !sequence.decoding() {
+                plan_prefill(plan, budget, number, sequence);
             }
         }
     }
@@ -175,9 +177,7 @@ impl Scheduler {
             self.announce(number, now);
             let sequence = &self.sequences[&number];
             if !import {
-                let tokens = sequence.remaining().min(*budget);
-                *budget -= tokens;
-                plan.chunks.push(planned(number, sequence, tokens));
+                plan_prefill(plan, budget, number, sequence);
             }
         }
     }
@@ -238,8 +238,20 @@ impl Scheduler {
     }
 }
 
-/// Somebody has to be preempted, which has to wait for a step in flight.
+/// Nothing is planned before a step in flight has ended: somebody has to be preempted, or too many
+/// wait for its tokens.
 struct InFlight;
+
+/// As much of a prompt as the step's tokens allow, but for its last token, from which the first
+/// one of the output is sampled, if its mask is not here.
+fn plan_prefill(plan: &mut Plan, budget: &mut usize, number: u64, sequence: &Sequence) {
+    let computable = sequence.remaining() - usize::from(!sequence.may_sample());
+    let tokens = computable.min(*budget);
+    if tokens > 0 {
+        *budget -= tokens;
+        plan.chunks.push(planned(number, sequence, tokens));
+    }
+}
 
 fn planned(number: u64, sequence: &Sequence, tokens: usize) -> PlannedChunk {
     let (start, end) = (sequence.planned, sequence.planned + tokens);

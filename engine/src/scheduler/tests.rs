@@ -55,6 +55,7 @@ struct Rig {
     now: Instant,
     steps: Vec<Plan>,
     events: Vec<Event>,
+    masks: Masks,
 }
 
 impl Rig {
@@ -66,7 +67,8 @@ impl Rig {
         let device = Device::new(limits.kv_blocks, lazy);
         let scheduler = Scheduler::new(limits, ModelRoot([1; 16]));
         let (steps, events) = (Vec::new(), Vec::new());
-        Self { scheduler, device, depth, now: Instant::now(), steps, events }
+        let masks = Masks::default();
+        Self { scheduler, device, depth, now: Instant::now(), steps, events, masks }
     }
 
     fn add(&mut self, job: Job, kind: Kind) {
@@ -77,6 +79,7 @@ impl Rig {
     fn step(&mut self) -> bool {
         let plan = self.scheduler.plan(self.now);
         self.scheduler.check();
+        self.masks.check(&self.scheduler, &plan);
         self.see();
         let launches = !plan.chunks.is_empty();
         if launches {
@@ -142,10 +145,12 @@ impl Rig {
 }
 
 mod device;
+mod guided;
 mod pull;
 mod random;
 
 use device::{Device, GARBAGE};
+use guided::Masks;
 
 fn continuation(tokens: &[u32], count: usize) -> Vec<u32> {
     let mut all = tokens.to_vec();

@@ -15,6 +15,7 @@ pub(super) fn step_chunk<'a>(scheduler: &'a Scheduler, planned: &PlannedChunk) -
         prompt: sequence.prompt(),
         output: sequence.output(),
         pending: usize::from(planned.pending.is_some()),
+        allowed: sequence.following.as_ref().and_then(|following| following.mask()),
     };
     StepChunk {
         input,

@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 
+use baton_grammar::TokenMask;
 use baton_proto::geometry::KvGeometry;
 use baton_proto::sampling::SamplingParams;
 
@@ -36,6 +37,7 @@ struct Owned {
     blocks: Vec<u32>,
     prompt_logprobs: Option<(usize, Vec<u32>, usize)>,
     sample: Option<(SamplingParams, Vec<u32>, Vec<u32>)>,
+    allowed: Option<TokenMask>,
 }
 
 impl<F: Forward> Ahead<F> {
@@ -116,7 +118,7 @@ impl Owned {
             Input::Tokens(tokens) => (tokens.to_vec(), None),
             Input::Pending(before) => (Vec::new(), Some(before)),
         };
-        let sample = |Sample { params, prompt, output, pending: unknown }: Sample<'_>| {
+        let sample = |Sample { params, prompt, output, pending: unknown, .. }: Sample<'_>| {
             assert_eq!(unknown, usize::from(pending.is_some()), "only the input is unknown");
             (params.clone(), prompt.to_vec(), output.to_vec())
         };
@@ -129,6 +131,7 @@ impl Owned {
             blocks: chunk.blocks.to_vec(),
             prompt_logprobs: chunk.prompt_logprobs.map(prompt_logprobs),
             sample: chunk.sample.map(sample),
+            allowed: chunk.sample.and_then(|sample| sample.allowed.cloned()),
         }
     }
 
@@ -149,6 +152,7 @@ impl Owned {
                 prompt,
                 output,
                 pending: 0,
+                allowed: self.allowed.as_ref(),
             }),
         }
     }

@@ -1,5 +1,6 @@
 //! Requests as samplers meet them, and what the CPU makes of them.
 
+use baton_engine::Sample;
 use baton_engine::sampler::Sampler;
 use baton_proto::sampling::SamplingParams;
 
@@ -121,6 +122,7 @@ impl Row {
         for (logit, allowed) in logits.iter_mut().zip(self.allowed.iter().flatten()) {
             *logit = if *allowed { *logit } else { f32::NEG_INFINITY };
         }
-        sampler.sample(&logits, &self.params, &self.prompt, &self.output).token
+        let Self { params, prompt, output, .. } = self;
+        sampler.sample(&logits, &Sample { params, prompt, output, pending: 0, allowed: None }).token
     }
 }

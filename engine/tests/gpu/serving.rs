@@ -11,6 +11,8 @@ use baton_engine::model::LoadFormat;
 use baton_engine::{
     BlockLease, Engine, EngineConfig, EngineEvent, FirstToken, Kind, MemoryLost, Soon, Submission,
 };
+use baton_grammar::{Grammars, Vocabulary};
+use baton_proto::grammar::Grammar;
 use baton_proto::hash::CacheSalt;
 use baton_proto::ids::{RequestId, TransferId};
 use baton_proto::message::Job;
@@ -30,6 +32,18 @@ pub(crate) struct Node {
 
 fn id(request: u32) -> TransferId {
     TransferId { request: RequestId(request.into()), attempt: 1 }
+}
+
+/// Ends a sequence with a grammar.
+const EOS: u32 = 2;
+
+/// Tokens of printable ASCII stand for it.
+fn grammars(vocab_size: usize) -> Arc<Grammars> {
+    let vocab: serde_json::Map<_, _> =
+        (33..100).map(|byte| (format!("<0x{byte:02X}>"), byte.into())).collect();
+    let decoder = serde_json::json!({"type": "ByteFallback"});
+    let file = serde_json::json!({"decoder": decoder, "model": {"vocab": vocab}});
+    Arc::new(Grammars::new(&Vocabulary::parse(&file.to_string()).unwrap(), vocab_size))
 }
 
 fn job(request: u32, tokens: Vec<u32>, max_tokens: u32) -> Job {
@@ -80,7 +94,8 @@ impl Node {
         let model = load_model(&devices(count)?, options).unwrap();
         let (sink, events) = channel();
         let sink = Box::new(move |event| drop(sink.send(event)));
-        Some(Self { engine: Engine::start(config, model, sink), events })
+        let grammars = Some(grammars(model.vocab_size()));
+        Some(Self { engine: Engine::start(config, model, grammars, sink), events })
     }
 
     fn submit(&self, job: &Job, kind: Kind) {
@@ -134,6 +149,37 @@ impl Node {
 
 fn wait<T>(soon: Soon<T>) -> Result<T, MemoryLost> {
     tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(soon)
+}
+
+#[test]
+fn grammars_are_followed_beside_free_sequences() {
+    let dir = checkpoint(&BASE, None);
+    let Some(node) = Node::start(dir.path()) else { return };
+    let guided = |n: u32, temperature| {
+        let mut job = job(n, tokens(10 + n as usize, 101, u64::from(n)), 12);
+        let grammar = Grammar::Regex("[A-C]{3}(-[D-F])*".to_owned());
+        (job.sampling.grammar, job.sampling.temperature) = (Some(Arc::new(grammar)), temperature);
+        (job.sampling.eos_token_ids, job.sampling.min_tokens) = (vec![EOS], 2);
+        job.sampling.frequency_penalty = 0.5;
+        job
+    };
+    let jobs = [guided(1, 1.0), job(2, tokens(20, 101, 2), 12), guided(3, 1.0), guided(4, 0.0)];
+    jobs.iter().for_each(|job| node.submit(job, Kind::Local));
+    let outputs = node.until_ended(jobs.len());
+    assert_greedy(&dir, &jobs[1].tokens, &outputs[&id(2)]);
+    for n in [1, 3, 4] {
+        let output = &outputs[&id(n)];
+        for (at, token) in output.iter().enumerate() {
+            let allowed: &[u32] = match at {
+                0..3 => &[65, 66, 67],
+                _ if at % 2 == 1 => &[45, EOS],
+                _ => &[68, 69, 70],
+            };
+            assert!(allowed.contains(token), "{output:?}");
+        }
+        assert!(output.len() == 12 || output.last() == Some(&EOS), "{output:?}");
+    }
+    node.idle();
 }
 
 #[test]

@@ -237,7 +237,7 @@ impl Gpu {
                 start: if step == 0 { 0 } else { prompt.len() + step - 1 },
                 blocks: &tables[i],
                 prompt_logprobs: None,
-                sample: Some(Sample { params, prompt, output, pending }),
+                sample: Some(Sample { params, prompt, output, pending, allowed: None }),
             }
         });
         let chunks = chunks.collect();

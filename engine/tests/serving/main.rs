@@ -1,5 +1,6 @@
 //! The engine as its users see it, with a model whose tokens depend on every KV byte it reads.
 
+mod grammar;
 mod staged;
 mod support;
 
@@ -378,7 +379,7 @@ fn jobs_of_a_broken_engine_fail_and_new_ones_are_refused() {
     let (sink, events) = mpsc::channel();
     let model = FakeModel::new(128, 200).on_step(Box::new(|_| panic!("the device is on fire")));
     let sink = Box::new(move |event| drop(sink.send(event)));
-    let engine = Engine::start(config(), support::device(model), sink);
+    let engine = Engine::start(config(), support::device(model), None, sink);
     let submission =
         |n| Submission { job: job(n, prompt(1, 9), 5), kind: Kind::Local, held: false };
     let submit = |n| engine.submit(submission(n));
@@ -395,7 +396,7 @@ fn jobs_of_a_failed_device_fail_and_say_why() {
     let (sink, events) = mpsc::channel();
     let device = support::Failing::new(support::device(FakeModel::new(128, 200)), 3);
     let sink = Box::new(move |event| drop(sink.send(event)));
-    let engine = Engine::start(config(), Box::new(device), sink);
+    let engine = Engine::start(config(), Box::new(device), None, sink);
     for n in [1, 2] {
         let job = job(n, prompt(n, 9), 50);
         engine.submit(Submission { job, kind: Kind::Local, held: false }).unwrap();

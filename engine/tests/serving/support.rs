@@ -20,6 +20,8 @@ use baton_proto::ids::{RequestId, TransferId};
 use baton_proto::message::{Job, Logprobs, Report, TokenEvent};
 use baton_proto::sampling::SamplingParams;
 
+use crate::grammar::grammars;
+
 /// How long anything may take before a test fails.
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -115,7 +117,7 @@ impl Node {
     fn on(config: EngineConfig, device: Box<dyn Executor>) -> Self {
         let (sink, events) = channel();
         let sink = Box::new(move |event| drop(sink.send(event)));
-        Self { engine: Engine::start(config, device, sink), events }
+        Self { engine: Engine::start(config, device, Some(grammars()), sink), events }
     }
 
     pub(crate) fn submit(&self, job: &Job, kind: Kind) {

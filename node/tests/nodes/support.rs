@@ -294,6 +294,7 @@ fn setup(role: Role, identity: Identity, coordinator: SocketAddr, timing: Timing
         cuda_libraries: None,
         model_name: "fake".to_owned(),
         price: 1.0,
+        grammars: None,
         engine: EngineConfig {
             block_tokens: BLOCK_TOKENS,
             kv_blocks: KV_BLOCKS,

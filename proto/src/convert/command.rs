@@ -1,12 +1,15 @@
 //! Jobs, and what coordinators ask of nodes.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use super::{InvalidMessage, bytes16, invalid, job_id, pull_id, required, role, transfer_id};
+use crate::grammar::Grammar;
 use crate::hash::CacheSalt;
 use crate::message::{Command, Job, Pull};
 use crate::sampling::SamplingParams;
 use crate::wire::node as wire;
+use wire::grammar::Grammar as Kind;
 use wire::to_node::Message as Down;
 
 impl From<SamplingParams> for wire::Sampling {
@@ -29,6 +32,7 @@ impl From<SamplingParams> for wire::Sampling {
             stop_token_ids: p.stop_token_ids,
             logprobs: p.logprobs,
             prompt_logprobs: p.prompt_logprobs,
+            grammar: p.grammar.map(|grammar| Grammar::clone(&grammar).into()),
         }
     }
 }
@@ -56,10 +60,38 @@ impl TryFrom<wire::Sampling> for SamplingParams {
             stop_token_ids: p.stop_token_ids,
             logprobs: p.logprobs,
             prompt_logprobs: p.prompt_logprobs,
+            grammar: p.grammar.map(Grammar::try_from).transpose()?.map(Arc::new),
         };
         // The node compares token ids with its own vocabulary.
         params.check(u32::MAX).map_err(|e| InvalidMessage(e.to_string()))?;
         Ok(params)
+    }
+}
+
+impl From<Grammar> for wire::Grammar {
+    fn from(grammar: Grammar) -> Self {
+        let grammar = match grammar {
+            Grammar::JsonSchema(schema) => Kind::JsonSchema(schema),
+            Grammar::JsonObject => Kind::JsonObject(wire::JsonObject {}),
+            Grammar::Regex(regex) => Kind::Regex(regex),
+            Grammar::Choice(texts) => Kind::Choice(wire::Choice { texts }),
+            Grammar::Lark(lark) => Kind::Lark(lark),
+        };
+        Self { grammar: Some(grammar) }
+    }
+}
+
+impl TryFrom<wire::Grammar> for Grammar {
+    type Error = InvalidMessage;
+
+    fn try_from(grammar: wire::Grammar) -> Result<Self, InvalidMessage> {
+        Ok(match required(grammar.grammar, "sampling.grammar")? {
+            Kind::JsonSchema(schema) => Self::JsonSchema(schema),
+            Kind::JsonObject(_) => Self::JsonObject,
+            Kind::Regex(regex) => Self::Regex(regex),
+            Kind::Choice(choice) => Self::Choice(choice.texts),
+            Kind::Lark(lark) => Self::Lark(lark),
+        })
     }
 }
 

@@ -1,8 +1,10 @@
 //! Messages survive the wire, and bad ones are refused by name.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use super::*;
+use crate::grammar::Grammar;
 use crate::hash::{CacheSalt, ModelRoot};
 use crate::message::{
     Command, Hello, Job, Logprobs, MAX_PRICE, NodeEvent, NodeFinish, Pull, Report, Retry,
@@ -29,6 +31,11 @@ fn job() -> Job {
     }
 }
 
+fn guided(grammar: Grammar) -> Command {
+    let sampling = SamplingParams { grammar: Some(Arc::new(grammar)), ..job().sampling };
+    Command::Decode { job: Job { sampling, ..job() }, prefill: None, pull: None }
+}
+
 fn peer() -> Peer {
     let node = "decode-0".parse().unwrap();
     Peer { node, epoch: Epoch(7), kv_address: "127.0.0.1:1".into() }
@@ -52,6 +59,11 @@ fn commands_survive_the_wire() {
         },
         Command::Serve { id: job().id.pull(), tokens: vec![5], salt: job().salt, to: peer() },
         Command::Serve { id: job().id.pull(), tokens: vec![5], salt: CacheSalt(None), to: peer() },
+        guided(Grammar::JsonSchema("{}".into())),
+        guided(Grammar::JsonObject),
+        guided(Grammar::Regex("a+".into())),
+        guided(Grammar::Choice(vec!["a".into(), "b".into()])),
+        guided(Grammar::Lark("start: \"a\"".into())),
         Command::Cancel(job().id),
         Command::Cancel(job().id.pull()),
         Command::SendSnapshot,

@@ -4,13 +4,22 @@ use super::*;
 
 #[derive(Clone, Debug)]
 enum Op {
-    Add { kind: Kind, prompt: Vec<u32>, max_tokens: u32, end: Option<u32>, deadline: Option<u64> },
+    Add {
+        kind: Kind,
+        prompt: Vec<u32>,
+        max_tokens: u32,
+        end: Option<u32>,
+        deadline: Option<u64>,
+        guided: bool,
+    },
     Cancel(usize),
     Imported(usize),
     ReturnLease(usize),
     Hold(usize),
     Release(usize),
     Limit(usize),
+    AskMasks,
+    FindMask(usize),
     Step,
 }
 
@@ -25,10 +34,12 @@ fn op() -> impl Strategy<Value = Op> {
     // Few different tokens, so that prompts share prefixes.
     let tokens = prop::collection::vec(0..2_u32, 1..30);
     let end = prop::option::weighted(0.7, 0..8_u32);
-    let add = (kind, tokens, 1..12_u32, end, prop::option::weighted(0.2, 1..40_u64));
+    let deadline = prop::option::weighted(0.2, 1..40_u64);
+    let guided = prop::bool::weighted(0.3);
+    let add = (kind, tokens, 1..12_u32, end, deadline, guided);
     prop_oneof![
-        3 => add.prop_map(|(kind, prompt, max_tokens, end, deadline)| {
-            Op::Add { kind, prompt, max_tokens, end, deadline }
+        3 => add.prop_map(|(kind, prompt, max_tokens, end, deadline, guided)| {
+            Op::Add { kind, prompt, max_tokens, end, deadline, guided }
         }),
         1 => any::<usize>().prop_map(Op::Cancel),
         2 => any::<usize>().prop_map(Op::Imported),
@@ -36,6 +47,8 @@ fn op() -> impl Strategy<Value = Op> {
         1 => any::<usize>().prop_map(Op::Hold),
         1 => any::<usize>().prop_map(Op::Release),
         1 => (1..12_usize).prop_map(Op::Limit),
+        3 => Just(Op::AskMasks),
+        3 => any::<usize>().prop_map(Op::FindMask),
         8 => Just(Op::Step),
     ]
 }
@@ -60,7 +73,7 @@ struct Lent {
 impl World {
     fn apply(&mut self, op: Op) {
         match op {
-            Op::Add { kind, prompt, max_tokens, end, deadline } => {
+            Op::Add { kind, prompt, max_tokens, end, deadline, guided } => {
                 let n = self.prompts.len() as u128;
                 let all = continuation(&prompt, max_tokens as usize);
                 let end_at = all.iter().position(|token| Some(*token) == end);
@@ -71,6 +84,9 @@ impl World {
                 let deadline = deadline.map(Duration::from_millis);
                 let mut job = Job { deadline, ..job(n, prompt, max_tokens) };
                 job.sampling.eos_token_ids.extend(end);
+                if guided {
+                    guided::follow(&mut job, "[a-h]*");
+                }
                 self.rig.add(job, kind);
             }
             Op::Cancel(i) if !self.prompts.is_empty() => {
@@ -91,6 +107,8 @@ impl World {
             Op::Release(i) if !self.prompts.is_empty() => {
                 self.rig.scheduler.release(id((i % self.prompts.len()) as u128));
             }
+            Op::AskMasks => self.rig.masks.ask(&mut self.rig.scheduler),
+            Op::FindMask(which) => self.rig.masks.find(which, &mut self.rig.scheduler),
             Op::Limit(tokens) => self.rig.scheduler.set_prefill_limit(tokens),
             _ => {
                 self.rig.now += Duration::from_millis(1);
@@ -179,6 +197,7 @@ impl World {
             while let Some(id) = self.leased.keys().next().copied() {
                 self.return_lease(id);
             }
+            self.rig.masks.find_all(&mut self.rig.scheduler);
             self.apply(Op::Step);
             let idle = self.rig.scheduler.sequences.is_empty() && self.leased.is_empty();
             if idle && self.rig.device.flying.is_empty() {
