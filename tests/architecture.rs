@@ -53,6 +53,7 @@ const CONFINED: &[(&str, &[&str])] = &[
 const STATE_MACHINES: &[&str] = &[
     "coordinator/src/aliases.rs",
     "coordinator/src/control.rs",
+    "coordinator/src/front/door/quota.rs",
     "coordinator/src/requests.rs",
     "coordinator/src/request.rs",
     "coordinator/src/life.rs",
