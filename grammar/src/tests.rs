@@ -1,5 +1,4 @@
 //! Grammars over a small vocabulary, and vocabularies against the tokenizers crate.
-#![expect(clippy::unwrap_used, reason = "tests")]
 
 use std::sync::Arc;
 
