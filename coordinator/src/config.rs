@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use baton_proto::config::load_toml;
+use baton_telemetry::LogFormat;
 use clap::{Args, Parser};
 use serde::Deserialize;
 
@@ -102,9 +103,17 @@ pub struct Settings {
     /// Default: info.
     #[arg(long, env = "BATON_LOG", value_name = "FILTER")]
     pub log: Option<String>,
-    /// `text` or `json`. Default: text.
+    /// `text`, `json`, or `journal` for systemd's journal with its fields. Default: journal under
+    /// systemd, else text.
     #[arg(long, env = "BATON_LOG_FORMAT", value_name = "FORMAT")]
     pub log_format: Option<String>,
+    /// Where traces are sent, as OTLP over gRPC, e.g. http://127.0.0.1:4317. Default: nowhere.
+    #[arg(long, env = "BATON_OTLP_ENDPOINT", value_name = "URL")]
+    pub otlp_endpoint: Option<String>,
+    /// Share of the requests that are traced, from 0 to 1; those whose client says so always are.
+    /// Default: 1.
+    #[arg(long, env = "BATON_TRACE_RATIO", value_name = "SHARE")]
+    pub trace_ratio: Option<f64>,
 }
 
 /// A name for several models. A request that names it is served by the cheapest of those that would
@@ -186,8 +195,12 @@ pub struct Config {
     pub drain_timeout: Duration,
     /// Log filter.
     pub log: String,
-    /// Whether the log is JSON.
-    pub log_json: bool,
+    /// How a line of the log looks; `None`: whatever is usual where it goes.
+    pub log_format: Option<LogFormat>,
+    /// Where traces are sent.
+    pub otlp_endpoint: Option<String>,
+    /// Share of the requests that are traced.
+    pub trace_ratio: f64,
 }
 
 impl Config {
@@ -235,6 +248,8 @@ impl Settings {
             drain_timeout_s: self.drain_timeout_s.or(other.drain_timeout_s),
             log: self.log.or(other.log),
             log_format: self.log_format.or(other.log_format),
+            otlp_endpoint: self.otlp_endpoint.or(other.otlp_endpoint),
+            trace_ratio: self.trace_ratio.or(other.trace_ratio),
         }
     }
 
@@ -287,14 +302,7 @@ impl TryFrom<Settings> for Config {
         let most_wait = settings.max_wait_s.map(most_wait).transpose()?;
         let placement =
             placement::Options { local_prefill, most_wait, ..placement::Options::default() };
-        let log_json = match settings.log_format.as_deref() {
-            None | Some("text") => false,
-            Some("json") => true,
-            Some(other) => {
-                let problem = format!("is {other:?}; it must be text or json");
-                return Err(ConfigError::Value { key: "log_format", problem });
-            }
-        };
+        let log_format = settings.log_format.as_deref().map(log_format).transpose()?;
         Ok(Self {
             cluster_listen: settings.cluster_listen.unwrap_or(loopback(7400)),
             peers: peers(settings.peers)?,
@@ -313,7 +321,9 @@ impl TryFrom<Settings> for Config {
             auto_roles: settings.auto_roles.unwrap_or(false),
             drain_timeout: Duration::from_secs(settings.drain_timeout_s.unwrap_or(60)),
             log: settings.log.unwrap_or_else(|| "info".to_owned()),
-            log_json,
+            log_format,
+            otlp_endpoint: settings.otlp_endpoint,
+            trace_ratio: trace_ratio(settings.trace_ratio.unwrap_or(1.0))?,
         })
     }
 }
@@ -330,6 +340,19 @@ fn tls(settings: &Settings) -> Result<Option<TlsFiles>, ConfigError> {
         (None, None) if client_ca.is_some() => alone("tls_client_ca", "tls_cert"),
         (None, None) => Ok(None),
     }
+}
+
+fn log_format(name: &str) -> Result<LogFormat, ConfigError> {
+    let problem = |error: baton_telemetry::UnknownFormat| format!("is {name:?}; it {error}");
+    name.parse().map_err(|e| ConfigError::Value { key: "log_format", problem: problem(e) })
+}
+
+fn trace_ratio(ratio: f64) -> Result<f64, ConfigError> {
+    if (0.0..=1.0).contains(&ratio) {
+        return Ok(ratio);
+    }
+    let problem = format!("is {ratio}; it must be from 0 to 1");
+    Err(ConfigError::Value { key: "trace_ratio", problem })
 }
 
 fn most_wait(seconds: f64) -> Result<Duration, ConfigError> {

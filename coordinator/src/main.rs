@@ -6,16 +6,16 @@ use std::process::ExitCode;
 use baton_coordinator::config::Config;
 use baton_coordinator::core::Core;
 use baton_coordinator::server::{Coordinator, install_metrics};
+use baton_telemetry::start_logging;
 use sd_notify::NotifyState;
 use tokio::signal::unix::{Signal, SignalKind, signal};
-use tracing_subscriber::EnvFilter;
 
 fn main() -> ExitCode {
     let config = match Config::from_process() {
         Ok(config) => config,
         Err(error) => return fail(2, &error),
     };
-    if let Err(error) = start_logging(&config.log, config.log_json) {
+    if let Err(error) = start_logging(&config.log, config.log_format) {
         return fail(2, &error);
     }
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
@@ -29,18 +29,6 @@ fn main() -> ExitCode {
 fn fail(status: u8, error: &dyn std::fmt::Display) -> ExitCode {
     eprintln!("baton-coordinator: {error}");
     ExitCode::from(status)
-}
-
-fn start_logging(filter: &str, json: bool) -> Result<(), String> {
-    let filter = EnvFilter::try_new(filter).map_err(|e| format!("log is {filter:?}: {e}"))?;
-    let log = tracing_subscriber::fmt().with_env_filter(filter).with_ansi(false);
-    let log = log.with_writer(std::io::stderr);
-    if json {
-        log.json().init();
-    } else {
-        log.init();
-    }
-    Ok(())
 }
 
 async fn run(config: &Config) -> Result<(), Box<dyn std::error::Error>> {

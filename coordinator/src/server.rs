@@ -5,6 +5,7 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use baton_identity::{ClientPortError, Identity};
+use baton_telemetry::Tracer;
 use metrics_exporter_prometheus::{BuildError, PrometheusHandle};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
@@ -51,6 +52,9 @@ pub enum StartError {
         /// Why not.
         source: io::Error,
     },
+    /// Traces.
+    #[error(transparent)]
+    Traces(#[from] baton_telemetry::StartError),
     /// Metrics.
     #[error("metrics: {0}")]
     Metrics(#[from] BuildError),
@@ -93,7 +97,14 @@ impl Coordinator {
         if config.auto_roles {
             driver.adjust_roles(identity.node_id().clone());
         }
-        let front = Front::new(core.clone(), models, config.aliases.clone());
+        let tracer = match &config.otlp_endpoint {
+            Some(endpoint) => {
+                let name = identity.node_id().as_str();
+                Tracer::start(endpoint, "baton-coordinator", name, config.trace_ratio)?
+            }
+            None => Tracer::default(),
+        };
+        let front = Front::new(core.clone(), models, config.aliases.clone(), tracer);
         let (closing, closed) = watch::channel(false);
         let (mut servers, mut nodes) = (JoinSet::new(), JoinSet::new());
         tokio::spawn(driver.run());

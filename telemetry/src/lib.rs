@@ -3,5 +3,5 @@
 mod logging;
 mod tracer;
 
-pub use logging::{LogFormat, start_logging};
+pub use logging::{LogFormat, UnknownFormat, start_logging};
 pub use tracer::{Span, SpanKind, StartError, Tracer, Value};

@@ -128,6 +128,7 @@ impl Launch {
         }
         push(&mut arguments, "--model-name", &self.model_name());
         push(&mut arguments, "--local-prefill", &self.options.local_prefill);
+        push(&mut arguments, "--otlp-endpoint", &self.options.otlp_endpoint);
         arguments
     }
 
@@ -164,6 +165,7 @@ impl Launch {
         let libraries = options.cuda_libraries.as_ref().map(|folder| folder.display());
         push(&mut arguments, "--cuda-libraries", &libraries);
         push(&mut arguments, "--kv-transports", &options.kv_transports);
+        push(&mut arguments, "--otlp-endpoint", &options.otlp_endpoint);
         push(&mut arguments, "--max-batch-tokens", &options.max_batch_tokens);
         push(&mut arguments, "--max-model-len", &options.max_model_len);
         arguments

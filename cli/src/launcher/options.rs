@@ -69,6 +69,9 @@ pub struct ClusterOptions {
     /// When decode nodes compute prompts themselves: `auto`, `never`
     #[arg(long, value_name = "WHEN")]
     pub local_prefill: Option<String>,
+    /// Where all daemons send their traces, as OTLP over gRPC, e.g. http://127.0.0.1:4317
+    #[arg(long, value_name = "URL")]
+    pub otlp_endpoint: Option<String>,
     /// Folder of the daemons [default: the folder of this program]
     #[arg(long, value_name = "DIR")]
     pub daemons: Option<PathBuf>,
@@ -101,6 +104,7 @@ impl Default for ClusterOptions {
             max_model_len: None,
             threads: None,
             local_prefill: None,
+            otlp_endpoint: None,
             daemons: None,
             quiet: false,
         }

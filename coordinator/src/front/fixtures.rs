@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use baton_proto::ids::{RequestId, Role};
 use baton_proto::message::{BlockCounts, NodeFinish, Report};
+use baton_telemetry::Tracer;
 use metrics_exporter_prometheus::PrometheusBuilder;
 use serde_json::Value;
 use tokio::net::TcpListener;
@@ -157,6 +158,7 @@ pub(crate) async fn start_behind(
         Core::new(asks, drops, models_seen),
         Models::load(names.iter().map(|name| (*name, folder))).unwrap(),
         aliases,
+        Tracer::default(),
     );
     let (grpc, http) = (listener().await, listener().await);
     let addresses = (grpc.local_addr().unwrap(), http.local_addr().unwrap());

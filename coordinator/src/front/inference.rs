@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use baton_proto::ids::RequestId;
+use baton_proto::trace::TraceContext;
 use baton_proto::wire::v1::inference_server::Inference;
 use baton_proto::wire::v1::{
     DetokenizeRequest, DetokenizeResponse, GenerateRequest, GenerateResponse, TokenizeRequest,
@@ -24,6 +25,7 @@ use super::models::ServedModel;
 use super::prepare::{Prepared, prepare, prompt_tokens};
 use super::refusal::Refusal;
 use super::running::Run;
+use super::trace::CompletionSpan;
 use crate::core::{Core, ModelInfo, NewRequest, SubmitError, Updates};
 
 /// Messages that wait for a slow client; the rest waits as tokens in the core's channel.
@@ -44,6 +46,13 @@ struct Out {
     /// A place that is kept for an error.
     last_word: mpsc::OwnedPermit<Message>,
     ticket: Arc<Ticket>,
+}
+
+/// A completion that the core has accepted. Dropping it cancels it.
+struct Accepted {
+    choice: Choice,
+    updates: Updates,
+    span: CompletionSpan,
 }
 
 /// A part of a completion, or why there is none.
@@ -137,18 +146,18 @@ impl Front {
         for prepared in all {
             let deadline = [prepared.deadline, timeout].into_iter().flatten().min();
             let deadline = deadline.map(|deadline| arrived + deadline);
-            self.submit_all(&model, &prepared, deadline, &mut accepted).await?;
+            self.submit_all(&model, &prepared, (deadline, caller.trace), &mut accepted).await?;
             prompts.push(prepared.tokens);
         }
-        let id = accepted[0].1.id();
+        let id = accepted[0].updates.id();
         let (sender, messages) = mpsc::channel(WAITING_MESSAGES + accepted.len());
         // All before any runs: then there is room for them.
-        let room = |_: &(Choice, Updates)| sender.clone().try_reserve_owned();
+        let room = |_: &Accepted| sender.clone().try_reserve_owned();
         let last_words: Result<Vec<_>, _> = accepted.iter().map(room).collect();
         let last_words = last_words.expect("the channel has a place for each completion");
-        for ((choice, updates), last_word) in accepted.into_iter().zip(last_words) {
+        for (accepted, last_word) in accepted.into_iter().zip(last_words) {
             let out = Out { messages: sender.clone(), last_word, ticket: ticket.clone() };
-            tokio::spawn(run(choice, updates, self.core.clone(), out));
+            tokio::spawn(run(accepted, self.core.clone(), out));
         }
         Ok(Started { model, id, prompts, messages })
     }
@@ -194,8 +203,8 @@ impl Front {
         &self,
         model: &ServedModel,
         prepared: &Prepared,
-        deadline: Option<Instant>,
-        accepted: &mut Vec<(Choice, Updates)>,
+        (deadline, trace): (Option<Instant>, Option<TraceContext>),
+        accepted: &mut Vec<Accepted>,
     ) -> Result<(), Refusal> {
         for index in 0..prepared.choices {
             let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
@@ -206,6 +215,7 @@ impl Front {
             sampling.seed = sampling.seed.wrapping_add(index.into());
             let id = RequestId(u128::from_ne_bytes(random()));
             let choice = Choice::new(accepted.len() as u32, id, model, prepared);
+            let span = CompletionSpan::begin(&self.tracer, trace, &model.name, &sampling);
             let request = NewRequest {
                 id,
                 model: model.name.clone(),
@@ -214,9 +224,9 @@ impl Front {
                 salt: prepared.salt,
                 standing: prepared.standing,
                 deadline: left,
-                trace: None,
+                trace: span.context(),
             };
-            accepted.push((choice, self.core.submit(request).await?));
+            accepted.push(Accepted { choice, updates: self.core.submit(request).await?, span });
         }
         Ok(())
     }
@@ -224,7 +234,8 @@ impl Front {
 
 /// Carries one choice's updates to the client. A client that goes away closes `messages`; dropping
 /// `updates` then cancels the request.
-async fn run(mut choice: Choice, mut updates: Updates, core: Core, out: Out) {
+async fn run(accepted: Accepted, core: Core, out: Out) {
+    let Accepted { mut choice, mut updates, mut span } = accepted;
     let Out { messages, last_word, ticket } = out;
     loop {
         let update = tokio::select! {
@@ -242,6 +253,13 @@ async fn run(mut choice: Choice, mut updates: Updates, core: Core, out: Out) {
             Some(Step::Fail(error)) => (Err(error.into()), true),
             None => (Err(SubmitError::ShuttingDown.into()), true),
         };
+        match &message {
+            Ok(GenerateResponse { request_id, finished: Some(finished), .. }) => {
+                span.finished(request_id, finished);
+            }
+            Ok(_) => {}
+            Err(refusal) => span.failed(refusal),
+        }
         if let Ok(message) = &message {
             ticket.admission.charge_output(message.token_ids.len());
         }

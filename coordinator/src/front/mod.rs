@@ -6,6 +6,7 @@ use std::sync::Arc;
 use crate::aliases::Alias;
 use crate::core::{Core, StatusView};
 use aliases::Aliases;
+use baton_telemetry::Tracer;
 use models::Models;
 use running::Running;
 
@@ -36,6 +37,7 @@ mod serve;
 mod strftime;
 mod structured;
 mod tokens;
+mod trace;
 
 #[cfg(test)]
 pub(crate) mod fixtures;
@@ -56,15 +58,17 @@ pub struct Front {
     /// Seconds since 1970, as the date of the models.
     started: u64,
     running: Running,
+    tracer: Tracer,
 }
 
 impl Front {
     /// A front of `core` for `models`, of which some have further names.
     #[must_use]
-    pub fn new(core: Core, models: Models, aliases: Vec<Alias>) -> Self {
+    pub fn new(core: Core, models: Models, aliases: Vec<Alias>, tracer: Tracer) -> Self {
         let aliases = Aliases::new(aliases, &models);
         let (started, running) = (openai::unix_now(), Running::default());
-        Self { core, models: Arc::new(models), aliases: Arc::new(aliases), started, running }
+        let (models, aliases) = (Arc::new(models), Arc::new(aliases));
+        Self { core, models, aliases, started, running, tracer }
     }
 
     /// Begins no more requests, says so wherever it is asked for its health, and returns when those

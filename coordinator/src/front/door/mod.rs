@@ -94,9 +94,9 @@ impl Door {
     /// Who sends a request with these headers, if that is somebody who may.
     pub(crate) fn let_in(&self, headers: &HeaderMap, need: Need) -> Result<Caller, NotLetIn> {
         let keys = self.0.keys.load();
-        let Some(keys) = &*keys else { return Ok(Caller::default()) };
+        let Some(keys) = &*keys else { return Ok(Caller::new(None, headers)) };
         if need == Need::Nothing {
-            return Ok(Caller::default());
+            return Ok(Caller::new(None, headers));
         }
         let key = secret(headers).and_then(|secret| keys.find(secret));
         let key = key.ok_or(NotLetIn::Unauthenticated)?;
@@ -104,7 +104,7 @@ impl Door {
             Need::Scope(scope) if !key.scopes.contains(&scope) => {
                 Err(NotLetIn::Forbidden { key: key.name.clone(), scope })
             }
-            _ => Ok(Caller::with_key(self.clone(), key.clone())),
+            _ => Ok(Caller::new(Some((self.clone(), key.clone())), headers)),
         }
     }
 
