@@ -480,7 +480,7 @@ mod tests {
     #[test]
     fn mistakes_are_named() {
         let cases = [
-            ("modle = ['/m']", "c.toml:1: unknown key `modle`; did you mean `model`?"),
+            ("modle = ['/m']", "c.toml:1:1: unknown key `modle`; did you mean `model`?"),
             ("identity = '/i'", "model is not set"),
             ("model = ['/m']", "identity is not set"),
             ("model = ['/m/a', '/n/a']", "model_name names \"a\" twice"),

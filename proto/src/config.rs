@@ -22,24 +22,28 @@ pub enum ConfigError {
     #[error("{0}: larger than {MAX_CONFIG_BYTES} bytes")]
     TooLarge(PathBuf),
     /// A key that does not exist.
-    #[error("{path}:{line}: unknown key `{key}`{}", did_you_mean(.nearest))]
+    #[error("{path}:{line}:{column}: unknown key `{key}`{}", did_you_mean(.nearest))]
     UnknownKey {
         /// The file.
         path: PathBuf,
         /// Line, from 1.
         line: usize,
+        /// Character in that line, from 1.
+        column: usize,
         /// The key as written.
         key: String,
         /// The known key that looks most like it.
         nearest: Option<String>,
     },
     /// Not TOML, or a value of the wrong type.
-    #[error("{path}:{line}: {message}")]
+    #[error("{path}:{line}:{column}: {message}")]
     Invalid {
         /// The file.
         path: PathBuf,
         /// Line, from 1.
         line: usize,
+        /// Character in that line, from 1.
+        column: usize,
         /// What is wrong.
         message: String,
     },
@@ -67,15 +71,17 @@ pub fn parse_toml<T: DeserializeOwned>(text: &str, path: &Path) -> Result<T, Con
 /// serde names the given field first, then the known ones, each in backquotes.
 fn explain(text: &str, path: PathBuf, error: &toml::de::Error) -> ConfigError {
     let start = error.span().map_or(0, |span| span.start.min(text.len()));
-    let line = 1 + text.as_bytes()[..start].iter().filter(|&&byte| byte == b'\n').count();
+    let before = text.get(..start).unwrap_or_default();
+    let line = 1 + before.matches('\n').count();
+    let column = 1 + before.rsplit('\n').next().unwrap_or_default().chars().count();
     let message = error.message();
     let mut quoted = message.split('`').skip(1).step_by(2);
     match quoted.next() {
         Some(key) if message.starts_with("unknown field") => {
             let nearest = nearest(key, quoted).map(str::to_owned);
-            ConfigError::UnknownKey { path, line, key: key.to_owned(), nearest }
+            ConfigError::UnknownKey { path, line, column, key: key.to_owned(), nearest }
         }
-        _ => ConfigError::Invalid { path, line, message: message.to_owned() },
+        _ => ConfigError::Invalid { path, line, column, message: message.to_owned() },
     }
 }
 
@@ -126,14 +132,14 @@ mod tests {
     fn an_unknown_key_is_refused_with_the_nearest_name() {
         assert_eq!(
             message("grpc = 1\nclusterlisten = 'x'\n"),
-            "c.toml:2: unknown key `clusterlisten`; did you mean `cluster_listen`?"
+            "c.toml:2:1: unknown key `clusterlisten`; did you mean `cluster_listen`?"
         );
-        assert_eq!(message("colour = 1\n"), "c.toml:1: unknown key `colour`");
+        assert_eq!(message("colour = 1\n"), "c.toml:1:1: unknown key `colour`");
     }
 
     #[test]
     fn a_wrong_type_names_its_line() {
-        assert!(message("\n\ngrpc = 'x'\n").starts_with("c.toml:3: invalid type"));
+        assert!(message("\n\ngrpc = 'x'\n").starts_with("c.toml:3:8: invalid type"));
     }
 
     #[test]
