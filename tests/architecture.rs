@@ -51,9 +51,14 @@ const CONFINED: &[(&str, &[&str])] = &[
 
 /// Files with a decision in them, which take time and randomness as arguments.
 const STATE_MACHINES: &[&str] = &[
+    "coordinator/src/alerts.rs",
     "coordinator/src/aliases.rs",
     "coordinator/src/control.rs",
     "coordinator/src/front/door/quota.rs",
+    "coordinator/src/control",
+    "coordinator/src/decision.rs",
+    "coordinator/src/events.rs",
+    "coordinator/src/history.rs",
     "coordinator/src/requests.rs",
     "coordinator/src/request.rs",
     "coordinator/src/life.rs",

@@ -14,12 +14,15 @@ use crate::cluster::{Cluster, LinkId, NodeRef, Refusal};
 use crate::core::{
     CacheView, ModelInfo, NewRequest, NodeCacheView, NodeView, StatusView, SubmitError,
 };
+use crate::events::{Events, Happening};
 use crate::index::{Heard, Index, Matches, Tier};
 use crate::orders::{Order, OrderError};
 use crate::peers::Shares;
 use crate::placement::{self, Placement, Turn};
 use crate::requests::{Action, Context, Limits, Requests, Totals};
 use crate::roles::Roles;
+
+mod looks;
 
 /// Index entries of nodes that left, cleared per report.
 const SWEEP_PER_REPORT: usize = 4096;
@@ -43,6 +46,8 @@ pub struct Control {
     shares: Shares,
     matches: Matches,
     requests: Requests,
+    /// What happened lately.
+    events: Events,
     /// Shifts nodes between roles, if that is wanted.
     roles: Option<Roles>,
     started: Instant,
@@ -59,6 +64,7 @@ impl Control {
             shares: Shares::default(),
             matches: Matches::default(),
             requests: Requests::new(options.limits),
+            events: Events::default(),
             roles: None,
             started: now,
         }
@@ -78,10 +84,17 @@ impl Control {
             self.leave(node, earlier, now, out);
         }
         self.cluster.join(node, hello.clone(), link, now)?;
+        let (role, model) = (hello.role, hello.model.clone());
+        self.events.push(Happening::Joined { node: node.clone(), role, model }, now);
         self.shares.joined(node, hello.epoch);
         self.placement.join(node, &hello, now);
         self.placement.share(node, self.shares.load(node));
-        self.requests.node_joined(&mut Context { now, placer: &mut self.placement, out });
+        self.requests.node_joined(&mut Context {
+            now,
+            placer: &mut self.placement,
+            events: &mut self.events,
+            out,
+        });
         self.take_turns(now, out);
         Ok(())
     }
@@ -97,10 +110,14 @@ impl Control {
         let Some(member) = self.cluster.leave(node, link) else {
             return false;
         };
+        self.events.push(Happening::Left(node.clone()), now);
         self.placement.leave(node);
         self.shares.left(node);
         let lost = NodeRef { node: node.clone(), epoch: member.hello.epoch };
-        self.requests.node_lost(&lost, &mut Context { now, placer: &mut self.placement, out });
+        self.requests.node_lost(
+            &lost,
+            &mut Context { now, placer: &mut self.placement, events: &mut self.events, out },
+        );
         self.take_turns(now, out);
         true
     }
@@ -127,10 +144,17 @@ impl Control {
                 let alone = self.shares.peers().next().is_none();
                 self.placement.report(node, &report, alone, now);
                 self.placement.share(node, self.shares.load(node));
+                self.events.reported(
+                    node,
+                    (member.hello.role, member.report.draining),
+                    &report,
+                    now,
+                );
                 self.cluster.report(node, report, now);
             }
             NodeEvent::Cache { sequence, stored, removed } => {
                 let heard = index.event(key, sequence, Tier::Device, &stored, &removed);
+                self.placement.evicted(key, removed.len());
                 if heard == Heard::NeedSnapshot {
                     out.push(Action::Send { to: from(), command: Command::SendSnapshot });
                 }
@@ -142,7 +166,8 @@ impl Control {
             }
             other => {
                 let from = from();
-                let mut cx = Context { now, placer: &mut self.placement, out };
+                let mut cx =
+                    Context { now, placer: &mut self.placement, events: &mut self.events, out };
                 self.requests.event(&from, other, &mut cx);
             }
         }
@@ -160,7 +185,7 @@ impl Control {
     ) -> Result<(), SubmitError> {
         let model = self.cluster.model(&request.model).cloned();
         let model = model.ok_or_else(|| SubmitError::UnknownModel(request.model.clone()))?;
-        let mut cx = Context { now, placer: &mut self.placement, out };
+        let mut cx = Context { now, placer: &mut self.placement, events: &mut self.events, out };
         self.requests.arrive(request, Arc::new(chain), model, arrived, &mut cx)
     }
 
@@ -171,17 +196,28 @@ impl Control {
 
     /// The client is gone, or wants no more.
     pub fn cancel(&mut self, id: RequestId, now: Instant, out: &mut Vec<Action>) {
-        self.requests.cancel(id, &mut Context { now, placer: &mut self.placement, out });
+        self.requests.cancel(
+            id,
+            &mut Context { now, placer: &mut self.placement, events: &mut self.events, out },
+        );
     }
 
     /// The client has what it wanted.
     pub fn stop(&mut self, id: RequestId, now: Instant, out: &mut Vec<Action>) {
-        self.requests.stop(id, &mut Context { now, placer: &mut self.placement, out });
+        self.requests.stop(
+            id,
+            &mut Context { now, placer: &mut self.placement, events: &mut self.events, out },
+        );
     }
 
     /// Ends all requests.
     pub fn shut_down(&mut self, now: Instant, out: &mut Vec<Action>) {
-        self.requests.shut_down(&mut Context { now, placer: &mut self.placement, out });
+        self.requests.shut_down(&mut Context {
+            now,
+            placer: &mut self.placement,
+            events: &mut self.events,
+            out,
+        });
     }
 
     /// When [`Self::handle_timeout`] must be called next.
@@ -189,7 +225,8 @@ impl Control {
     pub fn poll_timeout(&self) -> Option<Instant> {
         let roles = self.roles.as_ref().map(Roles::poll_timeout);
         let turn = self.placement.poll_timeout();
-        let timeouts = [self.requests.poll_timeout(), self.shares.poll_timeout(), turn, roles];
+        let (requests, shares) = (self.requests.poll_timeout(), self.shares.poll_timeout());
+        let timeouts = [requests, shares, self.events.poll_timeout(), turn, roles];
         timeouts.into_iter().flatten().min()
     }
 
@@ -198,8 +235,14 @@ impl Control {
         if self.shares.expire(now) {
             self.learn_shares();
         }
+        self.events.handle_timeout(now);
         self.move_nodes(now, out);
-        self.requests.handle_timeout(&mut Context { now, placer: &mut self.placement, out });
+        self.requests.handle_timeout(&mut Context {
+            now,
+            placer: &mut self.placement,
+            events: &mut self.events,
+            out,
+        });
         self.take_turns(now, out);
     }
 
@@ -278,7 +321,7 @@ impl Control {
             (true, 0) => "no decode node has joined",
             (true, _) => "every decode node is draining",
         };
-        let Totals { finished, failed, retried } = self.requests.totals();
+        let Totals { finished, failed, retried, .. } = self.requests.totals();
         StatusView {
             ready: !models.is_empty(),
             reason: reason.to_owned(),
@@ -316,7 +359,8 @@ impl Control {
             let key = placement.key(id)?;
             let matched_tokens = (matches.of(key).blocks * block_tokens) as u64;
             let blocks = placement.index.blocks_of(key);
-            Some(NodeCacheView { node: id.clone(), blocks, matched_tokens })
+            let hits = placement.hits(key);
+            Some(NodeCacheView { node: id.clone(), blocks, matched_tokens, hits })
         };
         let nodes = names.filter_map(view).collect();
         let index_bytes = placement.index.bytes() as u64;
@@ -338,7 +382,8 @@ impl Control {
     /// Sends what waited and may go now.
     fn take_turns(&mut self, now: Instant, out: &mut Vec<Action>) {
         while let Some(turn) = self.placement.next(now) {
-            let mut cx = Context { now, placer: &mut self.placement, out };
+            let mut cx =
+                Context { now, placer: &mut self.placement, events: &mut self.events, out };
             match turn {
                 Turn::Go(request, placed) => self.requests.turn(request, placed, &mut cx),
                 Turn::Again(request) => self.requests.again(request, &mut cx),

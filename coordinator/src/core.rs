@@ -9,11 +9,15 @@ use baton_proto::share::Share;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::aliases::Estimate;
+use crate::history::{FindError, IdPrefix};
 use crate::orders::{Order, OrderError};
 
+mod looks;
 mod views;
 mod words;
 
+pub(crate) use looks::Look;
+pub use looks::{Explained, Pulse, RequestList};
 pub use views::{CacheQuery, CacheView, NodeCacheView, NodeView, StatusView};
 pub use words::{
     ModelInfo, NewRequest, OutputToken, PlacementInfo, RequestError, SubmitError, Summary, Timings,
@@ -33,6 +37,11 @@ pub(crate) enum Ask {
     },
     Stop(RequestId),
     Cancel(RequestId),
+    CancelOne {
+        id: IdPrefix,
+        reply: oneshot::Sender<Result<RequestId, FindError>>,
+    },
+    Look(Look),
     Status(oneshot::Sender<StatusView>),
     Nodes(oneshot::Sender<Vec<NodeView>>),
     Share(oneshot::Sender<Share>),
@@ -66,6 +75,8 @@ pub struct Core {
     /// One reserved slot per [`Updates`], so that dropping one never fails to be heard.
     dropped: mpsc::Sender<RequestId>,
     models: watch::Receiver<Models>,
+    /// Number of the newest event.
+    events: watch::Receiver<u64>,
 }
 
 /// News of one request. Dropping it before the end cancels the request at once.
@@ -108,8 +119,9 @@ impl Core {
         asks: mpsc::Sender<Ask>,
         dropped: mpsc::Sender<RequestId>,
         models: watch::Receiver<Models>,
+        events: watch::Receiver<u64>,
     ) -> Self {
-        Self { asks, dropped, models }
+        Self { asks, dropped, models, events }
     }
 
     /// Starts a request.

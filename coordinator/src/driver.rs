@@ -62,6 +62,7 @@ pub(crate) struct Driver {
     asks: mpsc::Receiver<Ask>,
     dropped: mpsc::Receiver<RequestId>,
     models: watch::Sender<Models>,
+    events: watch::Sender<u64>,
     shutting_down: bool,
 }
 
@@ -73,6 +74,7 @@ impl Driver {
         // Clients that have not read their last update still hold a slot.
         let (dropped_sender, dropped) = mpsc::channel(2 * options.limits.requests);
         let (models, models_receiver) = watch::channel(Models::default());
+        let (events, events_receiver) = watch::channel(0);
         let control = Control::new(options, Instant::now());
         let driver = Self {
             control,
@@ -83,9 +85,11 @@ impl Driver {
             asks,
             dropped,
             models,
+            events,
             shutting_down: false,
         };
-        (driver, Core::new(asks_sender, dropped_sender, models_receiver), links_sender)
+        let core = Core::new(asks_sender, dropped_sender, models_receiver, events_receiver);
+        (driver, core, links_sender)
     }
 
     /// From now on nodes are shifted between roles as load shifts. `name`: this coordinator.
@@ -122,6 +126,7 @@ impl Driver {
                 }
             }
             self.carry_out(&mut actions);
+            self.publish_events();
         }
     }
 
@@ -180,6 +185,10 @@ impl Driver {
             }
             Ask::Stop(id) => self.control.stop(id, now, actions),
             Ask::Cancel(id) => self.control.cancel(id, now, actions),
+            Ask::CancelOne { id, reply } => {
+                drop(reply.send(self.control.cancel_one(id, now, actions)));
+            }
+            Ask::Look(look) => look.answer(&self.control, now),
             Ask::Status(reply) => drop(reply.send(self.control.status(now))),
             Ask::Share(reply) => drop(reply.send(self.control.share(now))),
             Ask::Order { node, order, force, reply } => {
@@ -255,6 +264,11 @@ impl Driver {
             // Closed: its cancellation is under way. Never full, see `Core::submit`.
             let _ = client.try_send(update);
         }
+    }
+
+    fn publish_events(&self) {
+        let newest = self.control.newest_event();
+        self.events.send_if_modified(|number| std::mem::replace(number, newest) != newest);
     }
 
     fn publish_models(&self) {

@@ -62,6 +62,7 @@ fn request(id: u128) -> NewRequest {
         sampling: SamplingParams { max_tokens: 3, ..SamplingParams::default() },
         salt: CacheSalt::default(),
         standing: Default::default(),
+        tenant: Default::default(),
         deadline: None,
         trace: None,
     }

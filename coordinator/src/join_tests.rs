@@ -81,6 +81,7 @@ impl World {
             sampling: SamplingParams::default(),
             salt: CacheSalt::default(),
             standing: Default::default(),
+            tenant: Default::default(),
             deadline: None,
             trace: None,
         };

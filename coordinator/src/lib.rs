@@ -1,13 +1,17 @@
 //! The coordinator: admission, placement, the life of requests, the index of cached blocks, and
 //! the front that clients talk to.
 
+pub mod alerts;
 pub mod aliases;
 pub mod cluster;
 pub mod config;
 pub mod control;
 pub mod core;
+pub mod decision;
 pub mod driver;
+pub mod events;
 pub mod front;
+pub mod history;
 pub mod index;
 pub mod orders;
 pub mod peers;

@@ -7,7 +7,8 @@ use baton_proto::ids::TransferId;
 use baton_proto::message::{Command, Job, Logprobs, NodeFinish, Peer, Pull, Retry, TokenEvent};
 
 use crate::cluster::NodeRef;
-use crate::core::{PlacementInfo, RequestError, Update};
+use crate::core::{RequestError, Update};
+use crate::events::Happening;
 use crate::request::{Attempt, Broken, Leg, Phase, Request};
 use crate::requests::{Action, Answer, Context, MAX_FRUITLESS_ATTEMPTS, NODE_WAIT, Placed, Wanted};
 
@@ -31,6 +32,8 @@ pub(crate) enum Flow {
 pub(crate) enum Start {
     /// It was sent to nodes, or its turn will come.
     Begun,
+    /// The coordinator holds all that it may.
+    Full,
     /// No node can take it.
     NoNodes,
     /// It would not be answered in time.
@@ -70,30 +73,31 @@ fn place(request: &mut Request, avoid: &[NodeRef], arrives: bool, cx: &mut Conte
     };
     match cx.placer.place(&wanted, cx.now) {
         Answer::Go(placed) => go(request, placed, cx),
-        Answer::Held => {
+        Answer::Held(decision) => {
+            request.decision = Some(decision);
             request.waited = waited(request, cx.now);
             request.idle_since = None;
             request.phase = Phase::Held;
         }
         Answer::NoNodes => return Start::NoNodes,
-        Answer::TooLate { retry_after } => return Start::TooLate { retry_after },
+        Answer::TooLate { retry_after, decision } => {
+            request.decision = Some(decision);
+            return Start::TooLate { retry_after };
+        }
     }
     Start::Begun
 }
 
 /// Sends the request's next attempt to nodes.
 pub(crate) fn go(request: &mut Request, placed: Placed, cx: &mut Context<'_>) {
-    let Placed { prefill, decode, pull, reason } = placed;
+    let Placed { prefill, decode, pull, decision } = placed;
     request.attempt += 1;
     request.waited = waited(request, cx.now);
     request.idle_since = None;
     request.held = cx.now.saturating_duration_since(request.arrived);
-    request.placement = Some(PlacementInfo {
-        prefill: prefill.as_ref().map(|peer| peer.node.clone()),
-        decode: decode.node.clone(),
-        reason,
-        attempts: request.attempt,
-    });
+    request.decision = Some(decision);
+    let on = prefill.as_ref().map(|peer| peer.node.clone());
+    request.placement = Some((on, decode.node.clone()));
     let life = |peer: &Peer| NodeRef { node: peer.node.clone(), epoch: peer.epoch };
     let (source, target) = (prefill.as_ref().map(life), life(&decode));
     let server = pull.as_ref().map(|(peer, _)| life(peer));
@@ -194,6 +198,9 @@ fn again(
     if let Some(failed) = failed.filter(|&failed| !request.avoid.contains(failed)) {
         request.avoid.push(failed.clone());
     }
+    request.failed_by(&reason);
+    let (id, attempt) = (request.new.id, request.attempt);
+    cx.events.push(Happening::Retried { request: id, attempt, reason }, cx.now);
     pause(request, cx.now);
     let avoid = std::mem::take(&mut request.avoid);
     start(request, &avoid, cx);

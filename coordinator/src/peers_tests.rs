@@ -132,6 +132,7 @@ fn a_coordinator_spares_the_node_that_another_one_uses() {
             sampling: SamplingParams { max_tokens: 3, ..SamplingParams::default() },
             salt: CacheSalt::default(),
             standing: Default::default(),
+            tenant: Default::default(),
             deadline: None,
             trace: None,
         };

@@ -5,11 +5,13 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use baton_proto::hash::BlockHash;
-use baton_proto::ids::TransferId;
+use baton_proto::ids::{NodeId, TransferId};
 use baton_proto::message::{Job, NodeFinish, TokenEvent};
 
 use crate::cluster::NodeRef;
 use crate::core::{ModelInfo, NewRequest, OutputToken, PlacementInfo, Summary, Timings, Usage};
+use crate::decision::Decision;
+use crate::history::{MOST_FAILURES, Record, RequestView, Stage};
 
 /// A request from its arrival to its end.
 #[derive(Debug)]
@@ -41,8 +43,13 @@ pub(crate) struct Request {
     pub(crate) timings: Timings,
     pub(crate) cached_tokens: Option<u32>,
     pub(crate) prompt_logprobs_sent: bool,
-    /// Of the last attempt started.
-    pub(crate) placement: Option<PlacementInfo>,
+    /// Who computes the prompt, unless the other one does, and who generates: of the last attempt
+    /// started.
+    pub(crate) placement: Option<(Option<NodeId>, NodeId)>,
+    /// How it was placed last, or where it waits.
+    pub(crate) decision: Option<Decision>,
+    /// Why attempts failed, the last few.
+    failures: Vec<String>,
     /// When its timer is set for.
     pub(crate) armed: Option<Instant>,
 }
@@ -129,6 +136,11 @@ impl Attempt {
         self.prefill.is_some() && !(self.handed_over && self.first_seen)
     }
 
+    /// Whether it has given a token.
+    fn has_begun(&self) -> bool {
+        self.first_seen || (self.prefill.is_none() && self.decode_next > self.first)
+    }
+
     pub(crate) fn leg(&mut self, node: &NodeRef) -> Option<&mut Leg> {
         let prefill = self.prefill.as_mut().filter(|leg| leg.node == *node);
         prefill.or(Some(&mut self.decode).filter(|leg| leg.node == *node))
@@ -201,6 +213,8 @@ impl Request {
             cached_tokens: None,
             prompt_logprobs_sent: false,
             placement: None,
+            decision: None,
+            failures: Vec::new(),
             armed: None,
         }
     }
@@ -361,18 +375,86 @@ impl Request {
 
     /// What the request took, if it ends now.
     pub(crate) fn summary(&self, now: Instant) -> Summary {
-        let usage = Usage {
-            prompt_tokens: self.prompt_tokens() as u32,
-            cached_tokens: self.cached_tokens.unwrap_or(0),
-            completion_tokens: self.emitted() as u32,
-        };
         let finish = match self.phase {
             Phase::Finishing { finish, .. } => Some(finish),
             _ => None,
         };
-        let total = now.saturating_duration_since(self.arrived);
         let placement = self.placement.clone();
-        let placement = placement.expect("a request is taken in only with its first attempt");
-        Summary { finish, usage, timings: Timings { total, ..self.timings }, placement }
+        let (prefill, decode) = placement.expect("what has tokens or is stopped was on nodes");
+        let reason = self.decision.as_ref().map(Decision::reason).unwrap_or_default();
+        let placement = PlacementInfo { prefill, decode, reason, attempts: self.attempt };
+        Summary { finish, usage: self.usage(), timings: self.timings(now), placement }
+    }
+
+    fn usage(&self) -> Usage {
+        Usage {
+            prompt_tokens: self.prompt_tokens() as u32,
+            cached_tokens: self.cached_tokens.unwrap_or(0),
+            completion_tokens: self.emitted() as u32,
+        }
+    }
+
+    fn timings(&self, now: Instant) -> Timings {
+        Timings { total: now.saturating_duration_since(self.arrived), ..self.timings }
+    }
+
+    /// An attempt failed.
+    pub(crate) fn failed_by(&mut self, reason: &str) {
+        if self.failures.len() == MOST_FAILURES {
+            self.failures.remove(0);
+        }
+        self.failures.push(reason.to_owned());
+    }
+
+    /// As operators see it while it runs.
+    pub(crate) fn view(&self, now: Instant) -> RequestView {
+        let stage = match &self.phase {
+            Phase::Waiting { .. } => Stage::NoNodes,
+            Phase::Held => Stage::Queued,
+            Phase::Running(attempt) if !attempt.has_begun() => Stage::Prefill,
+            Phase::Running(_) | Phase::Finishing { .. } => Stage::Decode,
+        };
+        self.view_as(self.model.name.clone(), stage, now)
+    }
+
+    /// The same, with what explains its course.
+    pub(crate) fn record(&self, now: Instant) -> Record {
+        let (decision, failures) = (self.decision.clone(), self.failures.clone());
+        Record { view: self.view(now), decision, failures }
+    }
+
+    /// The same of a request that ends now.
+    pub(crate) fn into_record(
+        mut self: Box<Self>,
+        stage: Stage,
+        error: Option<String>,
+        now: Instant,
+    ) -> Record {
+        let model = std::mem::take(&mut self.model.name);
+        let view = RequestView { ended: Some(now), error, ..self.view_as(model, stage, now) };
+        Record { view, decision: self.decision.take(), failures: self.failures }
+    }
+
+    fn view_as(&self, model: String, stage: Stage, now: Instant) -> RequestView {
+        let (prefill, decode) = match self.placement.clone() {
+            Some((prefill, decode)) => (prefill, Some(decode)),
+            None => (None, None),
+        };
+        RequestView {
+            id: self.new.id,
+            model,
+            tenant: Arc::clone(&self.new.tenant),
+            class: self.new.standing.class,
+            stage,
+            prefill,
+            decode,
+            attempts: self.attempt,
+            usage: self.usage(),
+            timings: self.timings(now),
+            held: self.held,
+            arrived: self.arrived,
+            ended: None,
+            error: None,
+        }
     }
 }

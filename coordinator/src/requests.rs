@@ -15,6 +15,9 @@ use baton_proto::message::{Command, NodeEvent, Peer, Retry};
 
 use crate::cluster::NodeRef;
 use crate::core::{ModelInfo, NewRequest, RETRY_AFTER, RequestError, SubmitError, Update};
+use crate::decision::Decision;
+use crate::events::{Events, Happening, RefusedFor};
+use crate::history::{History, IdPrefix, Stage};
 use crate::life::{self, Flow, Start};
 use crate::placement::Standing;
 use crate::request::{Phase, Request};
@@ -77,8 +80,8 @@ pub struct Placed {
     pub decode: Peer,
     /// Who has a cached prefix that is to be fetched first, and its tokens.
     pub pull: Option<(Peer, usize)>,
-    /// Why, for people.
-    pub reason: String,
+    /// What it was compared with.
+    pub decision: Decision,
 }
 
 /// What becomes of an attempt that needs nodes.
@@ -86,14 +89,16 @@ pub struct Placed {
 pub enum Answer {
     /// It is sent to these now.
     Go(Placed),
-    /// It waits for its turn, which [`Requests::turn`] brings.
-    Held,
+    /// It waits for its turn, which [`Requests::turn`] brings; this is how it would go now.
+    Held(Decision),
     /// No node can take it.
     NoNodes,
     /// It would not be answered in time.
     TooLate {
         /// When it might.
         retry_after: Duration,
+        /// The best that there is.
+        decision: Decision,
     },
 }
 
@@ -125,6 +130,8 @@ pub struct Context<'a> {
     pub now: Instant,
     /// Chooses nodes.
     pub placer: &'a mut dyn Placer,
+    /// What operators are told.
+    pub events: &'a mut Events,
     /// Where actions are appended.
     pub out: &'a mut Vec<Action>,
 }
@@ -147,6 +154,14 @@ pub struct Totals {
     pub failed: u64,
     /// Attempts after the first.
     pub retried: u64,
+    /// Tokens of prompts whose requests ended.
+    pub prompt_tokens: u64,
+    /// Of these, found in a prefix cache.
+    pub cached_tokens: u64,
+    /// Tokens generated.
+    pub generated_tokens: u64,
+    /// Bytes of KV that prefill nodes sent.
+    pub transfer_bytes: u64,
 }
 
 /// All requests that have not ended. See the module's description.
@@ -158,6 +173,7 @@ pub struct Requests {
     timers: BTreeSet<(Instant, RequestId)>,
     tokens: usize,
     totals: Totals,
+    history: History,
     /// Attempts that failed on a node and may be repeated elsewhere.
     retries: f64,
 }
@@ -172,8 +188,8 @@ impl Requests {
     #[must_use]
     pub fn new(limits: Limits) -> Self {
         let (live, timers) = (BTreeMap::new(), BTreeSet::new());
-        let totals = Totals::default();
-        Self { limits, live, timers, tokens: 0, totals, retries: MOST_RETRIES }
+        let (totals, history) = Default::default();
+        Self { limits, live, timers, tokens: 0, totals, history, retries: MOST_RETRIES }
     }
 
     /// Requests that have not ended.
@@ -208,22 +224,35 @@ impl Requests {
             return Err(SubmitError::DuplicateId(id));
         }
         let tokens = self.tokens.saturating_add(new.tokens.len());
-        if self.live.len() >= self.limits.requests || tokens > self.limits.tokens {
-            return Err(SubmitError::Overloaded { retry_after: RETRY_AFTER });
-        }
-        let name = model.name.clone();
+        let full = self.live.len() >= self.limits.requests || tokens > self.limits.tokens;
         let mut request = Box::new(Request::new(new, chain, model, arrived));
-        match life::arrive(&mut request, cx) {
-            Start::Begun => {}
-            Start::NoNodes => return Err(SubmitError::NoNodes(name)),
-            Start::TooLate { retry_after } => return Err(SubmitError::TooLate { retry_after }),
-        }
+        let start = if full { Start::Full } else { life::arrive(&mut request, cx) };
+        let (error, why) = match start {
+            Start::Begun => {
+                self.take_in(id, request, tokens);
+                return Ok(());
+            }
+            Start::Full => {
+                (SubmitError::Overloaded { retry_after: RETRY_AFTER }, RefusedFor::Overload)
+            }
+            Start::NoNodes => {
+                (SubmitError::NoNodes(request.model.name.clone()), RefusedFor::NoNodes)
+            }
+            Start::TooLate { retry_after } => {
+                (SubmitError::TooLate { retry_after }, RefusedFor::Lateness)
+            }
+        };
+        cx.events.refused(why, cx.now);
+        self.history.push(request.into_record(Stage::Refused, Some(error.to_string()), cx.now));
+        Err(error)
+    }
+
+    fn take_in(&mut self, id: RequestId, mut request: Box<Request>, tokens: usize) {
         self.retries = (self.retries + RETRIES_PER_REQUEST).min(MOST_RETRIES);
         request.armed = request.due();
         self.timers.extend(request.armed.map(|at| (at, id)));
         self.tokens = tokens;
         self.live.insert(id, request);
-        Ok(())
     }
 
     /// How long it took to choose the nodes of a request that just arrived.
@@ -403,6 +432,7 @@ impl Requests {
         let flow = act(request, cx);
         self.totals.retried += u64::from(request.attempt.saturating_sub(attempt));
         self.tokens += request.len() - tokens;
+        self.totals.generated_tokens += (request.len() - tokens) as u64;
         let due = if matches!(flow, Flow::Go) { request.due() } else { None };
         if due != request.armed {
             let old = std::mem::replace(&mut request.armed, due);
@@ -412,13 +442,46 @@ impl Requests {
         if let Flow::End(update) = flow {
             life::release(request, cx);
             self.tokens -= request.len();
-            self.live.remove(&id);
-            match update {
-                Update::Done(_) => self.totals.finished += 1,
-                _ => self.totals.failed += 1,
+            if let Some(request) = self.live.remove(&id) {
+                self.remember(request, &update, cx);
             }
             cx.out.push(Action::Update { request: id, update });
         }
+    }
+
+    /// A request ended with `update`.
+    fn remember(&mut self, request: Box<Request>, update: &Update, cx: &mut Context<'_>) {
+        let (stage, error) = match update {
+            Update::Failed(RequestError::Cancelled) => (Stage::Cancelled, None),
+            Update::Failed(error) => (Stage::Failed, Some(error.to_string())),
+            _ => (Stage::Finished, None),
+        };
+        if let Some(reason) = &error {
+            let failed = Happening::Failed { request: request.new.id, reason: reason.clone() };
+            cx.events.push(failed, cx.now);
+        }
+        let record = request.into_record(stage, error, cx.now);
+        let (totals, usage) = (&mut self.totals, record.view.usage);
+        *(if stage == Stage::Finished { &mut totals.finished } else { &mut totals.failed }) += 1;
+        totals.prompt_tokens += u64::from(usage.prompt_tokens);
+        totals.cached_tokens += u64::from(usage.cached_tokens);
+        totals.transfer_bytes += record.view.timings.transfer_bytes;
+        self.history.push(record);
+    }
+
+    /// What is remembered of requests that ended.
+    pub(crate) fn history(&self) -> &History {
+        &self.history
+    }
+
+    /// Requests that have not ended.
+    pub(crate) fn running(&self) -> impl Iterator<Item = &Request> {
+        self.live.values().map(|request| &**request)
+    }
+
+    /// Those whose id begins so, which have not ended.
+    pub(crate) fn running_as(&self, id: IdPrefix) -> impl Iterator<Item = &Request> {
+        self.live.range(id.range()).map(|(_, request)| &**request)
     }
 }
 

@@ -8,6 +8,8 @@ use baton_proto::message::{Job, Logprobs, NodeFinish, Retry, TokenEvent};
 use baton_proto::sampling::SamplingParams;
 
 use super::*;
+use crate::decision::Considered;
+use crate::placement::cost::Cost;
 use crate::testing::{hello, node};
 
 #[path = "pull_tests.rs"]
@@ -31,6 +33,18 @@ struct Script {
     answers: usize,
 }
 
+fn decision(prefill: Option<&Peer>, decode: &Peer) -> Decision {
+    let considered = Considered {
+        prefill: prefill.map(|peer| peer.node.clone()),
+        decode: decode.node.clone(),
+        pull: None,
+        cached: 0,
+        cost: Cost::default(),
+    };
+    let at = Instant::now();
+    Decision { at, tokens: 5, prefill_nodes: 1, decode_nodes: 1, considered: vec![considered] }
+}
+
 impl Placer for Script {
     fn place(&mut self, wanted: &Wanted<'_>, _: Instant) -> Answer {
         self.avoided = wanted.avoid.to_vec();
@@ -42,13 +56,14 @@ impl Placer for Script {
             kv_address: "127.0.0.1:1".to_owned(),
         };
         self.open.extend(prefill.into_iter().chain([decode]).map(|name| (node(name), wanted.id)));
-        let reason = "scripted".to_owned();
         let (prefill, decode) = (prefill.map(peer), peer(decode));
         let pull = self.source.map(|name| (peer(name), 4));
-        let placed = Placed { prefill, decode, pull, reason };
+        let decision = decision(prefill.as_ref(), &decode);
+        let placed = Placed { prefill, decode, pull, decision };
         if self.holds {
+            let decision = placed.decision.clone();
             self.held = Some(placed);
-            return Answer::Held;
+            return Answer::Held(decision);
         }
         Answer::Go(placed)
     }
@@ -74,6 +89,7 @@ struct World {
     requests: Requests,
     script: Script,
     now: Instant,
+    events: Events,
     out: Vec<Action>,
 }
 
@@ -104,12 +120,16 @@ fn transferred(attempt: u32) -> NodeEvent {
 impl World {
     fn new() -> Self {
         let requests = Requests::new(Limits { requests: 2, tokens: 20 });
-        Self { requests, script: Script::default(), now: Instant::now(), out: Vec::new() }
+        let events = Events::default();
+        Self { requests, script: Script::default(), now: Instant::now(), events, out: Vec::new() }
     }
 
     fn act<T>(&mut self, act: impl FnOnce(&mut Requests, &mut Context<'_>) -> T) -> T {
         let placer = &mut self.script;
-        act(&mut self.requests, &mut Context { now: self.now, placer, out: &mut self.out })
+        act(
+            &mut self.requests,
+            &mut Context { now: self.now, placer, events: &mut self.events, out: &mut self.out },
+        )
     }
 
     fn arrive(
@@ -134,6 +154,7 @@ impl World {
             sampling,
             salt,
             standing: Default::default(),
+            tenant: Default::default(),
             deadline: None,
             trace: None,
         };
@@ -316,7 +337,8 @@ fn a_dead_decode_node_costs_no_token() {
     let (tokens, Some(Update::Done(summary))) = world.told() else { panic!("not done") };
     assert_eq!(tokens, [10, 11, 12]);
     assert_eq!((summary.placement.attempts, summary.placement.prefill), (2, None));
-    assert_eq!(world.requests.totals(), Totals { finished: 1, failed: 0, retried: 1 });
+    let Totals { finished, failed, retried, .. } = world.requests.totals();
+    assert_eq!((finished, failed, retried), (1, 0, 1));
 }
 
 #[test]

@@ -6,6 +6,8 @@ use baton_proto::hash::CacheSalt;
 use baton_proto::ids::NodeId;
 use baton_proto::message::{Hello, Report};
 
+use crate::placement::Hits;
+
 /// The coordinator as a whole.
 #[derive(Clone, Debug, PartialEq, Default)]
 pub struct StatusView {
@@ -68,6 +70,8 @@ pub struct NodeCacheView {
     pub blocks: u64,
     /// Leading tokens of the prompt asked about.
     pub matched_tokens: u64,
+    /// What it found there, and gave up.
+    pub hits: Hits,
 }
 
 /// Whose cache a [`Core::cache`](super::Core::cache) call asks about.

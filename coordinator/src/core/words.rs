@@ -42,6 +42,8 @@ pub struct NewRequest {
     pub salt: CacheSalt,
     /// Whose it is, and how urgent.
     pub standing: Standing,
+    /// Name of the tenant, for people; empty if it names none.
+    pub tenant: Arc<str>,
     /// Time left.
     pub deadline: Option<Duration>,
     /// Its span, if it is traced.

@@ -1,27 +1,37 @@
 //! `baton.v1.Cluster`: what operators look at and ask for.
 
+use std::time::{Instant, SystemTime};
+
 use baton_proto::hash::CacheSalt;
 use baton_proto::ids::{NodeId, Role};
 use baton_proto::wire::v1::cluster_server::Cluster;
 use baton_proto::wire::v1::{
-    DrainRequest, DrainResponse, GetCacheRequest, GetCacheResponse, GetStatusRequest,
-    GetStatusResponse, KvBlocks, ListNodesRequest, ListNodesResponse, Node, NodeCache,
-    SetRoleRequest, SetRoleResponse,
+    CancelRequest, CancelResponse, DrainRequest, DrainResponse, ExplainRequest, ExplainResponse,
+    GetCacheRequest, GetCacheResponse, GetStatusRequest, GetStatusResponse, KvBlocks,
+    ListNodesRequest, ListNodesResponse, ListRequestsRequest, ListRequestsResponse, Node,
+    NodeCache, SetRoleRequest, SetRoleResponse, WatchRequest,
 };
 use tonic::{Code, Request, Response, Status};
 
-use super::Front;
 use super::refusal::Refusal;
+use super::{Front, explain, watch};
 use crate::core::{CacheQuery, NodeView, SubmitError};
+use crate::history::{FindError, IdPrefix};
 use crate::orders::{Order, OrderError};
+
+/// Requests in a list whose asker names no limit, and the most that may be asked for.
+const LISTED_REQUESTS: u32 = 100;
+const MOST_LISTED_REQUESTS: u32 = 4096;
 
 #[tonic::async_trait]
 impl Cluster for Front {
+    type WatchStream = watch::Messages;
+
     async fn get_status(
         &self,
         _: Request<GetStatusRequest>,
     ) -> Result<Response<GetStatusResponse>, Status> {
-        let status = self.core.status().await;
+        let (status, pulse) = (self.status().await, self.core.pulse().await);
         Ok(Response::new(GetStatusResponse {
             version: super::VERSION.to_owned(),
             ready: status.ready,
@@ -35,6 +45,12 @@ impl Cluster for Front {
             requests_failed: status.requests_failed,
             requests_retried: status.requests_retried,
             peers: status.peers,
+            requests_waiting: status.requests_waiting as u32,
+            alerts: pulse.alerts.iter().map(explain::alert).collect(),
+            tokens: Some(explain::totals(&pulse.totals)),
+            recent: Some(explain::recent(&pulse.recent)),
+            transfers_active: pulse.transfers as u32,
+            unix_ms: watch::unix_ms(SystemTime::now()),
         }))
     }
 
@@ -66,6 +82,9 @@ impl Cluster for Front {
             id: held.node.to_string(),
             blocks: held.blocks,
             matched_tokens: held.matched_tokens,
+            prompt_tokens: held.hits.prompt_tokens,
+            cached_tokens: held.hits.cached_tokens,
+            evicted_blocks: held.hits.evicted_blocks,
         });
         Ok(Response::new(GetCacheResponse {
             nodes: nodes.collect(),
@@ -95,6 +114,51 @@ impl Cluster for Front {
         self.order(node, Order::Drain(!undo), force).await?;
         Ok(Response::new(DrainResponse {}))
     }
+
+    async fn list_requests(
+        &self,
+        request: Request<ListRequestsRequest>,
+    ) -> Result<Response<ListRequestsResponse>, Status> {
+        let ListRequestsRequest { active, limit } = request.into_inner();
+        let limit = limit.unwrap_or(LISTED_REQUESTS);
+        if !(1..=MOST_LISTED_REQUESTS).contains(&limit) {
+            let range = format!("from 1 to {MOST_LISTED_REQUESTS}");
+            return Err(Refusal::field("limit", limit, &range).into());
+        }
+        let list = self.core.requests(active, limit as usize).await;
+        let now = Instant::now();
+        let requests = list.requests.iter().map(|view| explain::request(view, now)).collect();
+        Ok(Response::new(ListRequestsResponse { requests, active: list.active as u32 }))
+    }
+
+    async fn explain(
+        &self,
+        request: Request<ExplainRequest>,
+    ) -> Result<Response<ExplainResponse>, Status> {
+        let id = parse_request(&request.into_inner().request_id)?;
+        let explained = self.core.explain(id).await.map_err(not_found)?;
+        Ok(Response::new(explain::response(explained, Instant::now())))
+    }
+
+    async fn cancel(
+        &self,
+        request: Request<CancelRequest>,
+    ) -> Result<Response<CancelResponse>, Status> {
+        let id = parse_request(&request.into_inner().request_id)?;
+        let id = self.core.cancel_one(id).await.map_err(not_found)?;
+        Ok(Response::new(CancelResponse { request_id: id.to_string() }))
+    }
+
+    async fn watch(
+        &self,
+        request: Request<WatchRequest>,
+    ) -> Result<Response<Self::WatchStream>, Status> {
+        Ok(Response::new(watch::start(
+            self.core.clone(),
+            self.running.clone(),
+            request.into_inner(),
+        )))
+    }
 }
 
 impl Front {
@@ -118,6 +182,22 @@ impl Front {
         let tokens = tokens.await.map_err(|_| SubmitError::ShuttingDown)??;
         Ok((name, tokens))
     }
+}
+
+fn parse_request(id: &str) -> Result<IdPrefix, Refusal> {
+    let shown: String = id.chars().take(80).collect();
+    let digits = "a request's id, or its first hexadecimal digits";
+    IdPrefix::parse(id).ok_or_else(|| Refusal::field("request_id", format!("{shown:?}"), digits))
+}
+
+fn not_found(error: FindError) -> Status {
+    let code = match error {
+        FindError::Unknown => Code::NotFound,
+        FindError::Ambiguous => Code::InvalidArgument,
+        FindError::Ended(_) => Code::FailedPrecondition,
+        FindError::ShuttingDown => Code::Unavailable,
+    };
+    Status::new(code, error.to_string())
 }
 
 fn parse_node(name: String) -> Result<NodeId, Refusal> {

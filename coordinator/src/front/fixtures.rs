@@ -155,7 +155,7 @@ pub(crate) async fn start_behind(
     tokio::spawn(serve_core(asked_of_core, play, shared, ready_seen, models));
 
     let front = Front::new(
-        Core::new(asks, drops, models_seen),
+        Core::new(asks, drops, models_seen, watch::channel(0).1),
         Models::load(names.iter().map(|name| (*name, folder))).unwrap(),
         aliases,
         Tracer::default(),
@@ -228,7 +228,7 @@ async fn serve_core(
                 let (_, updates) = running.iter().find(|(running, _)| *running == id).unwrap();
                 updates.send(done(None)).await.unwrap();
             }
-            Ask::Cancel(_) | Ask::ShutDown(_) => {}
+            Ask::Cancel(_) | Ask::CancelOne { .. } | Ask::Look(_) | Ask::ShutDown(_) => {}
             Ask::Status(reply) => drop(reply.send(status(*ready.borrow()))),
             Ask::Order { reply, .. } => drop(reply.send(Ok(()))),
             Ask::Estimates { models, tokens, reply } => {
@@ -241,7 +241,12 @@ async fn serve_core(
             Ask::Share(reply) => drop(reply.send(baton_proto::share::Share::default())),
             Ask::Nodes(reply) => drop(reply.send(vec![decode_node()])),
             Ask::Cache { node: wanted, reply, .. } => {
-                let held = NodeCacheView { node: node("d0"), blocks: 5, matched_tokens: 4 };
+                let held = NodeCacheView {
+                    node: node("d0"),
+                    blocks: 5,
+                    matched_tokens: 4,
+                    hits: Default::default(),
+                };
                 let nodes = [held].into_iter();
                 let nodes = nodes.filter(|held| wanted.as_ref().is_none_or(|w| *w == held.node));
                 let view = CacheView { nodes: nodes.collect(), ..CacheView::default() };

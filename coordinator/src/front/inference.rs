@@ -223,6 +223,7 @@ impl Front {
                 sampling,
                 salt: prepared.salt,
                 standing: prepared.standing,
+                tenant: prepared.tenant.clone(),
                 deadline: left,
                 trace: span.context(),
             };

@@ -23,6 +23,7 @@ mod choice;
 mod cluster;
 mod conversation;
 mod details;
+mod explain;
 mod http;
 mod inference;
 mod messages;
@@ -38,6 +39,7 @@ mod strftime;
 mod structured;
 mod tokens;
 mod trace;
+mod watch;
 
 #[cfg(test)]
 pub(crate) mod fixtures;

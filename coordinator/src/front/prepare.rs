@@ -42,6 +42,8 @@ pub(crate) struct Prepared {
     pub salt: CacheSalt,
     /// Whose it is, and how urgent.
     pub standing: Standing,
+    /// Name of the tenant.
+    pub tenant: Arc<str>,
     /// From the request's arrival.
     pub deadline: Option<Duration>,
 }
@@ -87,6 +89,7 @@ pub(crate) fn prepare(
         choices,
         salt,
         standing,
+        tenant: request.tenant.into(),
         deadline: request.deadline_ms.map(|ms| Duration::from_millis(ms.into())),
     })
 }

@@ -27,7 +27,8 @@ impl Placer for Placement {
         let refusable = wanted.arrives && known && !self.should_measure(now);
         if refusable && (first_token > job.deadline || makes_others_late) {
             let late = (first_token - job.deadline).max(1000.0);
-            return Answer::TooLate { retry_after: Duration::from_secs_f64(late / 1000.0) };
+            let retry_after = Duration::from_secs_f64(late / 1000.0);
+            return Answer::TooLate { retry_after, decision: self.decision(&job, &choice, now) };
         }
         if choice.prefill.is_some()
             && let Some(pool) = self.pools.get_mut(&job.root)
@@ -38,8 +39,9 @@ impl Placer for Placement {
         if self.may_go(&job, &choice, now) {
             return Answer::Go(self.dispatch(job, &choice, now));
         }
+        let decision = self.decision(&job, &choice, now);
         self.hold(job, &choice);
-        Answer::Held
+        Answer::Held(decision)
     }
 
     fn withdraw(&mut self, request: RequestId) {
@@ -48,8 +50,11 @@ impl Placer for Placement {
     }
 
     fn started(&mut self, node: &NodeId, id: TransferId, cached: usize) {
-        if let Some(node) = self.keys.of(node).and_then(|key| self.node_mut(key)) {
-            node.load.started(id, cached);
+        if let Some(node) = self.keys.of(node).and_then(|key| self.node_mut(key))
+            && let Some(work) = node.load.started(id, cached)
+        {
+            node.hits.prompt_tokens += work.tokens as u64;
+            node.hits.cached_tokens += work.cached as u64;
         }
     }
 

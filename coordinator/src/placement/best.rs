@@ -20,11 +20,13 @@ pub(super) struct Side {
 pub(super) struct Best {
     /// Each with its total cost.
     sides: [Option<(f64, Side)>; FINALISTS],
+    offered: usize,
 }
 
 impl Best {
     /// One more of the many.
     pub(super) fn offer(&mut self, side: Side) {
+        self.offered += 1;
         let total = side.cost.total();
         let worse = |other: &Option<(f64, Side)>| other.is_none_or(|(other, _)| total < other);
         if let Some(at) = self.sides.iter().position(worse) {
@@ -36,6 +38,11 @@ impl Best {
     /// The best one.
     pub(super) fn first(&self) -> Option<Side> {
         self.sides[0].map(|(_, side)| side)
+    }
+
+    /// How many there were.
+    pub(super) fn offered(&self) -> usize {
+        self.offered
     }
 
     /// The best first.

@@ -9,6 +9,7 @@ use super::expected::Coming;
 use super::job::Job;
 use super::links::Speeds;
 use super::node::Node;
+use super::others::Others;
 use super::pool::Pool;
 use super::queue::Entry;
 use crate::index::NodeKey;
@@ -31,14 +32,16 @@ pub(super) struct Choice {
     /// Who computes the prompt; `None`: the decode node.
     pub(super) prefill: Option<NodeKey>,
     pub(super) decode: NodeKey,
+    /// Who has most of the prompt, and its tokens.
+    pub(super) source: Option<(NodeKey, usize)>,
     /// From whom a cached prefix is fetched, and its tokens.
     pub(super) pull: Option<(NodeKey, usize)>,
     /// Tokens cached on the node that computes.
     pub(super) cached: usize,
     pub(super) work: Prefill,
     pub(super) cost: Cost,
-    /// The cheapest of the other kind, if any.
-    pub(super) other: Option<f64>,
+    /// What it was compared with.
+    pub(super) others: Others,
 }
 
 impl Choice {
@@ -113,25 +116,26 @@ impl Placement {
         let asked = Asked { job, pool, source, pulls, handover, now };
         let (receivers, locals) = self.decoding(&asked);
         let local = locals.first()?;
-        let remote = self.cheapest_pair(&asked, &self.computing(&asked), &receivers);
+        let senders = self.computing(&asked);
+        let mut others = Others::new(&senders, &receivers);
+        locals.all().for_each(|side| others.add_local(&side));
+        let remote = self.cheapest_pair(&asked, &senders, &receivers, &mut others);
         let never = self.options.local_prefill == LocalPrefill::Never;
-        let choice = |side: Side, prefill, decode, cost, other| Choice {
+        let choice = |side: Side, prefill, decode, cost| Choice {
             prefill,
             decode,
+            source,
             pull: source.filter(|_| side.work.pulls),
             cached: side.cached,
             work: side.work,
             cost,
-            other,
+            others,
         };
         Some(match remote {
             Some((p, d, cost)) if never || cost.total() < local.cost.total() => {
-                choice(p, Some(p.key), d.key, cost, Some(local.cost.total()))
+                choice(p, Some(p.key), d.key, cost)
             }
-            other => {
-                let other = other.map(|(.., cost)| cost.total());
-                choice(local, None, local.key, local.cost, other)
-            }
+            _ => choice(local, None, local.key, local.cost),
         })
     }
 
@@ -246,6 +250,7 @@ impl Placement {
         asked: &Asked<'_>,
         senders: &Best,
         receivers: &Best,
+        others: &mut Others,
     ) -> Option<(Side, Side, Cost)> {
         let Demand { tokens, token_bytes, .. } = asked.job.demand;
         let mut best: Option<(Side, Side, Cost)> = None;
@@ -256,6 +261,7 @@ impl Placement {
                 let link = asked.handover.ms_per_byte(p.key, d.key);
                 let mut cost = p.cost.and(&d.cost);
                 cost.transfer += missing * link * (1.0 + f64::from(incoming));
+                others.add_pair(&p, d.key, cost);
                 if best.is_none_or(|(.., other)| cost.total() < other.total()) {
                     best = Some((p, d, cost));
                 }

@@ -172,7 +172,7 @@ impl Placement {
             legs: 1 + u8::from(choice.prefill.is_some()),
         };
         self.sent.insert(job.id, sent);
-        self.placed(&job, choice)
+        self.placed(&job, choice, now)
     }
 
     fn promise(&mut self, key: NodeKey, id: TransferId, work: Work, now: f64) {
@@ -182,26 +182,15 @@ impl Placement {
         }
     }
 
-    /// The choice in the words of nodes and people.
-    fn placed(&self, job: &Job, choice: &Choice) -> Placed {
+    /// The choice in the words of nodes.
+    fn placed(&self, job: &Job, choice: &Choice, now: f64) -> Placed {
         let named = |key| self.node(key).expect("a node that was chosen is joined");
         let prefill = choice.prefill.map(named);
-        let decode = named(choice.decode);
-        let percent = 100 * choice.cached / job.demand.tokens.max(1);
-        let on = &prefill.unwrap_or(decode).id;
-        let kinds = ["remote", "local"];
-        let [kind, other_kind] = if prefill.is_some() { kinds } else { [kinds[1], kinds[0]] };
-        let total = choice.cost.total();
-        let other = match choice.other {
-            None => "no prefill node is free".to_owned(),
-            Some(other) => format!("{other_kind} would be {other:.1} ms"),
-        };
-        let reason = format!("{kind}: {total:.1} ms, {percent}% cached on {on}; {other}");
         Placed {
             prefill: prefill.map(Node::peer),
-            decode: decode.peer(),
+            decode: named(choice.decode).peer(),
             pull: choice.pull.map(|(key, tokens)| (named(key).peer(), tokens)),
-            reason,
+            decision: self.decision(job, choice, now),
         }
     }
 }

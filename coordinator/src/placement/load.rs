@@ -96,11 +96,11 @@ impl Load {
         self.promised.insert(id, promised);
     }
 
-    /// The node found so many of the attempt's tokens cached.
-    pub(super) fn started(&mut self, id: TransferId, cached: usize) {
-        if let Some(promised) = self.promised.get_mut(&id) {
-            promised.work.cached = cached.min(promised.work.tokens.saturating_sub(1));
-        }
+    /// The node found so many of the attempt's tokens cached. Returns what is known of it now.
+    pub(super) fn started(&mut self, id: TransferId, cached: usize) -> Option<Work> {
+        let promised = self.promised.get_mut(&id)?;
+        promised.work.cached = cached.min(promised.work.tokens.saturating_sub(1));
+        Some(promised.work)
     }
 
     /// The node has computed the attempt's prompt. Returns what was promised, the first time.

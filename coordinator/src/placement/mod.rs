@@ -32,7 +32,9 @@ pub mod fit;
 mod job;
 mod links;
 mod load;
+mod looks;
 mod node;
+mod others;
 mod pool;
 mod popular;
 mod queue;
@@ -45,6 +47,7 @@ mod tests;
 
 pub use choose::LocalPrefill;
 pub use load::REPORT_LAG;
+pub use looks::{Hits, WaitsFor};
 pub use queue::Class;
 pub use tenants::TenantId;
 
@@ -101,6 +104,7 @@ impl Default for Options {
 
 /// The next thing to do with a request that waited.
 #[derive(Debug)]
+#[expect(clippy::large_enum_variant, reason = "the large one is the frequent one")]
 pub enum Turn {
     /// Send it there.
     Go(RequestId, Placed),
@@ -279,7 +283,11 @@ impl Placement {
         let opens =
             awaited.map(|node| (node.queue_ms(self.asked_at) - FEED_AHEAD_MS).max(RETRY_MS));
         let soonest = self.asked_at + opens.min_by(f64::total_cmp)?;
-        Some(self.origin + Duration::from_secs_f64(soonest / 1000.0))
+        Some(self.instant(soonest))
+    }
+
+    fn instant(&self, ms: f64) -> Instant {
+        self.origin + Duration::from_secs_f64(ms / 1000.0)
     }
 
     fn ms(&self, now: Instant) -> f64 {

@@ -9,6 +9,7 @@ use super::breaker::Breaker;
 use super::cost::{Candidate, TAKEN_WINDOW_MS};
 use super::fit::{self, Fit};
 use super::load::Load;
+use super::looks::Hits;
 use super::queue::Queue;
 
 /// Coefficients of a prefill before any was measured, in milliseconds: to start, per token, and
@@ -43,6 +44,8 @@ pub(super) struct Node {
     pub(super) incoming: u32,
     /// Pulls from it under way.
     pub(super) serving: u32,
+    /// For operators.
+    pub(super) hits: Hits,
 }
 
 impl Node {
@@ -67,6 +70,7 @@ impl Node {
             taken: (0.0, now),
             incoming: 0,
             serving: 0,
+            hits: Hits::default(),
         }
     }
 

@@ -41,6 +41,16 @@ impl Class {
     /// Shares of the nodes' time that each gets if it has work, whatever the others have.
     pub const GUARANTEED: [f64; 3] = [0.6, 0.3, 0.1];
 
+    /// Its name.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Interactive => "interactive",
+            Self::Standard => "standard",
+            Self::Batch => "batch",
+        }
+    }
+
     /// The class of this name.
     #[must_use]
     pub fn parse(text: &str) -> Option<Self> {

@@ -125,7 +125,7 @@ fn who_waits_for_a_node_that_dies_is_placed_again() {
     let mut world = World::new(&[("d", Role::Decode)]);
     let mut held = 0;
     for n in 0..12 {
-        held += usize::from(matches!(world.place(n, None), Answer::Held));
+        held += usize::from(matches!(world.place(n, None), Answer::Held(_)));
     }
     assert!(held > 0);
     world.placement.leave(&node("d"));

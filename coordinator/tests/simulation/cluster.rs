@@ -204,6 +204,7 @@ impl Sim {
             sampling,
             salt: CacheSalt::default(),
             standing: Default::default(),
+            tenant: Default::default(),
             deadline: late.then_some(Duration::from_millis(100)),
             trace: None,
         };

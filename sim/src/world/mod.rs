@@ -394,8 +394,9 @@ impl World {
         let id = request_id(number, client.submissions);
         let model = "demo".to_owned();
         let tokens = prompt.into();
+        let (tenant, trace) = Default::default();
         let request =
-            NewRequest { id, model, tokens, sampling, salt, standing, deadline, trace: None };
+            NewRequest { id, model, tokens, sampling, salt, standing, tenant, deadline, trace };
         let process = self.coordinators[coordinator].as_mut().expect("it is up");
         let (result, updates) = process.submit(number, request, chain, &mut self.net);
         if let Err(error) = result {

@@ -66,7 +66,7 @@ impl Policy for Baton {
                 self.ready.push_back(state.dispatch(request, &placed, cluster));
                 Admission::Taken
             }
-            Answer::Held => Admission::Taken,
+            Answer::Held(_) => Admission::Taken,
             Answer::NoNodes | Answer::TooLate { .. } => Admission::Refused,
         }
     }
@@ -87,7 +87,7 @@ impl Policy for Baton {
                         Answer::Go(placed) => {
                             return Some(state.dispatch(request, &placed, cluster));
                         }
-                        Answer::Held => {}
+                        Answer::Held(_) => {}
                         Answer::NoNodes | Answer::TooLate { .. } => {
                             return Some(Decision::Refuse(request));
                         }

@@ -272,6 +272,7 @@ fn arrival(samples: &[(Vec<Segment>, usize)], tokens: &[u32], number: u64) -> Ar
         sampling: SamplingParams { max_tokens: 2, ..SamplingParams::default() },
         salt: CacheSalt::default(),
         standing: Standing::default(),
+        tenant: Default::default(),
         deadline: None,
         trace: None,
     };
