@@ -5,12 +5,13 @@ use std::time::Duration;
 
 use baton_proto::wire::v1::cluster_client::ClusterClient;
 use baton_proto::wire::v1::inference_client::InferenceClient;
+use tonic::Code;
 use tonic::metadata::{Ascii, MetadataValue};
 use tonic::service::Interceptor;
 use tonic::service::interceptor::InterceptedService;
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
 
-use crate::commands::CommandError;
+use crate::commands::{CommandError, Failed};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// Prompt log-probabilities of a long prompt are one message.
@@ -83,7 +84,7 @@ impl Target {
                 Ok(channel) => {
                     return Ok(ClusterClient::with_interceptor(channel, self.api_key()?));
                 }
-                Err(_) => silent.push(address.as_str()),
+                Err(error) => silent.push(silence(address, &error)),
             }
         }
         Err(no_answer(&silent.join(", ")))
@@ -95,7 +96,8 @@ impl Target {
         address: &str,
     ) -> Result<InferenceClient<Connection>, Failure> {
         let channel = self.endpoint(address).map_err(Failure::Final)?.connect().await;
-        let channel = channel.map_err(|_| Failure::TryAnother(no_answer(address)))?;
+        let channel =
+            channel.map_err(|error| Failure::TryAnother(no_answer(&silence(address, &error))))?;
         let key = self.api_key().map_err(Failure::Final)?;
         let client = InferenceClient::with_interceptor(channel, key);
         Ok(client.max_decoding_message_size(MAX_MESSAGE_BYTES))
@@ -162,18 +164,38 @@ impl From<tonic::Status> for Failure {
 pub(crate) fn is_lost(status: &tonic::Status) -> bool {
     // A status that came over the wire has no cause at this end.
     let broken = std::error::Error::source(status).is_some();
-    broken || status.code() == tonic::Code::Unavailable
+    broken || status.code() == Code::Unavailable
+}
+
+/// The address, and the last cause of why nobody answers there.
+fn silence(address: &str, error: &dyn std::error::Error) -> String {
+    let mut cause = error;
+    while let Some(deeper) = cause.source() {
+        cause = deeper;
+    }
+    format!("{address} ({cause})")
 }
 
 fn no_answer(addresses: &str) -> CommandError {
-    format!("no coordinator answers at {addresses}; is one running? (`baton up` starts one)").into()
+    let advice = "is one running there? `baton up` starts one here, --coordinator or \
+                  BATON_COORDINATOR names another one, `baton doctor` looks for what is wrong";
+    Failed::with(Failed::UNREACHABLE, format!("no coordinator answers at {addresses}; {advice}"))
 }
 
 /// A status as one line for a person.
 pub(crate) fn explain(status: &tonic::Status) -> CommandError {
-    match status.message() {
-        "" => format!("the coordinator answers {:?}, without a reason", status.code()).into(),
-        message => message.into(),
+    let message = match status.message() {
+        "" => format!("the coordinator answers {:?}, without a reason", status.code()),
+        message => message.to_owned(),
+    };
+    match status.code() {
+        Code::NotFound => Failed::with(Failed::NOT_FOUND, message),
+        Code::Unavailable | Code::DeadlineExceeded => Failed::with(Failed::UNREACHABLE, message),
+        _ if is_lost(status) => {
+            let message = format!("the connection to the coordinator broke: {message}");
+            Failed::with(Failed::UNREACHABLE, message)
+        }
+        _ => message.into(),
     }
 }
 

@@ -19,10 +19,12 @@ mod certified;
 mod client_port;
 mod files;
 mod identity;
+mod inspect;
 mod name;
 
 pub use ca::{ClusterCa, IssueError};
 pub use client_port::{ClientPortError, client_port_tls};
 pub use files::FileError;
 pub use identity::{Identity, LoadError};
+pub use inspect::CertificateFacts;
 pub use name::{COORDINATOR_SERVER_NAME, Part, PeerError, node_server_name, peer, peer_node_id};

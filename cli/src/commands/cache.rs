@@ -4,6 +4,7 @@ use baton_proto::wire::v1::{GetCacheRequest, GetCacheResponse};
 use serde_json::{Value, json};
 
 use super::CommandError;
+use super::status::percent;
 use crate::client::{Target, explain};
 use crate::output::{OutputArgs, bytes, table};
 
@@ -31,14 +32,23 @@ async fn show(args: &CacheArgs) -> Result<String, CommandError> {
     let request = GetCacheRequest { node: args.node.clone(), prefix: args.prefix.clone() };
     let response = args.target.cluster().await?.get_cache(request).await;
     let cache = response.map_err(|status| explain(&status))?.into_inner();
-    Ok(if args.output.json { as_json(&cache) } else { as_text(&cache, args.prefix.is_some()) })
+    Ok(if args.output.is_json() { as_json(&cache) } else { as_text(&cache, args.prefix.is_some()) })
 }
 
 fn as_json(cache: &GetCacheResponse) -> String {
     let nodes: Value = cache
         .nodes
         .iter()
-        .map(|n| json!({"id": n.id, "blocks": n.blocks, "matched_tokens": n.matched_tokens}))
+        .map(|n| {
+            json!({
+                "id": n.id,
+                "blocks": n.blocks,
+                "matched_tokens": n.matched_tokens,
+                "prompt_tokens": n.prompt_tokens,
+                "cached_tokens": n.cached_tokens,
+                "evicted_blocks": n.evicted_blocks,
+            })
+        })
         .collect();
     json!({
         "nodes": nodes,
@@ -54,13 +64,18 @@ fn as_text(cache: &GetCacheResponse, prefix: bool) -> String {
         .iter()
         .map(|n| {
             let matched = format!("{} of {}", n.matched_tokens, cache.prefix_tokens);
+            let hits = match n.prompt_tokens {
+                0 => "-".to_owned(),
+                all => format!("{}% of {all}", percent(n.cached_tokens, all)),
+            };
             let mut row = vec![n.id.clone(), n.blocks.to_string()];
+            row.extend([n.evicted_blocks.to_string(), hits]);
             row.extend(prefix.then_some(matched));
             row
         })
         .collect();
-    let head: &[&str] =
-        if prefix { &["NODE", "BLOCKS", "TOKENS OF THE PREFIX"] } else { &["NODE", "BLOCKS"] };
+    let head: &[&str] = &["NODE", "BLOCKS", "EVICTED", "HIT TOKENS", "TOKENS OF THE PREFIX"];
+    let head = if prefix { head } else { &head[..head.len() - 1] };
     let index = format!("index: {} blocks, {}\n", cache.index_blocks, bytes(cache.index_bytes));
     table(head, &rows) + &index
 }

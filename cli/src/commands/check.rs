@@ -20,7 +20,7 @@ pub(crate) struct CheckArgs {
 }
 
 #[derive(Clone, Copy, ValueEnum)]
-enum Daemon {
+pub(super) enum Daemon {
     Coordinator,
     Node,
 }
@@ -39,7 +39,7 @@ pub(crate) fn run(args: &CheckArgs) -> Result<(), CommandError> {
 }
 
 /// Only nodes have coordinators. A file that cannot be read is reported by whoever reads it next.
-fn guess(file: &Path) -> Daemon {
+pub(super) fn guess(file: &Path) -> Daemon {
     let text = std::fs::read_to_string(file).unwrap_or_default();
     match toml::from_str::<toml::Table>(&text) {
         Ok(table) if table.contains_key("coordinator") => Daemon::Node,

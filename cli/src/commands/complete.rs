@@ -4,8 +4,8 @@ use std::io;
 
 use baton_proto::wire::v1::{FinishReason, GenerateRequest};
 
-use super::CommandError;
 use super::generate::Completion;
+use super::{CommandError, Failed};
 use crate::client::{Failure, Target, explain, is_lost};
 
 /// Sends `request` to the first coordinator that serves it and gathers its completions; `on_text`
@@ -23,7 +23,7 @@ pub(crate) async fn complete(
             Err(Failure::TryAnother(error)) => failures.push(error.to_string()),
         }
     }
-    Err(failures.join("; ").into())
+    Err(Failed::with(Failed::UNREACHABLE, failures.join("; ")))
 }
 
 async fn complete_at(
@@ -146,7 +146,10 @@ mod tests {
         assert_eq!(ask(&[empty.clone(), broken, serves.clone()]).await, Ok(vec![1, 2]));
         assert_eq!(ask(std::slice::from_ref(&serves)).await, Ok(vec![1, 2]));
         let error = ask(&[empty]).await.unwrap_err();
-        assert!(error.starts_with("no coordinator answers at 127.0.0.1:1; is"), "{error}");
+        assert!(
+            error.starts_with("no coordinator answers at 127.0.0.1:1 (Connection refused"),
+            "{error}"
+        );
         assert!(error.ends_with("; no nodes"), "{error}");
     }
 

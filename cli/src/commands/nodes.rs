@@ -24,7 +24,7 @@ pub(crate) async fn run(args: NodesArgs) -> Result<(), CommandError> {
 async fn show(args: &NodesArgs) -> Result<String, CommandError> {
     let response = args.target.cluster().await?.list_nodes(ListNodesRequest {}).await;
     let nodes = response.map_err(|status| explain(&status))?.into_inner().nodes;
-    if args.output.json {
+    if args.output.is_json() {
         return Ok(nodes.iter().map(as_json).collect::<Value>().to_string());
     }
     let head = [

@@ -10,6 +10,7 @@ use std::path::PathBuf;
 use baton_sim::trace::Trace;
 
 use super::CommandError;
+use crate::output::FormatArgs;
 
 /// Command line of `baton plan`.
 #[derive(clap::Args)]
@@ -29,9 +30,8 @@ pub(crate) struct PlanArgs {
     targets: size::TargetArgs,
     #[command(flatten)]
     cluster: cluster::ClusterArgs,
-    /// Print JSON
-    #[arg(long)]
-    json: bool,
+    #[command(flatten)]
+    format: FormatArgs,
 }
 
 #[derive(clap::Args)]
@@ -67,8 +67,8 @@ impl TraceArgs {
 /// Runs `baton plan`.
 pub(crate) fn run(args: &PlanArgs) -> Result<(), CommandError> {
     if args.replay {
-        replay::run(&args.fixed, &args.cluster, || args.trace.read(), args.json)
+        replay::run(&args.fixed, &args.cluster, || args.trace.read(), args.format.is_json())
     } else {
-        size::run(&args.targets, &args.cluster, || args.trace.read(), args.json)
+        size::run(&args.targets, &args.cluster, || args.trace.read(), args.format.is_json())
     }
 }

@@ -13,7 +13,7 @@ use std::path::PathBuf;
 use serde_json::Value;
 
 use crate::commands::CommandError;
-use crate::output::{print, table};
+use crate::output::{FormatArgs, print, table};
 
 /// Longest churn, in hours of events.
 const MOST_HOURS: f64 = 1000.0;
@@ -64,9 +64,8 @@ pub(crate) struct PlaceArgs {
     #[arg(long, value_name = "N", default_value_t = 512, requires = "end_to_end",
           value_parser = clap::value_parser!(u32).range(1..=4000))]
     prompt_tokens: u32,
-    /// Print JSON
-    #[arg(long)]
-    json: bool,
+    #[command(flatten)]
+    format: FormatArgs,
 }
 
 fn hours(text: &str) -> Result<f64, String> {
@@ -85,7 +84,7 @@ struct Figure {
 
 /// Runs `baton bench place`.
 pub(crate) async fn run(args: PlaceArgs) -> Result<(), CommandError> {
-    let json = args.json;
+    let json = args.format.is_json();
     let figures = if args.end_to_end {
         end_to_end::run(&args).await?
     } else {

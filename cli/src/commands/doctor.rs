@@ -1,0 +1,102 @@
+//! `baton doctor`: looks for what is wrong with this machine, and says what to do about it.
+
+mod certificates;
+mod cluster;
+mod gpu;
+mod machine;
+mod report;
+
+use std::path::{Path, PathBuf};
+
+use baton_identity::Part;
+
+use super::check::{self, Daemon};
+use super::{CommandError, Failed};
+use crate::client::Target;
+use crate::output::{FormatArgs, print};
+use report::{Finding, as_json, as_text};
+
+/// Command line of `baton doctor`.
+#[derive(clap::Args)]
+#[command(after_help = "With a configuration file, its certificates, addresses, folders and \
+    coordinators are looked at as well. Ends with status 1 if anything is wrong; what is only worth \
+    knowing does not count.")]
+pub(crate) struct DoctorArgs {
+    /// The TOML file of the daemon that is to run here
+    file: Option<PathBuf>,
+    /// Whose file it is [default: a node's, if it has the key `coordinator`]
+    #[arg(long, requires = "file")]
+    daemon: Option<Daemon>,
+    /// Look for no GPU
+    #[arg(long)]
+    no_gpu: bool,
+    #[command(flatten)]
+    target: Target,
+    #[command(flatten)]
+    format: FormatArgs,
+}
+
+/// Runs `baton doctor`.
+pub(crate) async fn run(args: DoctorArgs) -> Result<(), CommandError> {
+    let mut findings = Vec::new();
+    match &args.file {
+        None => findings.push(cluster::coordinator(&args.target).await),
+        Some(file) => match args.daemon.unwrap_or_else(|| check::guess(file)) {
+            Daemon::Coordinator => coordinator(file, &mut findings),
+            Daemon::Node => node(file, &args, &mut findings),
+        },
+    }
+    if args.file.is_none() && !args.no_gpu {
+        findings.extend(gpu::findings(&[], false));
+    }
+    findings.extend(machine::findings());
+    let text = if args.format.is_json() { as_json(&findings) } else { as_text(&findings) };
+    print(&text)?;
+    match findings.iter().filter(|finding| finding.is_problem()).count() {
+        0 => Ok(()),
+        some => {
+            Err(Failed::with(1, format!("{some} of {} checks found a problem", findings.len())))
+        }
+    }
+}
+
+fn coordinator(file: &Path, findings: &mut Vec<Finding>) {
+    let read = baton_coordinator::config::Settings::from_file(file)
+        .and_then(baton_coordinator::config::Config::try_from);
+    let config = match read {
+        Ok(config) => config,
+        Err(error) => return findings.push(report::bad_file(file, &error)),
+    };
+    findings.push(report::good_file(file, "a coordinator's"));
+    findings.extend(certificates::findings(&config.identity, Part::Coordinator));
+    let ports =
+        [("cluster_listen", config.cluster_listen), ("grpc", config.grpc), ("http", config.http)];
+    findings.extend(ports.map(|(key, address)| machine::tcp_port(key, address)));
+    findings.extend(config.peers.iter().map(|peer| cluster::reachable("peers", peer)));
+    for (_, folder) in &config.models {
+        findings.push(machine::readable(&folder.join("tokenizer.json")));
+    }
+}
+
+fn node(file: &Path, args: &DoctorArgs, findings: &mut Vec<Finding>) {
+    let read = baton_node::settings::Settings::from_file(file)
+        .and_then(baton_node::config::Config::try_from);
+    let config = match read {
+        Ok(config) => config,
+        Err(error) => return findings.push(report::bad_file(file, &error)),
+    };
+    findings.push(report::good_file(file, "a node's"));
+    findings.extend(certificates::findings(&config.identity, Part::Node));
+    findings.push(machine::udp_port("kv_listen", config.kv_listen));
+    findings.extend(config.coordinators.iter().map(|at| cluster::reachable("coordinator", at)));
+    findings.push(machine::readable(&config.model.join("config.json")));
+    findings.extend(machine::weights(&config.model, config.load_format));
+    if let Some(state) = &config.state {
+        findings.push(machine::disk("state", state));
+    }
+    let wanted = matches!(config.device, baton_node::config::DeviceChoice::Cuda(_));
+    let cpu = config.device == baton_node::config::DeviceChoice::Cpu;
+    if !args.no_gpu && !cpu {
+        findings.extend(gpu::findings(config.cuda_libraries.as_slice(), wanted));
+    }
+}

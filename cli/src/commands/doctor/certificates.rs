@@ -1,0 +1,96 @@
+//! Certificates: whether they belong together, whose they are, and how long they last.
+
+use std::path::Path;
+use std::time::{Duration, SystemTime};
+
+use baton_identity::{CertificateFacts, Identity, Part};
+
+use super::report::Finding;
+
+const DAY: Duration = Duration::from_secs(24 * 3600);
+/// A certificate that ends sooner should be renewed now.
+const SOON: Duration = DAY.saturating_mul(30);
+
+const REISSUE: &str = "issue another one with `baton certs issue`, and restart the daemon";
+
+pub(super) fn findings(folder: &Path, part: Part) -> Vec<Finding> {
+    let loaded = match Identity::load(folder) {
+        Ok(_) => {
+            Finding::fine("identity", format!("{} is whole and fits its CA", folder.display()))
+        }
+        Err(error) => Finding::problem("identity", error.to_string(), REISSUE),
+    };
+    let mut findings = vec![loaded];
+    // Why it cannot be read was said.
+    if let Ok(facts) = CertificateFacts::read(folder) {
+        findings.push(role(&facts, part));
+        findings.push(validity(&facts, SystemTime::now()));
+    }
+    findings
+}
+
+fn role(facts: &CertificateFacts, part: Part) -> Finding {
+    let words = |part| if part == Part::Node { "a node" } else { "a coordinator" };
+    let (name, names) = (&facts.name, facts.names.join(", "));
+    if facts.part == part {
+        return Finding::fine("certificate", format!("{name} is {}, as {names}", words(part)));
+    }
+    let found = format!("{name} is {}, and the file is that of {}", words(facts.part), words(part));
+    let flag = if part == Part::Node { "without" } else { "with" };
+    Finding::problem("certificate", found, format!("issue one {flag} --coordinator"))
+}
+
+fn validity(facts: &CertificateFacts, now: SystemTime) -> Finding {
+    let what = "certificate's time";
+    if now < facts.not_before {
+        let remedy = "compare this machine's clock with that of the one that issued it";
+        return Finding::problem(what, "it is not valid yet", remedy);
+    }
+    match facts.not_after.duration_since(now) {
+        Err(_) => Finding::problem(what, "it has expired", REISSUE),
+        Ok(left) => {
+            let found = format!("{} days left", left.as_secs() / DAY.as_secs());
+            if left < SOON {
+                Finding::note(what, found, REISSUE)
+            } else {
+                Finding::fine(what, found)
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use baton_identity::ClusterCa;
+
+    use super::super::report::Verdict;
+    use super::*;
+
+    #[test]
+    fn a_certificate_is_judged_by_its_time_and_its_part() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let (ca, node) = (folder.path().join("ca"), folder.path().join("n"));
+        let name = "n".parse().expect("a name");
+        let ca = ClusterCa::create(&ca).expect("made");
+        ca.issue(Part::Node, &name, &["10.0.0.7"], &node).expect("issued");
+
+        let found = findings(&node, Part::Node);
+        assert!(found.iter().all(|finding| finding.verdict == Verdict::Fine), "{found:?}");
+        assert!(found[1].found.contains("n.node.baton, 10.0.0.7"), "{found:?}");
+        let wrong = findings(&node, Part::Coordinator);
+        assert_eq!(wrong.iter().filter(|finding| finding.is_problem()).count(), 1, "{wrong:?}");
+
+        let facts = CertificateFacts::read(&node).expect("read");
+        let verdict = |now| validity(&facts, now).verdict;
+        assert_eq!(verdict(facts.not_after - DAY), Verdict::Note);
+        assert_eq!(verdict(facts.not_after + DAY), Verdict::Problem);
+        assert_eq!(verdict(facts.not_before - DAY), Verdict::Problem);
+    }
+
+    #[test]
+    fn a_folder_without_an_identity_is_one_problem() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let found = findings(folder.path(), Part::Node);
+        assert!(matches!(&found[..], [one] if one.is_problem()), "{found:?}");
+    }
+}

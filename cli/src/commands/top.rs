@@ -1,0 +1,81 @@
+//! `baton top`: the cluster on the whole terminal.
+
+mod draw;
+mod sample;
+mod screen;
+
+use std::time::Duration;
+
+use super::CommandError;
+use crate::client::Target;
+use screen::{Key, Screen};
+
+/// Command line of `baton top`.
+#[derive(clap::Args)]
+#[command(
+    after_help = "Keys: q ends, arrows scroll, s changes the order of nodes, r turns it round."
+)]
+pub(crate) struct TopArgs {
+    /// Seconds between two looks
+    #[arg(long, value_name = "SECONDS", default_value_t = 1.0, value_parser = interval)]
+    every: f64,
+    #[command(flatten)]
+    target: Target,
+}
+
+fn interval(text: &str) -> Result<f64, String> {
+    let seconds = text.parse().ok().filter(|seconds| (0.1..=3600.0).contains(seconds));
+    seconds.ok_or_else(|| "it must be a number of seconds from 0.1 to 3600".to_owned())
+}
+
+/// Runs `baton top`.
+pub(crate) async fn run(args: TopArgs) -> Result<(), CommandError> {
+    // Whether anybody answers is said before the terminal is taken.
+    let mut sampler = sample::Sampler::new(args.target);
+    let mut screen = Screen::default();
+    screen.show(sampler.take().await?);
+    let mut terminal = ratatui::try_init()?;
+    let result = follow(&mut terminal, &mut screen, &mut sampler, args.every).await;
+    ratatui::restore();
+    result
+}
+
+async fn follow(
+    terminal: &mut ratatui::DefaultTerminal,
+    screen: &mut Screen,
+    sampler: &mut sample::Sampler,
+    every: f64,
+) -> Result<(), CommandError> {
+    let mut keys = keys();
+    let mut looks = tokio::time::interval(Duration::from_secs_f64(every));
+    looks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        terminal.draw(|frame| draw::draw(frame, screen))?;
+        tokio::select! {
+            key = keys.recv() => match key {
+                Some(Key::Quit) | None => return Ok(()),
+                Some(Key::Redraw) => {}
+                Some(key) => screen.press(key),
+            },
+            _ = looks.tick() => match sampler.take().await {
+                Ok(sample) => screen.show(sample),
+                Err(error) => screen.problem = Some(error.to_string()),
+            },
+        }
+    }
+}
+
+/// Keys as they are pressed; a thread of its own waits for them.
+fn keys() -> tokio::sync::mpsc::Receiver<Key> {
+    let (sender, receiver) = tokio::sync::mpsc::channel(16);
+    std::thread::spawn(move || {
+        while let Ok(event) = ratatui::crossterm::event::read() {
+            if let Some(key) = screen::key(&event)
+                && sender.blocking_send(key).is_err()
+            {
+                return;
+            }
+        }
+    });
+    receiver
+}

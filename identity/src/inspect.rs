@@ -1,0 +1,79 @@
+//! What an identity's certificate says, whether or not it is good.
+
+use std::path::Path;
+use std::time::{Duration, SystemTime};
+
+use baton_proto::ids::NodeId;
+use rustls::pki_types::CertificateDer;
+use rustls::pki_types::pem::PemObject;
+use x509_parser::certificate::X509Certificate;
+use x509_parser::extensions::GeneralName;
+
+use crate::files::{self, FileError, NODE_CERT};
+use crate::name::{self, Part};
+
+/// What a member's certificate says of it. Nothing is verified here; see
+/// [`Identity::load`](crate::Identity::load).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CertificateFacts {
+    /// The member.
+    pub name: NodeId,
+    /// What it may act as.
+    pub part: Part,
+    /// DNS names and IP addresses, the member's own among them.
+    pub names: Vec<String>,
+    /// When it begins to be valid.
+    pub not_before: SystemTime,
+    /// When it ends to be valid.
+    pub not_after: SystemTime,
+}
+
+impl CertificateFacts {
+    /// Reads `node.pem` in an identity's folder.
+    pub fn read(dir: &Path) -> Result<Self, FileError> {
+        let path = dir.join(NODE_CERT);
+        let wrong = |what: String| FileError::new(&path, what);
+        let pem = files::read(&path)?;
+        let certificate = CertificateDer::from_pem_slice(pem.as_bytes())
+            .map_err(|_| wrong("no certificate in PEM form".to_owned()))?;
+        let (name, part) = name::peer(&certificate).map_err(|error| wrong(error.to_string()))?;
+        let (_, parsed) = x509_parser::parse_x509_certificate(&certificate)
+            .map_err(|error| wrong(error.to_string()))?;
+        let validity = parsed.validity();
+        Ok(Self {
+            name,
+            part,
+            names: names(&parsed),
+            not_before: at(validity.not_before.timestamp()),
+            not_after: at(validity.not_after.timestamp()),
+        })
+    }
+}
+
+fn names(certificate: &X509Certificate<'_>) -> Vec<String> {
+    let extension = certificate.subject_alternative_name().ok().flatten();
+    let names = extension.iter().flat_map(|extension| &extension.value.general_names);
+    let text = |name: &GeneralName<'_>| match name {
+        GeneralName::DNSName(name) => Some((*name).to_owned()),
+        GeneralName::IPAddress(bytes) => match **bytes {
+            [a, b, c, d] => Some(std::net::Ipv4Addr::new(a, b, c, d).to_string()),
+            _ => {
+                let bytes: [u8; 16] = (*bytes).try_into().ok()?;
+                Some(std::net::Ipv6Addr::from(bytes).to_string())
+            }
+        },
+        _ => None,
+    };
+    names.filter_map(text).collect()
+}
+
+/// Seconds since 1970, which may be before.
+fn at(seconds: i64) -> SystemTime {
+    let away = Duration::from_secs(seconds.unsigned_abs());
+    let moved = if seconds < 0 {
+        SystemTime::UNIX_EPOCH.checked_sub(away)
+    } else {
+        SystemTime::UNIX_EPOCH.checked_add(away)
+    };
+    moved.unwrap_or(SystemTime::UNIX_EPOCH)
+}
