@@ -168,7 +168,9 @@ pub(crate) async fn keep(shared: Arc<Shared>, link: Arc<Link>, name: ChannelName
     let joining = timeout(join + JOIN_GRACE, channels.join(name, end, join, patience));
     let joined = tokio::select! {
         joined = joining => joined,
-        _ = link.connection.closed() => return,
+        // The library goes on until its deadline: who connects and leaves, again and again, must not
+        // have it do so many times at once.
+        _ = link.connection.closed() => return refused(&shared, &link, "the connection was lost"),
     };
     let channel = match joined {
         Ok(Ok(Ok(channel))) => channel,

@@ -404,6 +404,11 @@ impl Hostile {
         while decode.channels().1 != channels {
             tokio::task::yield_now().await;
         }
+        assert_eq!(self.granted().await, Transport::Nccl);
+    }
+
+    /// Offers transfer 1. How it is to travel.
+    async fn granted(&mut self) -> Transport {
         self.say(&Frame::Offer(Offer {
             manifest: Manifest {
                 transfer: transfer(1),
@@ -416,7 +421,7 @@ impl Hostile {
         }))
         .await;
         let Frame::Grant(grant) = self.hear().await else { panic!("no grant") };
-        assert_eq!(grant.transport, Transport::Nccl);
+        grant.transport
     }
 
     async fn say(&mut self, frame: &Frame) {
@@ -442,6 +447,15 @@ impl Hostile {
     }
 }
 
+/// Transfer 1, whose blocks below 10 are held.
+fn expect_hostile(world: &World, pool: &Arc<Pool>) -> ReceiveHandle {
+    world.pair.decode.expect(Incoming {
+        from: "p9".parse().unwrap(),
+        hashes: Vec::new(),
+        ..world.pair.incoming(transfer(1), 10, pool)
+    })
+}
+
 fn announce(layer: u32, first: u32, count: u32, bytes: u32) -> Frame {
     Frame::Announce(transfer(1), LayerRun { layer, run: Run { first, count } }, bytes)
 }
@@ -461,11 +475,7 @@ async fn announcements_of_what_was_not_granted_close_one_connection() {
     ] {
         let world = World::connected([Fault::None; 2]).await;
         let pool = Pool::sink();
-        let receive = world.pair.decode.expect(Incoming {
-            from: "p9".parse().unwrap(),
-            hashes: Vec::new(),
-            ..world.pair.incoming(transfer(1), 10, &pool)
-        });
+        let receive = expect_hostile(&world, &pool);
         let mut hostile = Hostile::connect(&world.pair).await;
         // Beside the honest one's.
         hostile.join(&world.pair.decode, 2).await;
@@ -496,16 +506,30 @@ async fn nothing_is_announced_or_joined_without_a_channel() {
     }
 }
 
+/// The library would go on joining for each of its connections.
+#[tokio::test]
+async fn who_leaves_while_a_channel_is_joined_is_not_invited_again_at_once() {
+    let world = World::new([Fault::None; 2]);
+    let pool = Pool::sink();
+    let _receive = expect_hostile(&world, &pool);
+    let mut hostile = Hostile::connect(&world.pair).await;
+    let Frame::Invite(name) = hostile.hear().await else { panic!("no invitation") };
+    hostile.connection.close(0_u32.into(), &[]);
+    let middle = middle(name);
+    while Arc::strong_count(&middle) > 2 {
+        tokio::task::yield_now().await; // until nobody joins it any more
+    }
+    let mut again = Hostile::connect(&world.pair).await;
+    assert_eq!(again.granted().await, Transport::Quic);
+    assert_eq!(world.makers[1].joins.load(Ordering::Relaxed), 1);
+}
+
 #[tokio::test]
 async fn announcements_are_bounded() {
     let world = World::new([Fault::None; 2]);
     let mut hostile = Hostile::connect(&world.pair).await;
     let pool = Pool::sink();
-    let _receive = world.pair.decode.expect(Incoming {
-        from: "p9".parse().unwrap(),
-        hashes: Vec::new(),
-        ..world.pair.incoming(transfer(1), 10, &pool)
-    });
+    let _receive = expect_hostile(&world, &pool);
     hostile.join(&world.pair.decode, 1).await;
     // Of a transfer that nobody knows, so that they are to be received and dropped.
     let unknown = Frame::Announce(
