@@ -31,8 +31,9 @@ pub type ChannelName = [u8; 128];
 pub const PARCEL_BYTES: usize = 4 << 20;
 /// Parcels of a channel that are packed, on their way or unpacked at a time.
 const PARCELS: usize = 4;
-/// Channels that were told to end and do not, as the library hangs, before no further one is joined.
-const MAX_ENDING: usize = 8;
+/// Most channels of an engine, with those that are being joined and those that do not end, as the
+/// library hangs: each has [`PARCELS`] of the device's memory, beside what the library takes.
+const MAX_CHANNELS: usize = 32;
 
 /// Why this engine's memory has no channels. Displayed on one line.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -50,8 +51,8 @@ pub enum NoChannels {
 pub struct NcclChannels {
     nccl: Arc<Nccl>,
     kv: Arc<DeviceKv>,
-    /// Channels that were told to end and have not.
-    ending: Arc<AtomicUsize>,
+    /// Channels that have a thread.
+    channels: Arc<AtomicUsize>,
 }
 
 impl NcclChannels {
@@ -64,7 +65,7 @@ impl NcclChannels {
             KvMemory::Device(staging) => staging.cache().ok_or(NoChannels::Memory)?,
             KvMemory::Host(_) => return Err(NoChannels::Memory),
         };
-        Ok(Self { nccl: find_nccl(folders)?, kv, ending: Arc::default() })
+        Ok(Self { nccl: find_nccl(folders)?, kv, channels: Arc::default() })
     }
 
     /// A name for a new channel, or why there can be none.
@@ -88,14 +89,36 @@ impl NcclChannels {
         patience: Duration,
     ) -> Soon<Result<NcclChannel, String>> {
         let (reply, joined) = oneshot::channel();
-        if self.ending.load(Ordering::Relaxed) >= MAX_ENDING {
-            let _ = reply.send(Err("too many channels hang".to_owned()));
-        } else {
+        if let Some(place) = Counted::one_more(&self.channels) {
             let (channels, deadline) = (self.clone(), Instant::now() + join);
             let terms = Terms { name, receives, deadline, patience };
-            spawn(move || owner::run(&channels, &terms, reply));
+            spawn(move || {
+                owner::run(&channels, &terms, reply);
+                drop(place);
+            });
+        } else {
+            let _ =
+                reply.send(Err(format!("there are {MAX_CHANNELS} channels, which is the most")));
         }
         Box::pin(async { joined.await.map_err(|_| MemoryLost) })
+    }
+}
+
+/// One of the channels, until it is dropped.
+struct Counted(Arc<AtomicUsize>);
+
+impl Counted {
+    /// None if there are as many as there may be.
+    fn one_more(channels: &Arc<AtomicUsize>) -> Option<Self> {
+        let more = |channels| (channels < MAX_CHANNELS).then_some(channels + 1);
+        channels.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more).ok()?;
+        Some(Self(channels.clone()))
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -120,7 +143,6 @@ struct State {
     /// Since when the thread is at it; `None` if nothing is to be done.
     busy: Mutex<Option<Instant>>,
     abort: OnceLock<Abort>,
-    ending: Arc<AtomicUsize>,
 }
 
 impl NcclChannel {
@@ -177,9 +199,7 @@ impl State {
     }
 
     fn close(&self) {
-        if !self.closed.swap(true, Ordering::Relaxed) {
-            self.ending.fetch_add(1, Ordering::Relaxed);
-        }
+        self.closed.store(true, Ordering::Relaxed);
     }
 }
 
@@ -279,6 +299,18 @@ mod tests {
     use baton_kernels::cuda::testing;
 
     use super::*;
+
+    #[test]
+    fn channels_are_bounded() {
+        let channels = Arc::default();
+        let mut taken: Vec<_> = std::iter::from_fn(|| Counted::one_more(&channels)).collect();
+        assert_eq!(taken.len(), MAX_CHANNELS);
+        taken.pop();
+        taken.extend(Counted::one_more(&channels));
+        assert!(Counted::one_more(&channels).is_none());
+        drop(taken);
+        assert_eq!(channels.load(Ordering::Relaxed), 0);
+    }
 
     #[test]
     fn parcels_go_around() {

@@ -79,7 +79,7 @@ struct Owner {
 
 impl Owner {
     fn join(channels: &NcclChannels, terms: &Terms) -> Result<(Self, NcclChannel), Broken> {
-        let NcclChannels { nccl, kv, ending } = channels;
+        let NcclChannels { nccl, kv, .. } = channels;
         let device = kv.pieces.device();
         let (own, peer) = if terms.receives { (RECEIVING, 1) } else { (1, RECEIVING) };
         // Memory first: what is joined is to work.
@@ -92,7 +92,6 @@ impl Owner {
             closed: AtomicBool::new(false),
             busy: Mutex::new(None),
             abort: OnceLock::from(communicator.aborter()),
-            ending: ending.clone(),
         });
         let (requests, inbox) = mpsc::channel();
         let handle = NcclChannel { requests, ring: ring.clone(), state: state.clone() };
@@ -182,7 +181,7 @@ impl Owner {
     }
 
     /// Whoever waits hears of it first. Memory is freed when the library has let it go; if it never
-    /// does, this thread is the one that waits, and is counted.
+    /// does, this thread is the one that waits, and the channel still counts.
     fn end(mut self) {
         self.state.close();
         // Dropping what they are answered by tells them.
@@ -192,7 +191,6 @@ impl Owner {
         self.communicator.aborter().abort();
         let _ = self.stream.synchronize();
         drop(parcels);
-        self.state.ending.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
