@@ -264,11 +264,12 @@ impl Communicator {
         &self,
         work: impl FnOnce(&Self) -> Result<(), NcclError>,
     ) -> Result<(), NcclError> {
+        // All of it: what is queued is held by the group until its end, and must not be aborted then.
+        let under_way = self.shared.enter().ok_or_else(|| aborted("ncclGroupStart"))?;
         // SAFETY: each start has its end.
         let started = unsafe { (self.shared.nccl.functions.group_start)() };
         self.shared.nccl.check("ncclGroupStart", started)?;
         let result = work(self);
-        let under_way = self.shared.enter();
         // SAFETY: as above.
         let ended = unsafe { (self.shared.nccl.functions.group_end)() };
         drop(under_way);
