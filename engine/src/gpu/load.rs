@@ -110,31 +110,20 @@ impl GpuModel {
         upload(device, source, &weights.parts(), options.threads, options.on_progress)?;
 
         let rows = options.max_sequences.max(1);
-        let sizes = Sizes {
-            rows: options.max_batch_tokens.max(rows.next_power_of_two().min(MAX_GRAPH_ROWS)).max(1),
-            logit_rows: rows.next_power_of_two().max(Scoring::ROWS),
-        };
+        let sizes = sizes(rows, options.max_batch_tokens);
         let kv_dtype = options.kv_dtype.unwrap_or(KvDtype::Bf16);
         // Only Hopper has the kernel that reads it.
-        let widened = if kv_dtype == KvDtype::Fp8 && device.target() == Target::Hopper {
-            let tokens = opened.max_model_len.max(options.max_batch_tokens);
-            let blocks = tokens.div_ceil(options.block_tokens);
-            Some(Widened::new(&stream, heads, options.block_tokens, blocks)?)
-        } else {
-            None
-        };
+        let widens = kv_dtype == KvDtype::Fp8 && device.target() == Target::Hopper;
+        let tokens = opened.max_model_len.max(options.max_batch_tokens);
+        let blocks = tokens.div_ceil(options.block_tokens);
+        let room = || Widened::new(&stream, heads, options.block_tokens, blocks);
+        let widened = widens.then(room).transpose()?;
         let shape = attention_shape(device, config, heads, widened.as_ref().map(Widened::shape));
         let units = rows + DecodePlan::units_of(sizes.rows, &heads) + MAX_GRAPH_ROWS;
         let items = DecodePlan::most_items(units, shape.workers);
         let slot = || Slot::new(device, config.layers(), rows);
-        let mut revision = b"cuda".to_vec();
-        revision.extend(RESULT_REVISION.to_le_bytes());
-        revision.extend(device.capability().0.to_le_bytes());
-        if weight_dtype == WeightDtype::Fp8 {
-            revision.extend(b"fp8");
-        }
         Ok(Self {
-            revision: opened.revision(&revision),
+            revision: opened.revision(&revision(device, weight_dtype)),
             max_model_len: opened.max_model_len,
             eos_token_ids: opened.eos_token_ids.clone(),
             gemm: Gemm::new(device)?,
@@ -164,6 +153,26 @@ impl GpuModel {
             stream,
         })
     }
+}
+
+/// Of steps of so many sequences and tokens.
+fn sizes(sequences: usize, tokens: usize) -> Sizes {
+    let padded = sequences.next_power_of_two();
+    Sizes {
+        rows: tokens.max(padded.min(MAX_GRAPH_ROWS)).max(1),
+        logit_rows: padded.max(Scoring::ROWS),
+    }
+}
+
+/// What, beside the checkpoint, the results depend on.
+fn revision(device: &Device, weight_dtype: WeightDtype) -> Vec<u8> {
+    let mut revision = b"cuda".to_vec();
+    revision.extend(RESULT_REVISION.to_le_bytes());
+    revision.extend(device.capability().0.to_le_bytes());
+    if weight_dtype == WeightDtype::Fp8 {
+        revision.extend(b"fp8");
+    }
+    revision
 }
 
 fn attention_shape(
