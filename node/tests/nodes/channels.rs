@@ -147,32 +147,23 @@ async fn kv_goes_from_device_to_device_by_nccl() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn messages_that_never_end_lose_no_job() {
-    let Some(devices) = Devices::find([2, 3]) else { return };
-    for node in [0, 1] {
-        let mut pair = devices.pair(SHORT).await;
-        let (mut prefill, mut decode) = pair.streams().await;
-        hands_over(&mut prefill, &mut decode, 1, 20).await;
-        channels(&pair, 1).await;
-        devices.break_nccl(node, Some(1), false);
-        for (request, length) in [(2, 100), (3, 40)] {
-            hands_over(&mut prefill, &mut decode, request, length).await;
-        }
-        pair.idle().await;
-        assert_eq!(pair.prefill.endpoint.last_transport(), Some(Transport::Quic));
-        channels(&pair, 0).await;
-        devices.break_nccl(node, None, false);
-    }
+    broken_lose_no_job([2, 3], Some(1), false).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn calls_that_hang_lose_no_job() {
-    let Some(devices) = Devices::find([4, 5]) else { return };
+    broken_lose_no_job([4, 5], None, true).await;
+}
+
+/// Breaks either end of a channel that is up.
+async fn broken_lose_no_job(ordinals: [usize; 2], messages: Option<u16>, calls_hang: bool) {
+    let Some(devices) = Devices::find(ordinals) else { return };
     for node in [0, 1] {
         let mut pair = devices.pair(SHORT).await;
         let (mut prefill, mut decode) = pair.streams().await;
         hands_over(&mut prefill, &mut decode, 1, 20).await;
         channels(&pair, 1).await;
-        devices.break_nccl(node, None, true);
+        devices.break_nccl(node, messages, calls_hang);
         for (request, length) in [(2, 100), (3, 40)] {
             hands_over(&mut prefill, &mut decode, request, length).await;
         }
