@@ -147,7 +147,9 @@ impl Node {
 fn open_channels(setup: &Setup, engine: &Engine) {
     match NcclChannels::of(engine.memory(), setup.cuda_libraries.as_slice()) {
         Ok(channels) => setup.endpoint.open_channels(Arc::new(EngineChannels(channels))),
-        Err(reason) => tracing::warn!("KV does not travel by nccl: {reason}"),
+        Err(reason) => {
+            tracing::warn!("kv_transports has nccl, by which no KV travels here: {reason}")
+        }
     }
 }
 
