@@ -13,7 +13,6 @@ use super::models::ServedModel;
 use super::refusal::Refusal;
 use crate::core::SubmitError;
 
-#[cfg_attr(not(test), expect(dead_code, reason = "the HTTP front will call it"))]
 pub(crate) mod json;
 
 const FIELD: &str = "structured_output";

@@ -73,7 +73,6 @@ impl ChatRequest {
         fields.only("continue_final_message", &[json!(false)])?;
         fields.only("echo", &[json!(false)])?;
         fields.only("modalities", &[json!(["text"])])?;
-        fields.only("response_format", &[json!({"type": "text"})])?;
         fields.finish()?;
         Ok(Self { request, reply, tools })
     }

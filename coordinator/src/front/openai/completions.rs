@@ -99,7 +99,6 @@ impl TextRequest {
         let logprobs = sampling.logprobs.is_some();
         fields.only("suffix", &[json!("")])?;
         fields.only("add_special_tokens", &[json!(true)])?;
-        fields.only("response_format", &[json!({"type": "text"})])?;
         fields.finish()?;
         let with = |input| GenerateRequest { input: Some(input), ..request.clone() };
         let requests = prompts.into_iter().map(with).collect();

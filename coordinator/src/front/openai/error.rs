@@ -199,6 +199,7 @@ fn parameter(field: &str) -> String {
     match field {
         "token_ids" => "prompt".to_owned(),
         "chat" => "messages".to_owned(),
+        "structured_output" => "response_format".to_owned(),
         "prompt_logprobs" => "logprobs".to_owned(),
         "include_stop_string" => "include_stop_str_in_output".to_owned(),
         field => match field.strip_prefix("chat.") {

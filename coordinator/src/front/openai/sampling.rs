@@ -1,11 +1,12 @@
 //! Parameters that every endpoint which generates text takes.
 
-use baton_proto::wire::v1::{GenerateRequest, Sampling};
+use baton_proto::wire::v1::{GenerateRequest, Sampling, StructuredOutput};
 use serde_json::{Value, json};
 
 use super::error::ApiError;
 use super::fields::{Fields, token_id};
 use crate::front::prepare::MAX_CHOICES;
+use crate::front::structured::json as structured;
 
 /// Most alternatives per token.
 pub(crate) const MAX_LOGPROBS: u32 = baton_proto::sampling::MAX_LOGPROBS;
@@ -34,6 +35,7 @@ pub(crate) fn take(fields: &mut Fields) -> Result<(GenerateRequest, Reply), ApiE
         n: fields.count("n", 1, MAX_CHOICES)?,
         priority: priority(fields)?,
         tenant: fields.string("tenant")?.unwrap_or_default(),
+        structured_output: structured_output(fields)?,
         ..GenerateRequest::default()
     };
     for label in LABELS {
@@ -117,6 +119,25 @@ fn stop(fields: &mut Fields) -> Result<Vec<String>, ApiError> {
         }
         Some(other) => Err(wrong(&other)),
     }
+}
+
+/// What the text has to be, by OpenAI's name for it or by vLLM's newer or older ones.
+fn structured_output(fields: &mut Fields) -> Result<Option<StructuredOutput>, ApiError> {
+    let format = fields.take("response_format");
+    let format = format.map(|format| structured::response_format(&format)).transpose()?;
+    let mut wanted: Vec<_> = format.flatten().into_iter().collect();
+    let newer = fields.take("structured_outputs");
+    wanted.extend(newer.map(|newer| structured::structured_outputs(&newer)).transpose()?);
+    for key in ["json", "regex", "choice", "grammar"] {
+        let older = fields.take(&format!("guided_{key}"));
+        let older = older.map(|older| structured::structured_outputs(&json!({ key: older })));
+        wanted.extend(older.transpose()?);
+    }
+    if wanted.len() > 1 {
+        let what = "response_format, structured_outputs and guided_* say twice what the text is";
+        return Err(ApiError::invalid("structured_outputs", what));
+    }
+    Ok(wanted.pop())
 }
 
 fn cache_salt(fields: &mut Fields) -> Result<Option<String>, ApiError> {
@@ -288,6 +309,18 @@ mod tests {
             assert_eq!(error.param.as_deref(), Some(param), "{body}: {}", error.message);
             assert!(error.message.contains(param), "{}", error.message);
         }
+    }
+
+    #[test]
+    fn what_the_text_has_to_be_is_said_once() {
+        let wanted = |body: Value| read(body).map(|(request, _)| request.structured_output);
+        let choice = wanted(json!({"guided_choice": ["a"]})).unwrap();
+        assert!(choice.is_some());
+        assert_eq!(wanted(json!({"structured_outputs": {"choice": ["a"]}})).unwrap(), choice);
+        assert_eq!(wanted(json!({"response_format": {"type": "text"}})).unwrap(), None);
+        let twice = json!({"guided_regex": "a", "response_format": {"type": "json_object"}});
+        let error = wanted(twice).unwrap_err();
+        assert_eq!(error.param.as_deref(), Some("structured_outputs"));
     }
 
     #[test]
