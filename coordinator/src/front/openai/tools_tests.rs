@@ -1,5 +1,6 @@
 //! Clients that let the model call tools.
 
+use baton_proto::grammar::Grammar;
 use baton_proto::message::NodeFinish;
 use serde_json::{Value, json};
 
@@ -124,6 +125,24 @@ async fn no_choice_means_no_tools() {
     assert_eq!(prompt(&played), "u:Hi;");
     let content = &whole["choices"][0]["message"]["content"];
     assert_eq!(content, "<tool_call>{\"name\": \"now\"}</tool_call>");
+}
+
+#[tokio::test]
+async fn a_forced_call_is_the_whole_output_of_any_model() {
+    let call = "{\"name\": \"now\", \"arguments\": {}}";
+    let plain = start(move |_| Play::Accept(says_plainly(call))).await;
+    let named = json!({"type": "function", "function": {"name": "now"}});
+    for choice in [named, json!("required")] {
+        let whole = post(&plain, CHAT, &body(json!({"tool_choice": choice}))).await.json();
+        let call = &whole["choices"][0]["message"]["tool_calls"][0]["function"];
+        assert_eq!(*call, json!({"name": "now", "arguments": "{}"}), "{whole}");
+    }
+    let schema = |at: usize| match plain.asked()[at].sampling.grammar.as_deref() {
+        Some(Grammar::JsonSchema(schema)) => serde_json::from_str::<Value>(schema).unwrap(),
+        other => panic!("{other:?} is no schema"),
+    };
+    assert_eq!(schema(0)["anyOf"].as_array().unwrap().len(), 1);
+    assert_eq!(schema(1)["anyOf"].as_array().unwrap().len(), 2);
 }
 
 #[tokio::test]

@@ -1,11 +1,11 @@
 //! What a request says about tools, and what follows from it for the model and its output.
 
-use baton_proto::wire::v1::GenerateRequest;
 use baton_proto::wire::v1::generate_request::Input;
-use serde_json::Value;
+use baton_proto::wire::v1::{GenerateRequest, StructuredOutput, structured_output};
+use serde_json::{Value, json};
 
 use super::definition::Tool;
-use super::{OutputReader, ToolParser};
+use super::{OutputReader, ToolFormat, ToolParser};
 use crate::front::models::ServedModel;
 use crate::front::refusal::Refusal;
 
@@ -74,9 +74,10 @@ impl ToolRequest {
         match &self.choice {
             ToolChoice::None => Ok(OutputReader::default()),
             ToolChoice::Auto => self.offer(request, model),
-            ToolChoice::Required | ToolChoice::Named(_) => {
-                let what = "tool_choice is not supported but as \"auto\" or \"none\"";
-                Err(Refusal::wrong("tool_choice", what))
+            ToolChoice::Required => self.force(&self.tools, request, model),
+            ToolChoice::Named(name) => {
+                let named = self.tools.iter().filter(|tool| tool.name == *name);
+                self.force(&named.cloned().collect::<Vec<_>>(), request, model)
             }
         }
     }
@@ -90,16 +91,20 @@ impl ToolRequest {
         let format = model.chat.as_ref().and_then(|template| template.tool_format());
         let Some(format) = format else {
             let what = format!(
-                "tools are not supported with model {:?}: its chat template teaches no known way to \
-                 call them",
+                "tools are not supported with model {:?} but with tool_choice = none, required or a \
+                 tool: its chat template teaches no known way to call them",
                 model.name
             );
             return Err(Refusal::wrong("tools", what));
         };
         if let Some(at) = self.tools.iter().position(|tool| tool.strict) {
             let field = format!("tools[{at}].strict");
-            let what = format!("{field} is not supported but as false");
+            let what =
+                format!("{field} is not supported but with tool_choice = required or a tool");
             return Err(Refusal::wrong(&field, what));
+        }
+        if request.structured_output.is_some() {
+            return Err(with_structured_output());
         }
         self.tell(request);
         let sampling = request.sampling.get_or_insert_default();
@@ -113,6 +118,32 @@ impl ToolRequest {
         Ok(OutputReader::new(ToolParser::new(format, self.names(), most_calls)))
     }
 
+    /// The output has to be a call of one of `tools`.
+    fn force(
+        &self,
+        tools: &[Tool],
+        request: &mut GenerateRequest,
+        model: &ServedModel,
+    ) -> Result<OutputReader, Refusal> {
+        if request.structured_output.is_some() {
+            return Err(with_structured_output());
+        }
+        let template = model.chat.as_ref();
+        if template.is_some_and(|template| template.knows_tools()) {
+            self.tell(request);
+        }
+        // The word that the model knows for it.
+        let arguments = match template.and_then(|template| template.tool_format()) {
+            Some(ToolFormat::Llama3) => "parameters",
+            Some(ToolFormat::Hermes) | None => "arguments",
+        };
+        let schema = call_schema(tools, arguments).to_string();
+        let kind = Some(structured_output::Kind::JsonSchema(schema));
+        request.structured_output = Some(StructuredOutput { kind });
+        // The whole output is one call without a mark.
+        Ok(OutputReader::new(ToolParser::new(ToolFormat::Llama3, self.names(), 1)))
+    }
+
     fn tell(&self, request: &mut GenerateRequest) {
         if let Some(Input::Chat(chat)) = &mut request.input {
             let list: Vec<_> = self.tools.iter().map(Tool::described).collect();
@@ -122,5 +153,77 @@ impl ToolRequest {
 
     fn names(&self) -> Vec<String> {
         self.tools.iter().map(|tool| tool.name.clone()).collect()
+    }
+}
+
+fn with_structured_output() -> Refusal {
+    let what = "tools are not supported together with another form that the output has to have";
+    Refusal::wrong("tools", what)
+}
+
+/// Schema of a call of one of `tools`.
+fn call_schema(tools: &[Tool], arguments: &str) -> Value {
+    let call = |(index, tool): (usize, &Tool)| {
+        let mut parameters = tool.parameters.clone().unwrap_or_else(
+            || json!({"type": "object", "properties": {}, "additionalProperties": false}),
+        );
+        move_references(&mut parameters, &format!("#/anyOf/{index}/properties/{arguments}"));
+        json!({
+            "type": "object",
+            "properties": {"name": {"const": tool.name}, arguments: parameters},
+            "required": ["name", arguments],
+            "additionalProperties": false,
+        })
+    };
+    json!({"anyOf": tools.iter().enumerate().map(call).collect::<Vec<_>>()})
+}
+
+/// References to places within a schema, which is now a part of another one.
+fn move_references(schema: &mut Value, place: &str) {
+    match schema {
+        Value::Object(map) => {
+            for (key, value) in map {
+                match value {
+                    Value::String(text) if key == "$ref" => {
+                        if let Some(pointer) = text.strip_prefix('#') {
+                            *text = format!("{place}{pointer}");
+                        }
+                    }
+                    value => move_references(value, place),
+                }
+            }
+        }
+        Value::Array(list) => list.iter_mut().for_each(|value| move_references(value, place)),
+        _ => {}
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::front::tools::definition;
+
+    #[test]
+    fn a_forced_call_keeps_what_a_schema_refers_to() {
+        let parameters = json!({
+            "type": "object",
+            "properties": {"a": {"$ref": "#/$defs/A"}, "all": {"$ref": "#"}},
+            "$defs": {"A": {"type": "integer"}},
+        });
+        let list = json!([
+            {"type": "function", "function": {"name": "f"}},
+            {"type": "function", "function": {"name": "g", "parameters": parameters}},
+        ]);
+        let tools = definition::tools(&list, "tools", definition::nested).unwrap();
+        let schema = call_schema(&tools, "arguments");
+        let properties = schema.pointer("/anyOf/1/properties/arguments/properties").unwrap();
+        for (property, meant) in [("a", json!({"type": "integer"})), ("all", Value::Null)] {
+            let reference = properties[property]["$ref"].as_str().unwrap();
+            let found = schema.pointer(reference.strip_prefix('#').unwrap()).unwrap();
+            assert!(meant.is_null() || *found == meant, "{reference}");
+        }
+        let call = &schema["anyOf"][0];
+        assert_eq!(call["properties"]["name"], json!({"const": "f"}));
+        assert_eq!(call["required"], json!(["name", "arguments"]));
     }
 }
