@@ -104,6 +104,8 @@ pub(super) fn an_attempt_goes_on_where_the_last_one_ended() {
     node.submit(&Job { id: id(200), tokens: foreign, ..whole }, Kind::Local);
     let (reason, retry) = failure(&node);
     assert!(reason.contains("cannot follow its grammar") && retry == Retry::OtherNode, "{reason}");
+    // A step that was under way still holds its blocks.
+    node.eventually(|report| report.blocks.active == 0);
     node.idle();
 }
 

@@ -314,7 +314,7 @@ mod tests {
         let other = "[[keys]]\nname = 'b'\nsha256 = '";
         let cases = [
             (String::new(), "has 0 keys; it must have 1 to 4096"),
-            (entry("scope = []"), "keys.toml:5: unknown key `scope`; did you mean `scopes`?"),
+            (entry("scope = []"), "keys.toml:5:1: unknown key `scope`; did you mean `scopes`?"),
             (entry("scopes = []"), "key \"a\" has no scope"),
             (entry("scopes = ['admin']"), "expected one of `generate`, `view`, `operate`"),
             (entry("max_in_flight = 0"), "max_in_flight of key \"a\" is 0; it must be above 0"),
