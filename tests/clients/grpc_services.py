@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Health and reflection as Google's own Python packages see them.
 
-usage: grpc_services.py HOST:PORT    (needs grpcio-health-checking and grpcio-reflection)
+usage: grpc_services.py HOST:PORT    (needs grpcio-health-checking, grpcio-reflection and googleapis-common-protos)
 
 Reflection is asked for every service; requests are then built from what it says alone, sent, and
 must be answered with the right code and the field named: 100 malformed ones, then a good one.
