@@ -66,7 +66,7 @@ fn section<T: Args>(title: &str, page: &mut String) {
 #[test]
 fn the_page_says_what_the_code_says() {
     let mut page = HEAD.to_owned();
-    section::<baton_coordinator::config::Settings>("Coordinator", &mut page);
+    section::<baton_coordinator::settings::Settings>("Coordinator", &mut page);
     page.push_str(ALIASES);
     page.push_str(KEYS);
     section::<baton_node::settings::Settings>("Prefill and decode nodes", &mut page);

@@ -19,6 +19,7 @@ pub mod placement;
 pub mod requests;
 pub mod roles;
 pub mod server;
+pub mod settings;
 
 mod block_map;
 mod exchange;

@@ -6,12 +6,13 @@ use std::process::ExitCode;
 use baton_coordinator::config::Config;
 use baton_coordinator::core::Core;
 use baton_coordinator::server::{Coordinator, install_metrics};
+use baton_coordinator::settings::Settings;
 use baton_telemetry::start_logging;
 use sd_notify::NotifyState;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 fn main() -> ExitCode {
-    let config = match Config::from_process() {
+    let config = match Settings::from_process().and_then(Config::try_from) {
         Ok(config) => config,
         Err(error) => return fail(2, &error),
     };

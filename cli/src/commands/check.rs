@@ -48,7 +48,7 @@ pub(super) fn guess(file: &Path) -> Daemon {
 }
 
 fn check_coordinator(file: &Path) -> Result<(), CommandError> {
-    let settings = baton_coordinator::config::Settings::from_file(file)?;
+    let settings = baton_coordinator::settings::Settings::from_file(file)?;
     let config = baton_coordinator::config::Config::try_from(settings)?;
     identity(&config.identity, Part::Coordinator)?;
     for (_, folder) in &config.models {

@@ -61,7 +61,7 @@ pub(crate) async fn run(args: DoctorArgs) -> Result<(), CommandError> {
 }
 
 fn coordinator(file: &Path, findings: &mut Vec<Finding>) {
-    let read = baton_coordinator::config::Settings::from_file(file)
+    let read = baton_coordinator::settings::Settings::from_file(file)
         .and_then(baton_coordinator::config::Config::try_from);
     let config = match read {
         Ok(config) => config,

@@ -6,8 +6,9 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use baton_cli::launcher::bundled_model;
-use baton_coordinator::config::{Config, Settings};
+use baton_coordinator::config::Config;
 use baton_coordinator::server::{Coordinator, install_metrics};
+use baton_coordinator::settings::Settings;
 use baton_identity::{COORDINATOR_SERVER_NAME, ClusterCa, Identity, Part};
 use baton_proto::message::{Command, Hello, NodeEvent};
 use baton_proto::wire::node::join_client::JoinClient;
