@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 use baton_proto::config::load_toml;
-use clap::{Args, Parser};
+use clap::{Args, CommandFactory, Parser};
 use serde::Deserialize;
 
 use crate::config::ConfigError;
@@ -130,6 +130,12 @@ struct CommandLine {
     config: Option<PathBuf>,
     #[command(flatten)]
     settings: Settings,
+}
+
+/// The daemon's command line, as its manual page shows it.
+#[must_use]
+pub fn command() -> clap::Command {
+    CommandLine::command()
 }
 
 impl Settings {

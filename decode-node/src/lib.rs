@@ -14,6 +14,5 @@ pub const ROLE: Role = Role::Decode;
 /// Runs the daemon until it is told to stop; its exit status.
 #[must_use]
 pub fn run() -> ExitCode {
-    let about = "Takes KV caches from prefill nodes and generates tokens.";
-    baton_node::daemon::main(ROLE, "baton-decode", about)
+    baton_node::daemon::main(ROLE)
 }

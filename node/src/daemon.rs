@@ -51,14 +51,14 @@ enum StartError {
     Engine,
 }
 
-/// The `main` of a daemon: runs a node that begins as `role` until it is told to stop. Exit status 2: the configuration is wrong; 1: the node could not start, or its
-/// engine failed.
+/// The `main` of a daemon: runs a node that begins as `role` until it is told to stop. Exit status
+/// 2: the configuration is wrong; 1: the node could not start, or its engine failed.
 #[must_use]
-pub fn main(role: Role, name: &'static str, about: &'static str) -> ExitCode {
-    let config = match configure(name, about) {
+pub fn main(role: Role) -> ExitCode {
+    let config = match configure(role) {
         Ok(config) => config,
         Err(error) => {
-            eprintln!("{name}: {error}");
+            eprintln!("baton-{role}: {error}");
             return ExitCode::from(2);
         }
     };
@@ -73,15 +73,15 @@ pub fn main(role: Role, name: &'static str, about: &'static str) -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("{name}: {error}");
+            eprintln!("baton-{role}: {error}");
             ExitCode::FAILURE
         }
     }
 }
 
-fn configure(name: &'static str, about: &'static str) -> Result<Config, String> {
+fn configure(role: Role) -> Result<Config, String> {
     let text = |error: ConfigError| error.to_string();
-    let settings = Settings::from_process(name, about).map_err(text)?;
+    let settings = Settings::from_process(role).map_err(text)?;
     let config = Config::try_from(settings).map_err(text)?;
     start_logging(&config.log, config.log_format)?;
     Ok(config)

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use baton_proto::config::load_toml;
+use baton_proto::ids::Role;
 use clap::{Args, CommandFactory, FromArgMatches, Parser};
 use serde::Deserialize;
 
@@ -118,11 +119,23 @@ struct CommandLine {
     settings: Settings,
 }
 
+/// The command line of the daemon that begins in `role`, as its manual page shows it.
+#[must_use]
+pub fn command(role: Role) -> clap::Command {
+    let (name, about) = match role {
+        Role::Prefill => {
+            ("baton-prefill", "Computes prompts and streams their KV cache to decode nodes")
+        }
+        Role::Decode => ("baton-decode", "Takes KV caches from prefill nodes and generates tokens"),
+    };
+    CommandLine::command().name(name).about(about)
+}
+
 impl Settings {
     /// Reads the process's flags and environment and the file that they name. Bad flags end the
     /// process with status 2, as clap does.
-    pub fn from_process(name: &'static str, about: &'static str) -> Result<Self, ConfigError> {
-        let mut matches = CommandLine::command().name(name).about(about).get_matches();
+    pub fn from_process(role: Role) -> Result<Self, ConfigError> {
+        let mut matches = command(role).get_matches();
         let line = CommandLine::from_arg_matches_mut(&mut matches)
             .expect("the matches come from the same definition");
         match line.config {

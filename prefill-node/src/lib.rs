@@ -13,6 +13,5 @@ pub const ROLE: Role = Role::Prefill;
 /// Runs the daemon until it is told to stop; its exit status.
 #[must_use]
 pub fn run() -> ExitCode {
-    let about = "Computes prompts and streams their KV cache to decode nodes.";
-    baton_node::daemon::main(ROLE, "baton-prefill", about)
+    baton_node::daemon::main(ROLE)
 }

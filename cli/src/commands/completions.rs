@@ -1,7 +1,9 @@
-//! `baton completions` and `baton man`: what shells and `man` need, made from the command line itself.
+//! `baton completions` and `baton man`: what shells and `man` need, made from the command lines themselves.
 
+use std::iter;
 use std::path::PathBuf;
 
+use baton_proto::ids::Role;
 use clap_complete::Shell;
 
 use super::CommandError;
@@ -28,10 +30,16 @@ pub(crate) fn run(args: &CompletionsArgs, command: &mut clap::Command) -> Result
     Ok(print(&String::from_utf8(script)?)?)
 }
 
-/// Runs `baton man`.
-pub(crate) fn man(args: &ManArgs, command: clap::Command) -> Result<(), CommandError> {
+/// Runs `baton man`: the pages of `baton` and of the daemons.
+pub(crate) fn man(args: &ManArgs, baton: clap::Command) -> Result<(), CommandError> {
     let folder = &args.folder;
-    let written =
-        std::fs::create_dir_all(folder).and_then(|()| clap_mangen::generate_to(command, folder));
+    let daemons = [
+        baton_coordinator::settings::command(),
+        baton_node::settings::command(Role::Prefill),
+        baton_node::settings::command(Role::Decode),
+    ];
+    let mut commands = iter::once(baton).chain(daemons);
+    let written = std::fs::create_dir_all(folder)
+        .and_then(|()| commands.try_for_each(|command| clap_mangen::generate_to(command, folder)));
     written.map_err(|error| format!("{}: {error}", folder.display()).into())
 }
