@@ -4,22 +4,28 @@
 use std::path::{Path, PathBuf};
 
 use baton_coordinator::front::door::{Door, Tls};
+use baton_coordinator::{config as coordinator, settings::Settings as CoordinatorSettings};
 use baton_identity::{Identity, Part};
-use clap::ValueEnum;
+use baton_node::{config as node, settings::Settings as NodeSettings};
+use clap::{Args, Command, ValueEnum};
 
 use super::CommandError;
+use crate::output::print;
 
 /// Command line of `baton check`.
 #[derive(clap::Args)]
 pub(crate) struct CheckArgs {
     /// The TOML file
     file: PathBuf,
-    /// Whose file it is [default: a node's, if it has the key `coordinator`]
+    /// Whose file it is [default: whose keys it has]
     #[arg(long)]
     daemon: Option<Daemon>,
+    /// Folder of the identity, if a flag of the daemon names it, as in systemd's units
+    #[arg(long, value_name = "DIR")]
+    identity: Option<PathBuf>,
 }
 
-#[derive(Clone, Copy, ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, ValueEnum)]
 pub(super) enum Daemon {
     Coordinator,
     Node,
@@ -27,64 +33,92 @@ pub(super) enum Daemon {
 
 /// Runs `baton check`.
 pub(crate) fn run(args: &CheckArgs) -> Result<(), CommandError> {
-    let file = &args.file;
-    match args.daemon.unwrap_or_else(|| guess(file)) {
-        Daemon::Coordinator => check_coordinator(file),
-        Daemon::Node => check_node(file),
-    }
-    .map_err(|error| {
+    let (file, identity) = (&args.file, args.identity.clone());
+    let report = match args.daemon.unwrap_or_else(|| guess(file)) {
+        Daemon::Coordinator => check_coordinator(file, identity),
+        Daemon::Node => check_node(file, identity),
+    };
+    let report = report.map_err(|error| -> CommandError {
         let (error, name) = (error.to_string(), file.display().to_string());
         if error.starts_with(&name) { error.into() } else { format!("{name}: {error}").into() }
-    })
+    })?;
+    Ok(print(&report)?)
 }
 
-/// Only nodes have coordinators. A file that cannot be read is reported by whoever reads it next.
+/// The daemon that knows more of the file's keys. A file that cannot be read is reported by whoever
+/// reads it next.
 pub(super) fn guess(file: &Path) -> Daemon {
     let text = std::fs::read_to_string(file).unwrap_or_default();
-    match toml::from_str::<toml::Table>(&text) {
-        Ok(table) if table.contains_key("coordinator") => Daemon::Node,
-        _ => Daemon::Coordinator,
-    }
+    let table: toml::Table = toml::from_str(&text).unwrap_or_default();
+    let knows = |command: Command| {
+        command.get_arguments().filter(|key| table.contains_key(key.get_id().as_str())).count()
+    };
+    let coordinator = knows(CoordinatorSettings::augment_args(Command::new("coordinator")));
+    let node = knows(NodeSettings::augment_args(Command::new("node")));
+    if node > coordinator { Daemon::Node } else { Daemon::Coordinator }
 }
 
-fn check_coordinator(file: &Path) -> Result<(), CommandError> {
-    let settings = baton_coordinator::settings::Settings::from_file(file)?;
-    let config = baton_coordinator::config::Config::try_from(settings)?;
-    identity(&config.identity, Part::Coordinator)?;
+fn check_coordinator(file: &Path, identity: Option<PathBuf>) -> Result<String, CommandError> {
+    let mut settings = CoordinatorSettings::from_file(file)?;
+    settings.identity = identity.or(settings.identity);
+    let known = settings.identity.is_some();
+    settings.identity.get_or_insert_default();
+    let config = coordinator::Config::try_from(settings)?;
+    let who = known.then(|| load_identity(&config.identity, Part::Coordinator)).transpose()?;
     for (_, folder) in &config.models {
         require(folder, &["tokenizer.json"])?;
     }
     let names: Vec<&str> = config.models.iter().map(|(name, _)| name.as_str()).collect();
     let door = Door::new(config.api_keys.clone()).map_err(|e| format!("api_keys: {e}"))?;
     config.tls.clone().map(Tls::load).transpose()?;
-    println!("{}: a coordinator's file, and complete", file.display());
-    println!("  nodes join at {}", config.cluster_listen);
+    let keys = match door.key_count() {
+        Some(count) => count.to_string(),
+        None => "none, everybody who reaches the ports may do everything".to_owned(),
+    };
+    let mut lines = vec![
+        format!("{}: a coordinator's file, and complete", file.display()),
+        say_identity(who.as_ref()),
+        format!("nodes join at {}", config.cluster_listen),
+        format!("clients: gRPC {}, HTTP {}", config.grpc, config.http),
+        format!("encrypted: {}", if config.tls.is_some() { "with TLS 1.3" } else { "no" }),
+        format!("API keys: {keys}"),
+        format!("models: {}", names.join(", ")),
+    ];
     if !config.peers.is_empty() {
-        println!("  beside the coordinators at {}", config.peers.join(", "));
+        lines.insert(3, format!("beside the coordinators at {}", config.peers.join(", ")));
     }
-    println!("  clients: gRPC {}, HTTP {}", config.grpc, config.http);
-    println!("  encrypted: {}", if config.tls.is_some() { "with TLS 1.3" } else { "no" });
-    match door.key_count() {
-        Some(count) => println!("  API keys: {count}"),
-        None => println!("  API keys: none, everybody who reaches the ports may do everything"),
-    }
-    println!("  models: {}", names.join(", "));
-    Ok(())
+    Ok(lines.join("\n  ") + "\n")
 }
 
-fn check_node(file: &Path) -> Result<(), CommandError> {
-    let settings = baton_node::settings::Settings::from_file(file)?;
-    let config = baton_node::config::Config::try_from(settings)?;
-    let identity = identity(&config.identity, Part::Node)?;
+fn check_node(file: &Path, identity: Option<PathBuf>) -> Result<String, CommandError> {
+    let mut settings = NodeSettings::from_file(file)?;
+    settings.identity = identity.or(settings.identity);
+    let known = settings.identity.is_some();
+    settings.identity.get_or_insert_default();
+    let config = node::Config::try_from(settings)?;
+    let who = known.then(|| load_identity(&config.identity, Part::Node)).transpose()?;
     require(&config.model, &["config.json"])?;
-    println!("{}: a node's file, and complete", file.display());
-    println!("  node {} joins {}", identity.node_id(), config.coordinators.join(", "));
-    println!("  KV transfers arrive at {}", config.kv_listen);
-    println!("  model: {} from {}", config.model_name, config.model.display());
-    Ok(())
+    let lines = [
+        format!("{}: a node's file, and complete", file.display()),
+        say_identity(who.as_ref()),
+        format!("joins {}", config.coordinators.join(", ")),
+        format!("KV transfers arrive at {}", config.kv_listen),
+        format!("model: {} from {}", config.model_name, config.model.display()),
+    ];
+    Ok(lines.join("\n  ") + "\n")
 }
 
-fn identity(folder: &Path, part: Part) -> Result<Identity, CommandError> {
+fn say_identity(identity: Option<&Identity>) -> String {
+    match identity {
+        Some(identity) => format!("identity: {}", identity.node_id()),
+        None => {
+            "identity: not in this file; the daemon needs --identity, which systemd's units give"
+                .to_owned()
+        }
+    }
+}
+
+fn load_identity(folder: &Path, part: Part) -> Result<Identity, CommandError> {
     let identity = Identity::load(folder)?;
     if identity.part() != part {
         let wanted = if part == Part::Node { "a node" } else { "a coordinator" };
@@ -103,4 +137,32 @@ fn require(folder: &Path, files: &[&str]) -> Result<(), CommandError> {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_is_whose_keys_it_has() {
+        let deploy = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/etc");
+        assert_eq!(guess(&deploy.join("coordinator.toml")), Daemon::Coordinator);
+        assert_eq!(guess(&deploy.join("prefill.toml")), Daemon::Node);
+        assert_eq!(guess(&deploy.join("decode.toml")), Daemon::Node);
+        assert_eq!(guess(Path::new("/nowhere")), Daemon::Coordinator);
+    }
+
+    #[test]
+    fn an_identity_may_be_a_flag_of_the_unit() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let (file, model) = (folder.path().join("prefill.toml"), folder.path().join("m"));
+        std::fs::create_dir(&model).expect("made");
+        std::fs::write(model.join("config.json"), "{}").expect("written");
+        let text = format!("model = {model:?}\ncoordinator = [\"c:7400\"]\n");
+        std::fs::write(&file, text).expect("written");
+        let report = check_node(&file, None).expect("it is complete");
+        assert!(report.contains("identity: not in this file"), "{report}");
+        let nowhere = Some(folder.path().join("nowhere"));
+        assert!(check_node(&file, nowhere).is_err());
+    }
 }
