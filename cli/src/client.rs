@@ -11,7 +11,7 @@ use tonic::service::Interceptor;
 use tonic::service::interceptor::InterceptedService;
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
 
-use crate::commands::{CommandError, Failed};
+use crate::commands::{CommandError, Failed, usage};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// Prompt log-probabilities of a long prompt are one message.
@@ -128,8 +128,10 @@ impl Target {
             None => (if self.tls_ca.is_some() { "https" } else { "http" }, host),
         };
         let endpoint = Endpoint::from_shared(format!("{scheme}://{host}"));
+        // Without a port there would be another one than coordinators take.
+        let endpoint = endpoint.ok().filter(|endpoint| endpoint.uri().port().is_some());
         let mut endpoint =
-            endpoint.map_err(|_| format!("--coordinator {address:?} is no HOST:PORT"))?;
+            endpoint.ok_or_else(|| usage(&format!("--coordinator {address:?} is no HOST:PORT")))?;
         if let Some(ca) = &self.tls_ca {
             let mut tls = ClientTlsConfig::new().ca_certificate(Certificate::from_pem(read(ca)?));
             if let (Some(cert), Some(key)) = (&self.tls_cert, &self.tls_key) {
@@ -221,5 +223,14 @@ mod tests {
         let error = target.endpoint("https://x:1").expect_err("no authority").to_string();
         assert_eq!(error, "--coordinator \"https://x:1\" needs --tls-ca");
         assert!(target.endpoint("x:1").is_ok() && target.endpoint("http://x:1").is_ok());
+    }
+
+    #[test]
+    fn an_address_has_a_port() {
+        let target = Target::new("x:1");
+        for bad in ["x", "", "a b:1", "::1", "http://x", "x:port"] {
+            assert!(target.endpoint(bad).is_err(), "{bad}");
+        }
+        assert!(target.endpoint("[::1]:7401").is_ok());
     }
 }

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use baton_identity::{ClusterCa, Part};
 
 use super::CommandError;
+use crate::output::print;
 
 /// Command line of `baton certs`.
 #[derive(clap::Subcommand)]
@@ -39,14 +40,23 @@ pub(crate) fn run(command: &CertsCommand) -> Result<(), CommandError> {
     match command {
         CertsCommand::Init { ca } => {
             ClusterCa::create(ca)?;
-            println!("certificate authority made in {}; keep ca.key secret", ca.display());
+            let made = ca.display();
+            print(&format!("certificate authority made in {made}; keep ca.key secret\n"))?;
         }
         CertsCommand::Issue { name, coordinator, ca, out, extra_names } => {
             let part = if *coordinator { Part::Coordinator } else { Part::Node };
             let out = out.clone().unwrap_or_else(|| PathBuf::from(name));
+            if out.join("node.key").exists() {
+                let out = out.display();
+                return Err(format!(
+                    "{out} holds an identity; move it away, or give another --out"
+                )
+                .into());
+            }
             let extra_names: Vec<&str> = extra_names.iter().map(String::as_str).collect();
             ClusterCa::open(ca)?.issue(part, &name.parse()?, &extra_names, &out)?;
-            println!("identity of {name} written to {}; pass it with --identity", out.display());
+            let out = out.display();
+            print(&format!("identity of {name} written to {out}; pass it with --identity\n"))?;
         }
     }
     Ok(())

@@ -4,6 +4,7 @@ use baton_coordinator::front::door::keys::NewKey;
 use baton_coordinator::front::door::scope::Scope;
 
 use super::{CommandError, usage};
+use crate::output::print;
 
 /// Command line of `baton keys`.
 #[derive(clap::Subcommand)]
@@ -30,6 +31,5 @@ pub(crate) fn run(command: &KeysCommand) -> Result<(), CommandError> {
     let key = NewKey::draw(name, tenant, scopes).map_err(|problem| usage(&problem))?;
     eprintln!("The key, which is shown only now:\n\n    {}\n", key.secret);
     eprintln!("Append this to the file that api_keys names, and send the coordinators SIGHUP:\n");
-    print!("{}", key.entry);
-    Ok(())
+    Ok(print(&key.entry)?)
 }

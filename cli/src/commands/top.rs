@@ -4,9 +4,10 @@ mod draw;
 mod sample;
 mod screen;
 
+use std::io::IsTerminal;
 use std::time::Duration;
 
-use super::CommandError;
+use super::{CommandError, usage};
 use crate::client::Target;
 use screen::{Key, Screen};
 
@@ -30,6 +31,9 @@ fn interval(text: &str) -> Result<f64, String> {
 
 /// Runs `baton top`.
 pub(crate) async fn run(args: TopArgs) -> Result<(), CommandError> {
+    if !std::io::stdout().is_terminal() {
+        return Err(usage("top needs a terminal; `baton status` and `baton nodes` print"));
+    }
     // Whether anybody answers is said before the terminal is taken.
     let mut sampler = sample::Sampler::new(args.target);
     let mut screen = Screen::default();

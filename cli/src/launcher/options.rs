@@ -3,6 +3,9 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
+/// Most nodes of a role: more is a slip of the finger on one machine, and would bring it down.
+const MAX_NODES: i64 = 64;
+
 /// What to run. The default is one coordinator, one prefill and one decode node with the bundled demo model.
 #[derive(clap::Args, Clone, Debug)]
 pub struct ClusterOptions {
@@ -13,10 +16,10 @@ pub struct ClusterOptions {
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=8))]
     pub coordinators: u32,
     /// Prefill nodes
-    #[arg(long, value_name = "N", default_value_t = 1)]
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(..=MAX_NODES))]
     pub prefill: u32,
     /// Decode nodes
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=MAX_NODES))]
     pub decode: u32,
     /// Where the HTTP API of the first coordinator listens [default: a free loopback port]
     #[arg(long, value_name = "ADDR")]
