@@ -123,6 +123,12 @@ impl Libraries {
     /// # Errors
     /// If one is missing or too old, on one line.
     pub fn find(paths: &LibraryPaths) -> Result<Self, Missing> {
+        let driver = Self::driver_alone(paths)?;
+        Ok(Self { blas: find_blas(paths)?, ..driver })
+    }
+
+    /// Loads the driver's library alone, for what multiplies no matrices.
+    pub(super) fn driver_alone(paths: &LibraryPaths) -> Result<Self, Missing> {
         let (driver, library) = load("libcuda.so.1", paths, DRIVER_SYMBOLS)?;
         // cudarc looks for libraries by name, and panics where it finds none. So it must find these.
         // SAFETY: loads a library that is loaded already.
@@ -137,7 +143,7 @@ impl Libraries {
         if driver_version < OLDEST_DRIVER {
             return Err(Missing::OldDriver { version: driver_version });
         }
-        Ok(Self { driver, driver_version, blas: find_blas(paths)? })
+        Ok(Self { driver, driver_version, blas: PathBuf::new() })
     }
 }
 

@@ -1,6 +1,6 @@
 //! A device for tests: a real one, or the emulator, which is built from `kernels/emulator` and
 //! `kernels/cuda` with g++.
-#![expect(clippy::print_stderr, reason = "tests say why they are skipped")]
+#![expect(clippy::print_stderr, clippy::print_stdout, reason = "tests say why they are skipped")]
 
 use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
@@ -9,7 +9,7 @@ use libloading::os::unix::{Library, Symbol};
 
 use super::device::Device;
 use super::error::DeviceError;
-use super::library::{Libraries, LibraryPaths};
+use super::library::{Libraries, LibraryPaths, Missing};
 use super::stream::Stream;
 
 mod build;
@@ -29,6 +29,8 @@ pub struct TestDevice {
     pub emulator: Option<Library>,
     /// Where its libraries are.
     pub paths: LibraryPaths,
+    /// Why there are no matrix products, if there are none.
+    without_products: Option<Missing>,
 }
 
 /// The device of this process' tests: `BATON_TEST_DEVICE=real|emulator`, else a real one if there
@@ -48,6 +50,18 @@ pub fn test_device() -> Option<&'static TestDevice> {
 pub fn test_stream() -> Option<Stream> {
     let device = test_device()?;
     Some(Stream::new(&device.device).expect("a stream of a device that works"))
+}
+
+/// The same, for a test of matrix products.
+///
+/// # Panics
+/// As [`test_device`].
+pub fn products_stream() -> Option<Stream> {
+    if let Some(missing) = &test_device()?.without_products {
+        println!("skipped: no matrix products: {missing}");
+        return None;
+    }
+    test_stream()
 }
 
 /// Runs a test in every order in which the emulator can run threads and copies, once on a real
@@ -161,9 +175,10 @@ fn open() -> Option<TestDevice> {
 
 fn open_real() -> Result<TestDevice, String> {
     let paths = LibraryPaths::from_environment();
-    let libraries = Libraries::find(&paths).map_err(|missing| missing.to_string())?;
+    let libraries = Libraries::driver_alone(&paths).map_err(|missing| missing.to_string())?;
     let device = Device::open(&libraries, 0).map_err(|error: DeviceError| error.to_string())?;
-    Ok(TestDevice { device, emulator: None, paths })
+    let without_products = Libraries::find(&paths).err();
+    Ok(TestDevice { device, emulator: None, paths, without_products })
 }
 
 fn open_emulator(folder: PathBuf) -> TestDevice {
@@ -173,5 +188,6 @@ fn open_emulator(folder: PathBuf) -> TestDevice {
     let paths = LibraryPaths { folders: vec![folder], environments: Vec::new() };
     let libraries = Libraries::find(&paths).unwrap_or_else(|missing| panic!("{missing}"));
     let device = Device::open(&libraries, 0).unwrap_or_else(|error| panic!("{error}"));
-    TestDevice { device, emulator: Some(library.expect("it was just built")), paths }
+    let emulator = Some(library.expect("it was just built"));
+    TestDevice { device, emulator, paths, without_products: None }
 }

@@ -14,7 +14,7 @@ const SHAPES: [(usize, usize, usize); 5] =
 
 #[test]
 fn products_are_sums_of_products() {
-    let Some(stream) = testing::test_stream() else { return };
+    let Some(stream) = testing::products_stream() else { return };
     let gemm = Gemm::new(stream.device()).unwrap();
     let mut random = Random::new(5);
     for (rows, outputs, inputs) in SHAPES {
@@ -46,7 +46,7 @@ fn products_are_sums_of_products() {
 
 #[test]
 fn e4m3_products_are_scaled_by_row() {
-    let Some(stream) = testing::test_stream() else { return };
+    let Some(stream) = testing::products_stream() else { return };
     // Scales by row exist there only.
     if stream.device().target() != Target::Hopper {
         eprintln!("skipped: no fp8 scaled by row on this device");
@@ -82,7 +82,7 @@ fn e4m3_products_are_scaled_by_row() {
 /// Plans of one shape serve products at other addresses, aligned otherwise too.
 #[test]
 fn plans_are_for_shapes_and_not_for_addresses() {
-    let Some(stream) = testing::test_stream() else { return };
+    let Some(stream) = testing::products_stream() else { return };
     let gemm = Gemm::new(stream.device()).unwrap();
     let mut random = Random::new(7);
     let (rows, outputs, inputs) = (4, 24, 32);
@@ -102,7 +102,7 @@ fn plans_are_for_shapes_and_not_for_addresses() {
 /// Products of all numbers of rows, most of which take the algorithm of another.
 #[test]
 fn numbers_of_rows_share_algorithms() {
-    let Some(stream) = testing::test_stream() else { return };
+    let Some(stream) = testing::products_stream() else { return };
     let gemm = Gemm::new(stream.device()).unwrap();
     let mut random = Random::new(9);
     let (most, outputs, inputs) = (70, 24, 16);
@@ -122,7 +122,7 @@ fn numbers_of_rows_share_algorithms() {
 /// Not 16 outputs, as the library wants of e4m3.
 #[test]
 fn a_product_without_an_algorithm_is_named() {
-    let Some(stream) = testing::test_stream() else { return };
+    let Some(stream) = testing::products_stream() else { return };
     let gemm = Gemm::new(stream.device()).unwrap();
     let (x, w) = (stream.buffer(&[0_u8; 32]).unwrap(), stream.buffer(&[0_u8; 7 * 32]).unwrap());
     let scales = stream.buffer(&[1_f32; 8]).unwrap();
@@ -140,7 +140,7 @@ fn a_product_without_an_algorithm_is_named() {
 
 #[test]
 fn tuning_keeps_the_product_and_graphs_hold_it() {
-    let Some(stream) = testing::test_stream() else { return };
+    let Some(stream) = testing::products_stream() else { return };
     let gemm = Gemm::new(stream.device()).unwrap();
     let mut random = Random::new(8);
     let (rows, outputs, inputs) = (8, 40, 48);
