@@ -1,56 +1,65 @@
-//! [`NcclChannels`]: pieces of the KV cache from this GPU to that of another node, or from there,
-//! without passing through the host.
+//! [`NcclChannels`]: pieces of the KV cache from this node's GPUs to those of another one, or from
+//! there, without passing through the host.
 //!
 //! A channel goes one way and belongs to a thread, since NCCL's calls may wait. Pieces are copied to
 //! a parcel, memory that is the channel's own, and sent from there, or received there and copied out
 //! of it. So the channel never touches a block: whoever holds blocks waits for copies alone, which
 //! end by themselves, and a channel that hangs keeps nothing but its parcels.
+//!
+//! A channel has a [lane](lanes) for each pair of devices that have heads in common, and a parcel a
+//! part for each lane. It is one: a lane that breaks breaks all of it. One thread queues everything of
+//! a channel in the order of parcels and lanes, which is the same at both ends, so that what one end
+//! waits for is never behind what the other one waits for.
 
-use std::collections::VecDeque;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::Sender;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use baton_kernels::cuda::{Abort, Buffer, Device, DeviceError, Nccl};
+use baton_kernels::cuda::{Abort, Nccl};
 use tokio::sync::oneshot;
 
 use crate::gpu::{Unavailable, find_nccl};
 use crate::memory::{KvMemory, MemoryLost, Soon};
 use crate::staging::DeviceKv;
 
+mod lanes;
 mod owner;
+mod parcel;
 
+use lanes::{Invitation, Lane, lanes};
 use owner::{Request, Terms};
+use parcel::Ring;
+pub use parcel::{Parcel, Part};
 
-/// What both ends of a channel join by.
-pub type ChannelName = [u8; 128];
+/// What both ends of a channel join by. Of a peer it may be anything.
+pub type ChannelName = Vec<u8>;
 
 /// Most bytes of a parcel, unless one piece is larger.
 pub const PARCEL_BYTES: usize = 4 << 20;
 /// Parcels of a channel that are packed, on their way or unpacked at a time.
 const PARCELS: usize = 4;
 /// Most channels of an engine, with those that are being joined and those that do not end, as the
-/// library hangs: each has [`PARCELS`] of the device's memory, beside what the library takes.
+/// library hangs: each has [`PARCELS`] of the devices' memory, beside what the library takes.
 const MAX_CHANNELS: usize = 32;
 
 /// Why this engine's memory has no channels. Displayed on one line.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum NoChannels {
-    /// It is memory of the host, or several devices share it.
-    #[error("the KV cache is not in the memory of one GPU")]
+    /// It is memory of the host.
+    #[error("the KV cache is not in the memory of GPUs")]
     Memory,
     /// NCCL is not here.
     #[error(transparent)]
     Library(#[from] Unavailable),
 }
 
-/// Makes channels from and to the KV cache of a GPU.
+/// Makes channels from and to the KV cache of one GPU or several.
 #[derive(Clone)]
 pub struct NcclChannels {
     nccl: Arc<Nccl>,
-    kv: Arc<DeviceKv>,
+    devices: Arc<[Arc<DeviceKv>]>,
     /// Channels that have a thread.
     channels: Arc<AtomicUsize>,
 }
@@ -59,23 +68,48 @@ impl NcclChannels {
     /// Of an engine's memory. The library is looked for in `folders` first.
     ///
     /// # Errors
-    /// If it is not there, or the memory is not one GPU's.
+    /// If it is not there, or the memory is not GPUs'.
     pub fn of(memory: &KvMemory, folders: &[PathBuf]) -> Result<Self, NoChannels> {
-        let kv = match memory {
-            KvMemory::Device(staging) => staging.cache().ok_or(NoChannels::Memory)?,
+        let devices = match memory {
+            KvMemory::Device(staging) => staging.devices(),
             KvMemory::Host(_) => return Err(NoChannels::Memory),
         };
-        Ok(Self { nccl: find_nccl(folders)?, kv, channels: Arc::default() })
+        if devices.is_empty() {
+            return Err(NoChannels::Memory);
+        }
+        Ok(Self { nccl: find_nccl(folders)?, devices, channels: Arc::default() })
     }
 
-    /// A name for a new channel, or why there can be none.
+    /// How many devices have the cache's heads.
     #[must_use]
-    pub fn name(&self) -> Soon<Result<ChannelName, String>> {
+    pub fn devices(&self) -> usize {
+        self.devices.len()
+    }
+
+    /// A name for a new channel from a node with so many devices to this one, or why there can be
+    /// none.
+    #[must_use]
+    pub fn name(&self, senders: usize) -> Soon<Result<ChannelName, String>> {
         let (reply, name) = oneshot::channel();
-        let nccl = self.nccl.clone();
+        let channels = self.clone();
         // It looks at the network the first time.
-        spawn(move || drop(reply.send(nccl.unique_id().map_err(|error| error.to_string()))));
+        spawn(move || drop(reply.send(channels.new_name(senders))));
         Box::pin(async { name.await.map_err(|_| MemoryLost) })
+    }
+
+    fn new_name(&self, senders: usize) -> Result<ChannelName, String> {
+        let names = self.lanes(senders)?.into_iter().map(|_| self.nccl.unique_id());
+        let names = names.collect::<Result<_, _>>().map_err(|error| error.to_string())?;
+        Ok(Invitation { devices: [self.devices(), senders], names }.encode())
+    }
+
+    /// To a node with so many devices.
+    fn lanes(&self, devices: usize) -> Result<Vec<Lane>, String> {
+        let own: Vec<_> = self.devices.iter().map(|kv| kv.share).collect();
+        lanes(&own, devices).ok_or_else(|| {
+            let heads = own[0].kv_heads;
+            format!("{} and {devices} devices cannot both share {heads} heads", own.len())
+        })
     }
 
     /// Joins a channel as the end that named it, which receives, or as the other one. Done when both
@@ -142,7 +176,8 @@ struct State {
     closed: AtomicBool,
     /// Since when the thread is at it; `None` if nothing is to be done.
     busy: Mutex<Option<Instant>>,
-    abort: OnceLock<Abort>,
+    /// Of each lane.
+    aborts: Vec<Abort>,
 }
 
 impl NcclChannel {
@@ -174,9 +209,9 @@ impl NcclChannel {
         let stuck = self.is_stuck();
         self.state.close();
         let _ = self.requests.send(Request::Look);
-        if stuck && let Some(abort) = self.state.abort.get().cloned() {
-            // May hang, too.
-            spawn(move || abort.abort());
+        if stuck {
+            // Each may hang, too.
+            self.state.aborts.iter().cloned().for_each(|abort| spawn(move || abort.abort()));
         }
     }
 
@@ -203,101 +238,8 @@ impl State {
     }
 }
 
-/// Memory of the device for some pieces, one after the other. Goes back to its channel when dropped.
-pub struct Parcel {
-    memory: Option<Buffer<u8>>,
-    bytes: usize,
-    ring: Arc<Ring>,
-}
-
-impl Parcel {
-    /// Bytes of the pieces.
-    pub(crate) fn bytes(&self) -> usize {
-        self.bytes
-    }
-
-    pub(crate) fn memory(&self) -> &Buffer<u8> {
-        self.memory.as_ref().expect("only dropping takes the memory")
-    }
-}
-
-impl Drop for Parcel {
-    fn drop(&mut self) {
-        if let Some(memory) = self.memory.take() {
-            Ring::give_back(&self.ring, memory);
-        }
-    }
-}
-
-/// The parcels of a channel.
-struct Ring {
-    parcel_bytes: usize,
-    parcels: Mutex<Parcels>,
-}
-
-#[derive(Default)]
-struct Parcels {
-    free: Vec<Buffer<u8>>,
-    /// Who waits for one, and for how many bytes.
-    waiting: VecDeque<(usize, oneshot::Sender<Parcel>)>,
-}
-
-impl Ring {
-    fn new(device: &Arc<Device>, piece_bytes: usize) -> Result<Arc<Self>, DeviceError> {
-        let parcel_bytes = PARCEL_BYTES.max(piece_bytes);
-        let free = (0..PARCELS).map(|_| Buffer::new(device, parcel_bytes));
-        let free = free.collect::<Result<_, _>>()?;
-        let parcels = Mutex::new(Parcels { free, waiting: VecDeque::new() });
-        Ok(Arc::new(Self { parcel_bytes, parcels }))
-    }
-
-    fn parcels(&self) -> MutexGuard<'_, Parcels> {
-        self.parcels.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// A parcel, if one is free.
-    fn take(ring: &Arc<Self>, bytes: usize) -> Option<Parcel> {
-        let memory = ring.parcels().free.pop()?;
-        Some(Parcel { memory: Some(memory), bytes, ring: ring.clone() })
-    }
-
-    /// A parcel as soon as one is free; `None` if none is as large.
-    fn room(self: &Arc<Self>, bytes: usize) -> Option<oneshot::Receiver<Parcel>> {
-        let (give, given) = oneshot::channel();
-        if bytes > self.parcel_bytes {
-            return None;
-        }
-        let mut parcels = self.parcels();
-        match parcels.free.pop() {
-            Some(memory) => {
-                drop(parcels);
-                let _ = give.send(Parcel { memory: Some(memory), bytes, ring: self.clone() });
-            }
-            None => parcels.waiting.push_back((bytes, give)),
-        }
-        Some(given)
-    }
-
-    fn give_back(ring: &Arc<Self>, memory: Buffer<u8>) {
-        let mut parcels = ring.parcels();
-        // Who does not wait any more is passed over.
-        while let Some((bytes, give)) = parcels.waiting.pop_front() {
-            if !give.is_closed() {
-                drop(parcels);
-                let parcel = Parcel { memory: Some(memory), bytes, ring: ring.clone() };
-                // If that was in vain it comes back here.
-                let _ = give.send(parcel);
-                return;
-            }
-        }
-        parcels.free.push(memory);
-    }
-}
-
 #[cfg(test)]
 mod tests {
-    use baton_kernels::cuda::testing;
-
     use super::*;
 
     #[test]
@@ -310,25 +252,5 @@ mod tests {
         assert!(Counted::one_more(&channels).is_none());
         drop(taken);
         assert_eq!(channels.load(Ordering::Relaxed), 0);
-    }
-
-    #[test]
-    fn parcels_go_around() {
-        let Some(device) = testing::test_device() else { return };
-        let ring = Ring::new(&device.device, 1).unwrap();
-        assert!(ring.room(PARCEL_BYTES + 1).is_none(), "more than one has");
-        let mut taken: Vec<_> = (0..PARCELS).map(|_| Ring::take(&ring, 1).unwrap()).collect();
-        assert!(Ring::take(&ring, 1).is_none());
-        // Who waits for one gets it; who does not wait any more is passed over.
-        let [mut first, gone, mut last] = [7, 8, 9].map(|bytes| ring.room(bytes).unwrap());
-        drop(gone);
-        assert!(first.try_recv().is_err());
-        taken.pop();
-        let parcel = first.try_recv().unwrap();
-        assert!(last.try_recv().is_err());
-        drop(parcel);
-        assert_eq!(last.try_recv().unwrap().bytes(), 9);
-        taken.clear();
-        assert_eq!(ring.parcels().free.len(), PARCELS);
     }
 }

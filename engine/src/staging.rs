@@ -17,10 +17,9 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
 
-use baton_kernels::cuda::Buffer;
 use tokio::sync::oneshot;
 
-use crate::channel::Parcel;
+use crate::channel::{Parcel, Part};
 use crate::lease::BlockLease;
 use crate::memory::{MemoryLost, PeerKv, SharedKv, Soon};
 
@@ -92,8 +91,8 @@ pub trait Copies: Send + 'static {
         Ok(false)
     }
 
-    /// Begins to copy one layer of `blocks`, one after the other, to the beginning of `to`, which is
-    /// on the same device.
+    /// Begins to copy one layer of `blocks`, one after the other, to the beginning of each of a
+    /// parcel's parts, which are on the same devices.
     ///
     /// # Safety
     /// Until it is [waited](Self::wait) for, nothing else reads or writes `to`, and nothing writes
@@ -102,13 +101,13 @@ pub trait Copies: Send + 'static {
         &mut self,
         _layer: usize,
         _blocks: &[u32],
-        _to: &Buffer<u8>,
+        _to: &[Part],
     ) -> Result<(), MemoryLost> {
         Err(MemoryLost)
     }
 
-    /// Begins to copy pieces from the beginning of `from`, one after the other, to one layer of
-    /// `blocks`. What computes after it was waited for sees it.
+    /// Begins to copy pieces from the beginning of a parcel's parts, one after the other, to one layer
+    /// of `blocks`. What computes after it was waited for sees it.
     ///
     /// # Safety
     /// Until it is [waited](Self::wait) for, nothing writes to `from`, and nothing else reads or
@@ -116,7 +115,7 @@ pub trait Copies: Send + 'static {
     unsafe fn unpack(
         &mut self,
         _layer: usize,
-        _from: &Buffer<u8>,
+        _from: &[Part],
         _blocks: &[u32],
     ) -> Result<(), MemoryLost> {
         Err(MemoryLost)
@@ -131,8 +130,8 @@ pub trait Copies: Send + 'static {
 pub struct Staging {
     piece_bytes: usize,
     shared: Option<SharedKv>,
-    /// The cache, if it is one device's.
-    cache: Option<Arc<DeviceKv>>,
+    /// Of a cache that channels may be made to: each device's part.
+    devices: Arc<[Arc<DeviceKv>]>,
     out: Sender<Request>,
     into: Sender<Request>,
 }
@@ -156,16 +155,16 @@ impl Staging {
     ) -> Self {
         let out = Copier::start("kv-export", copies, slots);
         let into = Copier::start("kv-import", into.0, into.1);
-        Self { piece_bytes, shared, cache: None, out, into }
+        Self { piece_bytes, shared, devices: Arc::default(), out, into }
     }
 
     /// The same, of a cache that channels may be made to.
-    pub(crate) fn with_cache(self, cache: Arc<DeviceKv>) -> Self {
-        Self { cache: Some(cache), ..self }
+    pub(crate) fn of_devices(self, devices: Arc<[Arc<DeviceKv>]>) -> Self {
+        Self { devices, ..self }
     }
 
-    pub(crate) fn cache(&self) -> Option<Arc<DeviceKv>> {
-        self.cache.clone()
+    pub(crate) fn devices(&self) -> Arc<[Arc<DeviceKv>]> {
+        self.devices.clone()
     }
 
     /// Fills a parcel with one layer of the blocks `ordinals` of a lease.

@@ -6,7 +6,9 @@
 use baton_kernels::cuda::{
     Buffer, Device, DeviceError, DeviceSampler, Element, Event, HeadShape, KvElements,
 };
-use baton_kernels::cuda::{Libraries, LibraryPaths, MAX_TOP, PagedKv, PieceShare, RowPlaces};
+use baton_kernels::cuda::{
+    Libraries, LibraryPaths, MAX_TOP, PagedKv, PieceShare, Pieces, RowPlaces,
+};
 use baton_kernels::cuda::{SamplingInputs, SamplingOutputs, SamplingRow, Stream, Turning};
 use baton_kernels::cuda::{
     add_rms_norm, gather_blocks, quantize_rows, rms_norm, scatter_blocks, silu_mul, take_rows,
@@ -29,12 +31,12 @@ fn main() -> Result<(), DeviceError> {
     let libraries = match Libraries::find(&LibraryPaths::from_environment()) {
         Ok(libraries) => libraries,
         Err(missing) => {
-            println!("Nothing to measure: {missing}.");
+            println!("no device to measure: {missing}");
             return Ok(());
         }
     };
     if Device::count(&libraries)? == 0 {
-        println!("Nothing to measure: there is no device.");
+        println!("no device to measure: the driver finds none");
         return Ok(());
     }
     let device = Device::open(&libraries, 0)?;
@@ -184,13 +186,14 @@ impl Bench {
         let buffer = self.buffer::<u8>(blocks * whole.piece_bytes())?;
         for (name, share) in [("all heads", whole), ("2 of 8", quarter)] {
             let pool = self.buffer::<u8>(VOCAB.min(2 * blocks) * share.own_bytes())?;
-            let (pool, buffer) = (pool.all(), buffer.all());
+            let pool = Pieces { memory: pool.all(), share };
+            let buffer = Pieces { memory: buffer.all(), share: whole };
             let bytes = 2 * blocks * share.own_bytes();
             self.report(&format!("gather_blocks {name}"), blocks, bytes, || {
-                gather_blocks(stream, buffer, pool, list.all(), share)
+                gather_blocks(stream, buffer, pool, list.all())
             })?;
             self.report(&format!("scatter_blocks {name}"), blocks, bytes, || {
-                scatter_blocks(stream, pool, buffer, list.all(), share)
+                scatter_blocks(stream, pool, buffer, list.all())
             })?;
         }
         Ok(())

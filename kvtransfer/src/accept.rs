@@ -79,15 +79,16 @@ async fn serve(shared: Arc<Shared>, connection: Connection, hello: Hello, contro
         return;
     };
     let (mut link, queue) = Link::new(shared.next_link(), peer, hello.epoch, connection);
-    let invites = hello.channels && !shared.avoids(&link.peer, Transport::Nccl);
+    let invites = !shared.avoids(&link.peer, Transport::Nccl);
+    let senders = hello.devices;
     link.remote = open(&shared, &link.peer, hello).await;
     let link = Arc::new(link);
     if !register(&shared, &link) {
         return;
     }
     // Who can read the sender's memory needs no channel.
-    if invites && link.remote.is_none() {
-        tokio::spawn(wire::invite(shared.clone(), link.clone()));
+    if senders > 0 && invites && link.remote.is_none() {
+        tokio::spawn(wire::invite(shared.clone(), link.clone(), senders));
     }
     let (send, receive) = control;
     let error = tokio::select! {

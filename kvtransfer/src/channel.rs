@@ -1,5 +1,5 @@
-//! Channels: payload from the memory of one device to that of another, past the host. NCCL makes
-//! them.
+//! Channels: payload from the memory of a node's devices to that of another one's, past the host. NCCL
+//! makes them.
 //!
 //! A connection has at most one, made while it is used already: the receiver's end names it with
 //! `Invite`, both join, and from `Joined` on the receiver may ask for payload this way. What it
@@ -16,8 +16,9 @@ use std::time::Duration;
 
 use crate::memory::Soon;
 
-/// What both ends join by. Who knows it can take an end's place, so it is told to the peer alone.
-pub type ChannelName = [u8; 128];
+/// What both ends join by; only their makers know how. Who knows it can take an end's place, so it is
+/// told to the peer alone. At most [`MAX_CHANNEL_NAME_BYTES`](crate::limits::MAX_CHANNEL_NAME_BYTES).
+pub type ChannelName = Vec<u8>;
 
 /// Pieces on their way through a channel, one after the other, in memory of whoever made it. No
 /// block: what is late or torn spoils nothing.
@@ -32,10 +33,13 @@ pub enum ChannelEnd {
     Sending,
 }
 
-/// Makes channels between this node's device and others.
+/// Makes channels between this node's devices and others.
 pub trait Channels: Send + Sync + 'static {
-    /// A name for a new channel, or why there can be none.
-    fn name(&self) -> Soon<Result<ChannelName, String>>;
+    /// How many devices share the blocks here.
+    fn devices(&self) -> u8;
+
+    /// A name for a new channel from a node with so many devices, or why there can be none.
+    fn name(&self, senders: u8) -> Soon<Result<ChannelName, String>>;
 
     /// Joins a channel; done when the other end has, or after `join`, or when it is refused, with the
     /// reason. Afterwards the channel is broken when something takes longer than `patience`.

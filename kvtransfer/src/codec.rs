@@ -11,7 +11,9 @@ use crate::channel::ChannelName;
 use crate::direct::{HostMark, SharedMemory};
 use crate::frame::{FirstToken, FrameError};
 use crate::grid::{LayerRun, Run};
-use crate::limits::{MAX_BLOCKS, MAX_DESCRIPTION_BYTES, MAX_LAYERS, MAX_PIECE_BYTES};
+use crate::limits::{
+    MAX_BLOCKS, MAX_CHANNEL_NAME_BYTES, MAX_DESCRIPTION_BYTES, MAX_LAYERS, MAX_PIECE_BYTES,
+};
 
 /// The unread rest of a frame.
 pub(crate) struct Reader<'a>(pub(crate) &'a [u8]);
@@ -82,18 +84,8 @@ impl<'a> Reader<'a> {
         }
     }
 
-    pub(crate) fn flag(&mut self, what: &'static str) -> Result<bool, FrameError> {
-        match self.u8()? {
-            0 => Ok(false),
-            1 => Ok(true),
-            code => Err(FrameError::UnknownCode { what, code }),
-        }
-    }
-
     pub(crate) fn channel_name(&mut self) -> Result<ChannelName, FrameError> {
-        let bytes = size_of::<ChannelName>() as u32;
-        self.within(bytes..=bytes, "bytes of a channel's name")?;
-        self.bytes()
+        self.list(MAX_CHANNEL_NAME_BYTES, "bytes of a channel's name", Self::u8)
     }
 
     pub(crate) fn blocks(&mut self) -> Result<u32, FrameError> {

@@ -187,7 +187,7 @@ async fn greet(
     let (mut send, mut receive) = connection.open_bi().await?;
     let hello = Hello {
         shared: shared.described(),
-        channels: wants_channel(shared, peer),
+        devices: devices_for_channel(shared, peer),
         ..Hello::new(shared.epoch)
     };
     write_frame(&mut send, &Frame::Hello(hello)).await?;
@@ -198,8 +198,10 @@ async fn greet(
     Ok((send, receive))
 }
 
-fn wants_channel(shared: &Shared, peer: &Peer) -> bool {
-    shared.channels.get().is_some() && !shared.avoids(&peer.node, Transport::Nccl)
+/// 0 if there is to be no channel.
+fn devices_for_channel(shared: &Shared, peer: &Peer) -> u8 {
+    let channels = shared.channels.get().filter(|_| !shared.avoids(&peer.node, Transport::Nccl));
+    channels.map_or(0, |channels| channels.devices())
 }
 
 /// Runs a connection to its end.
@@ -222,11 +224,16 @@ async fn read_control(shared: &Arc<Shared>, link: &Arc<Link>, mut stream: RecvSt
             Ok(frame) => frame,
             Err(error) => return error,
         };
-        if let Frame::Invite(name) = frame
+        if let Frame::Invite(name) = &frame
             && shared.channels.get().is_some()
             && !link.invited.swap(true, Ordering::Relaxed)
         {
-            tokio::spawn(wire::keep(shared.clone(), link.clone(), name, ChannelEnd::Sending));
+            tokio::spawn(wire::keep(
+                shared.clone(),
+                link.clone(),
+                name.clone(),
+                ChannelEnd::Sending,
+            ));
             continue;
         }
         let Some(id) = frame.transfer() else {

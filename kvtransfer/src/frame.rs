@@ -21,7 +21,7 @@ pub use crate::grid::{LayerRun, Run};
 use crate::limits::{MAX_BLOCKS, MAX_FRAME_BYTES, MAX_LANDED_RUNS, MAX_WANTED_RUNS};
 
 /// Protocol versions that this build speaks.
-pub const VERSIONS: RangeInclusive<u32> = 3..=3;
+pub const VERSIONS: RangeInclusive<u32> = 4..=4;
 
 /// Bytes that are no frame. Whoever sent them broke the protocol.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -103,8 +103,8 @@ pub struct Hello {
     pub epoch: Epoch,
     /// The sender's memory, for a receiver on the same machine.
     pub shared: Option<(HostMark, SharedMemory)>,
-    /// Sender: it would join a channel.
-    pub channels: bool,
+    /// Sender: it would join a channel, from so many devices; 0: it would not.
+    pub devices: u8,
 }
 
 impl Hello {
@@ -112,7 +112,7 @@ impl Hello {
     #[must_use]
     pub fn new(epoch: Epoch) -> Self {
         let (oldest, newest) = (*VERSIONS.start(), *VERSIONS.end());
-        Self { oldest, newest, epoch, shared: None, channels: false }
+        Self { oldest, newest, epoch, shared: None, devices: 0 }
     }
 
     /// The version that both ends then speak: the newest that both know.
@@ -343,7 +343,7 @@ impl Frame {
                     out.u32(memory.blocks);
                     out.list(&memory.description, |w, &byte| w.u8(byte));
                 }
-                out.u8(hello.channels.into());
+                out.u8(hello.devices);
             }
             Self::Offer(Offer { manifest, lease }) => {
                 kind(2, &manifest.transfer);
@@ -399,7 +399,7 @@ impl Frame {
                 newest: r.u32()?,
                 epoch: Epoch(r.u64()?),
                 shared: r.shared_memory()?,
-                channels: r.flag("channels")?,
+                devices: r.u8()?,
             }),
             2 => Self::Offer(Offer {
                 manifest: Manifest {

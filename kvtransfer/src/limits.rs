@@ -31,6 +31,8 @@ pub const MAX_COPIES: usize = 64;
 /// How long a peer's memory is left alone after a copy from it has failed.
 pub const DIRECT_PAUSE: Duration = Duration::from_secs(60);
 
+/// Most bytes of what two ends join a channel by.
+pub const MAX_CHANNEL_NAME_BYTES: usize = 4096;
 /// Most bytes of a parcel, unless one piece is larger.
 pub const PARCEL_BYTES: usize = 4 << 20;
 /// Parcels that are announced to one peer and not sent yet.

@@ -148,15 +148,15 @@ async fn unpack(shared: &Shared, inbound: &Inbound, pieces: LayerRun, parcel: Op
 }
 
 /// Names a channel and joins it, if the sender wants one and there is no better way.
-pub(crate) async fn invite(shared: Arc<Shared>, link: Arc<Link>) {
+pub(crate) async fn invite(shared: Arc<Shared>, link: Arc<Link>, senders: u8) {
     let Some(channels) = shared.channels.get() else { return };
-    let name = match timeout(shared.timing.join, channels.name()).await {
+    let name = match timeout(shared.timing.join, channels.name(senders)).await {
         Ok(Ok(Ok(name))) => name,
         Ok(Ok(Err(reason))) => return refused(&shared, &link, &reason),
         _ => return refused(&shared, &link, "it has no name"),
     };
     link.invited.store(true, Ordering::Relaxed);
-    link.send(Frame::Invite(name));
+    link.send(Frame::Invite(name.clone()));
     keep(shared, link, name, ChannelEnd::Receiving).await;
 }
 

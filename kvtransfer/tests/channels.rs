@@ -72,11 +72,14 @@ impl Maker {
 }
 
 impl Channels for Maker {
-    fn name(&self) -> Soon<Result<ChannelName, String>> {
+    fn devices(&self) -> u8 {
+        2
+    }
+
+    fn name(&self, senders: u8) -> Soon<Result<ChannelName, String>> {
         static LAST: AtomicU8 = AtomicU8::new(0);
-        let mut name = [0; 128];
-        name[127] = LAST.fetch_add(1, Ordering::Relaxed) + 1;
-        at_hand(Ok(name))
+        assert_eq!(senders, 2, "what the sender said");
+        at_hand(Ok(vec![LAST.fetch_add(1, Ordering::Relaxed) + 1]))
     }
 
     fn join(
@@ -391,7 +394,7 @@ impl Hostile {
         let connection = connecting.await.unwrap();
         let (control, replies) = connection.open_bi().await.unwrap();
         let mut hostile = Self { connection, control, replies };
-        hostile.say(&Frame::Hello(Hello { channels: true, ..Hello::new(EPOCH) })).await;
+        hostile.say(&Frame::Hello(Hello { devices: 2, ..Hello::new(EPOCH) })).await;
         assert!(matches!(hostile.hear().await, Frame::Hello(_)));
         hostile
     }
@@ -471,7 +474,7 @@ async fn announcements_of_what_was_not_granted_close_one_connection() {
         vec![announce(0, 10, 1, u32::MAX)],
         twice,
         vec![Frame::Joined],
-        vec![Frame::Invite([7; 128])],
+        vec![Frame::Invite(vec![7; 128])],
     ] {
         let world = World::connected([Fault::None; 2]).await;
         let pool = Pool::sink();
@@ -492,7 +495,7 @@ async fn announcements_of_what_was_not_granted_close_one_connection() {
 
 #[tokio::test]
 async fn nothing_is_announced_or_joined_without_a_channel() {
-    for frame in [announce(0, 10, 1, PIECE), Frame::Joined, Frame::Invite([7; 128])] {
+    for frame in [announce(0, 10, 1, PIECE), Frame::Joined, Frame::Invite(vec![7; 128])] {
         let world = World::new([Fault::None, Fault::Refuses]);
         let mut hostile = Hostile::connect(&world.pair).await;
         hostile.say(&frame).await;
@@ -544,11 +547,12 @@ async fn announcements_are_bounded() {
 }
 
 #[test]
-fn names_of_another_length_are_no_frame() {
-    for length in [0_u32, 127, 129] {
+fn names_that_are_too_long_are_no_frame() {
+    let most = baton_kvtransfer::limits::MAX_CHANNEL_NAME_BYTES;
+    for (length, legal) in [(most, true), (most + 1, false)] {
         let mut body = vec![11];
-        body.extend(length.to_le_bytes());
-        body.extend(vec![1; length as usize]);
-        assert!(Frame::decode(&body).is_err(), "{length}");
+        body.extend((length as u32).to_le_bytes());
+        body.extend(vec![1; length]);
+        assert_eq!(Frame::decode(&body).is_ok(), legal, "{length}");
     }
 }

@@ -52,8 +52,13 @@ impl Direct for EngineMemory {
 pub(crate) struct EngineChannels(pub(crate) NcclChannels);
 
 impl Channels for EngineChannels {
-    fn name(&self) -> Soon<Result<ChannelName, String>> {
-        let name = self.0.name();
+    fn devices(&self) -> u8 {
+        // Of more than that no names are made.
+        u8::try_from(self.0.devices()).unwrap_or(u8::MAX)
+    }
+
+    fn name(&self, senders: u8) -> Soon<Result<ChannelName, String>> {
+        let name = self.0.name(senders.into());
         Box::pin(async { name.await.map_err(|_| MemoryLost) })
     }
 

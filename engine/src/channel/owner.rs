@@ -3,19 +3,21 @@
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver};
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use baton_kernels::cuda::{Communicator, Event, Stream};
+use baton_kernels::cuda::{Abort, Communicator, Event, Stream};
 use tokio::sync::oneshot;
 
+use super::lanes::{Invitation, Lane};
 use super::{ChannelName, NcclChannel, NcclChannels, Parcel, Ring, State};
 
 /// How long to leave the processor alone before asking again whether something is done.
 const POLL: Duration = Duration::from_micros(50);
 
-/// The rank of the end that receives.
+/// The ranks of a lane's ends.
 const RECEIVING: usize = 0;
+const SENDING: usize = 1;
 
 /// How a channel is joined.
 pub(super) struct Terms {
@@ -32,9 +34,10 @@ pub(super) enum Request {
     Look,
 }
 
-/// Something that the device is at.
+/// Something that the devices are at.
 struct Begun {
-    event: Event,
+    /// Of each lane.
+    events: Vec<Event>,
     parcel: Parcel,
     done: Done,
 }
@@ -63,42 +66,52 @@ pub(super) fn run(
     owner.end();
 }
 
-struct Owner {
+/// A lane that both ends have joined.
+struct Joined {
     communicator: Communicator,
     stream: Stream,
+}
+
+struct Owner {
+    lanes: Vec<Joined>,
     peer: usize,
     ring: Arc<Ring>,
     state: Arc<State>,
     inbox: Receiver<Request>,
     waiting: VecDeque<Request>,
     begun: VecDeque<Begun>,
-    idle: Vec<Event>,
+    idle: Vec<Vec<Event>>,
     /// When the oldest one got its turn.
     since: Instant,
 }
 
 impl Owner {
     fn join(channels: &NcclChannels, terms: &Terms) -> Result<(Self, NcclChannel), Broken> {
-        let NcclChannels { nccl, kv, .. } = channels;
-        let device = kv.pieces.device();
-        let (own, peer) = if terms.receives { (RECEIVING, 1) } else { (1, RECEIVING) };
+        let (lanes, invitation) = accept(channels, terms)?;
         // Memory first: what is joined is to work.
-        let ring = Ring::new(device, kv.share.piece_bytes()).map_err(broken)?;
-        let stream = Stream::with_priority(device, -1).map_err(broken)?;
-        let communicator = Communicator::join(nccl, device, &terms.name, (own, 2), terms.deadline);
-        let communicator = communicator.map_err(broken)?;
+        let ring = Ring::new(&channels.devices, &lanes).map_err(broken)?;
+        let peer = if terms.receives { SENDING } else { RECEIVING };
+        let join = |(lane, name): (&Lane, _)| {
+            let device = channels.devices[lane.device].device();
+            let stream = Stream::with_priority(device, -1).map_err(broken)?;
+            let ranks = (SENDING - peer, 2);
+            let communicator =
+                Communicator::join(&channels.nccl, device, name, ranks, terms.deadline);
+            Ok(Joined { communicator: communicator.map_err(broken)?, stream })
+        };
+        let joined = lanes.iter().zip(&invitation.names).map(join);
+        let lanes = joined.collect::<Result<Vec<_>, Broken>>()?;
         let state = Arc::new(State {
             patience: terms.patience,
             closed: AtomicBool::new(false),
             busy: Mutex::new(None),
-            abort: OnceLock::from(communicator.aborter()),
+            aborts: lanes.iter().map(|lane| lane.communicator.aborter()).collect(),
         });
         let (requests, inbox) = mpsc::channel();
         let handle = NcclChannel { requests, ring: ring.clone(), state: state.clone() };
         let (waiting, begun, idle) = (VecDeque::new(), VecDeque::new(), Vec::new());
         let since = Instant::now();
-        let owner =
-            Self { communicator, stream, peer, ring, state, inbox, waiting, begun, idle, since };
+        let owner = Self { lanes, peer, ring, state, inbox, waiting, begun, idle, since };
         Ok((owner, handle))
     }
 
@@ -116,9 +129,10 @@ impl Owner {
         }
         self.begin()?;
         match self.begun.front() {
-            Some(oldest) if oldest.event.is_done().map_err(broken)? => self.end_oldest(),
+            Some(oldest) if oldest.is_done()? => self.end_oldest(),
             Some(_) => {
-                self.communicator.check().map_err(broken)?;
+                let mut lanes = self.lanes.iter();
+                lanes.try_for_each(|lane| lane.communicator.check()).map_err(broken)?;
                 if self.since.elapsed() > self.state.patience {
                     return Err("it takes too long".to_owned());
                 }
@@ -135,40 +149,47 @@ impl Owner {
         while let Some(request) = self.waiting.pop_front() {
             let (parcel, done) = match request {
                 Request::Look => continue,
-                Request::Send(parcel, reply) => {
-                    let pieces = parcel.memory().slice(0..parcel.bytes());
-                    self.communicator.send(&self.stream, pieces, self.peer).map_err(broken)?;
-                    (parcel, Done::Sent(reply))
-                }
-                Request::Receive(bytes, _) if bytes > self.ring.parcel_bytes => {
-                    return Err(format!("{bytes} bytes are more than a parcel has"));
+                Request::Send(parcel, reply) => (parcel, Done::Sent(reply)),
+                Request::Receive(bytes, _) if !self.ring.fits(bytes) => {
+                    return Err(format!("no parcel has {bytes} bytes"));
                 }
                 Request::Receive(bytes, reply) => {
                     let Some(parcel) = Ring::take(&self.ring, bytes) else {
                         self.waiting.push_front(Request::Receive(bytes, reply));
                         return Ok(());
                     };
-                    let pieces = parcel.memory().slice(0..bytes);
-                    self.communicator.receive(&self.stream, pieces, self.peer).map_err(broken)?;
                     (parcel, Done::Received(reply))
                 }
             };
-            let event = match self.idle.pop() {
-                Some(event) => event,
-                None => Event::new(self.stream.device()).map_err(broken)?,
-            };
-            event.record(&self.stream).map_err(broken)?;
+            let events = self.queue(&parcel, matches!(done, Done::Sent(_)))?;
             if self.begun.is_empty() {
                 self.since = Instant::now();
             }
-            self.begun.push_back(Begun { event, parcel, done });
+            self.begun.push_back(Begun { events, parcel, done });
         }
         Ok(())
     }
 
+    /// Queues the parts of a parcel, each on its lane; gives what says that they have gone through.
+    fn queue(&mut self, parcel: &Parcel, sends: bool) -> Result<Vec<Event>, Broken> {
+        for (lane, pieces) in self.lanes.iter().zip(parcel.contents()) {
+            let Joined { communicator, stream } = lane;
+            match sends {
+                true => communicator.send(stream, pieces, self.peer).map_err(broken)?,
+                false => communicator.receive(stream, pieces, self.peer).map_err(broken)?,
+            }
+        }
+        let new = || self.lanes.iter().map(|lane| Event::new(lane.stream.device())).collect();
+        let events: Vec<_> = self.idle.pop().map_or_else(new, Ok).map_err(broken)?;
+        for (event, lane) in events.iter().zip(&self.lanes) {
+            event.record(&lane.stream).map_err(broken)?;
+        }
+        Ok(events)
+    }
+
     fn end_oldest(&mut self) {
-        let Some(Begun { event, parcel, done }) = self.begun.pop_front() else { return };
-        self.idle.push(event);
+        let Some(Begun { events, parcel, done }) = self.begun.pop_front() else { return };
+        self.idle.push(events);
         self.since = Instant::now();
         match done {
             Done::Sent(reply) => {
@@ -188,10 +209,37 @@ impl Owner {
         let parcels: Vec<_> = self.begun.drain(..).map(|begun| begun.parcel).collect();
         self.waiting.clear();
         drop(self.inbox);
-        self.communicator.aborter().abort();
-        let _ = self.stream.synchronize();
+        // All of them before any is waited for: they are one.
+        self.state.aborts.iter().for_each(Abort::abort);
+        for lane in &self.lanes {
+            let _ = lane.stream.synchronize();
+        }
         drop(parcels);
     }
+}
+
+impl Begun {
+    /// Whether all lanes are done with it.
+    fn is_done(&self) -> Result<bool, Broken> {
+        for event in &self.events {
+            if !event.is_done().map_err(broken)? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+}
+
+/// The lanes of a channel, and what they are named by the end that receives.
+fn accept(channels: &NcclChannels, terms: &Terms) -> Result<(Vec<Lane>, Invitation), Broken> {
+    let invitation = Invitation::parse(&terms.name).ok_or("its name is none")?;
+    let [receiving, sending] = invitation.devices;
+    let (own, theirs) = if terms.receives { (receiving, sending) } else { (sending, receiving) };
+    let lanes = channels.lanes(theirs)?;
+    if own != channels.devices() || lanes.len() != invitation.names.len() {
+        return Err(format!("it is for {own} devices here, and {} lanes", invitation.names.len()));
+    }
+    Ok((lanes, invitation))
 }
 
 fn broken(error: impl std::fmt::Display) -> Broken {

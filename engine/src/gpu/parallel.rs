@@ -149,7 +149,7 @@ impl Executor for ParallelModel {
     fn allocate(&mut self, block_tokens: u32, blocks: usize) -> KvMemory {
         let reserve = |rank: &mut GpuModel| rank.reserve_cache(block_tokens, blocks);
         let shards = self.ranks.iter_mut().map(reserve).collect::<Result<_, _>>();
-        let memory = shards.and_then(DeviceKv::memory_of_shards);
+        let memory = shards.and_then(DeviceKv::memory);
         let memory = memory.unwrap_or_else(|e| panic!("no memory for the KV cache: {e}"));
         // What fails here fails again in a step, and there is somebody to tell.
         let _ = capture(self);

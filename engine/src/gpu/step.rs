@@ -54,7 +54,8 @@ impl Executor for GpuModel {
     }
 
     fn allocate(&mut self, block_tokens: u32, blocks: usize) -> KvMemory {
-        let memory = self.reserve_cache(block_tokens, blocks).and_then(DeviceKv::memory);
+        let memory =
+            self.reserve_cache(block_tokens, blocks).and_then(|kv| DeviceKv::memory(vec![kv]));
         let memory = memory.unwrap_or_else(|e| panic!("no memory for the KV cache: {e}"));
         // What fails here fails again in a step, and there is somebody to tell.
         let _ = capture(self);

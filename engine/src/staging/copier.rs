@@ -128,7 +128,7 @@ impl Copier {
             }
             Request::Pack { lease, layer, blocks, parcel, reply } => {
                 // SAFETY: as of slots: the parcel is this copy's alone.
-                unsafe { self.copies.pack(layer, &blocks, parcel.memory())? };
+                unsafe { self.copies.pack(layer, &blocks, parcel.parts())? };
                 self.begun.push_back(Begun { lease, done: Done::Pack(parcel, reply) });
             }
             Request::Unpack { lease, layer, blocks, parcel, reply } => {
@@ -222,7 +222,7 @@ impl Copier {
     ) -> Result<(), MemoryLost> {
         let copies = &mut self.copies;
         // SAFETY: the parcel is this copy's alone; the blocks were granted to the lease alone.
-        let begin = || unsafe { copies.unpack(layer, parcel.memory(), blocks) };
+        let begin = || unsafe { copies.unpack(layer, parcel.parts(), blocks) };
         match lease.while_writable(begin) {
             Some(begun) => {
                 begun?;

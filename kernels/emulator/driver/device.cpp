@@ -24,7 +24,7 @@ int from_environment(const char* name, int otherwise) {
   return value ? atoi(value) : otherwise;
 }
 
-int devices() { return from_environment("BATON_EMULATOR_DEVICES", 8); }
+int devices() { return from_environment("BATON_EMULATOR_DEVICES", 16); }
 int capability() { return from_environment("BATON_EMULATOR_CAPABILITY", 90); }
 
 // CUdevice_attribute

@@ -75,7 +75,7 @@ pub use attention::{
     AttentionInput, DecodePlan, DecodeScratch, QueryRows, decode_attention, decode_workers,
     prefill_attention, prefill_tiles, split_runs,
 };
-pub use blocks::{PieceShare, gather_blocks, scatter_blocks};
+pub use blocks::{PieceShare, Pieces, gather_blocks, scatter_blocks};
 pub use device::{Device, DeviceMemory};
 pub use embedding::take_rows;
 pub use error::DeviceError;

@@ -4,7 +4,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use baton_engine::gpu::{self, GpuModel, GpuOptions, WeightDtype};
+use baton_engine::gpu::{self, GpuModel, GpuOptions, ParallelModel, WeightDtype};
 use baton_engine::model::LoadFormat;
 use baton_engine::{EngineConfig, Executor};
 use baton_kernels::cuda::testing::{break_nccl, test_device};
@@ -19,7 +19,7 @@ use crate::support::{Joined, KV_BLOCKS, Pair, hand_over, id, job, patiently};
 /// The smallest that GPUs have kernels for.
 const CONFIG: &str = r#"{
     "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": 64,
-    "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 64,
     "intermediate_size": 96, "vocab_size": 101, "max_position_embeddings": 512,
     "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "hidden_act": "silu",
     "tie_word_embeddings": false, "torch_dtype": "bfloat16"
@@ -32,30 +32,32 @@ const FOREVER: Duration = Duration::from_secs(3600);
 /// A channel that hangs is noticed soon. One that only the emulator holds up is given up as well.
 const SHORT: Duration = Duration::from_millis(200);
 
-/// Two nodes' devices.
+/// Two nodes' devices, one or several for each.
 struct Devices {
-    ordinals: [usize; 2],
+    ordinals: [Vec<usize>; 2],
     folders: Vec<PathBuf>,
     model: tempfile::TempDir,
 }
 
 impl Devices {
     /// None, with the reason printed, if there are no such devices.
-    fn find(ordinals: [usize; 2]) -> Option<Self> {
+    fn find(ordinals: [&[usize]; 2]) -> Option<Self> {
         let paths = &test_device()?.paths;
         let libraries = Libraries::find(paths).expect("they were found before");
         let count = Device::count(&libraries).expect("the driver works");
-        if ordinals.iter().any(|&ordinal| ordinal >= count) {
+        if ordinals.into_iter().flatten().any(|&ordinal| ordinal >= count) {
             println!("skipped: needs devices {ordinals:?}, there are {count}");
             return None;
         }
         let model = tempfile::tempdir().expect("a folder");
         std::fs::write(model.path().join("config.json"), CONFIG).expect("it can be written");
+        let ordinals = ordinals.map(<[usize]>::to_vec);
         Some(Self { ordinals, folders: paths.folders.clone(), model })
     }
 
-    fn model(&self, ordinal: usize) -> Box<dyn Executor> {
-        let device = gpu::open(ordinal, &self.folders).expect("there is one");
+    fn model(&self, ordinals: &[usize]) -> Box<dyn Executor> {
+        let open = |&ordinal: &usize| gpu::open(ordinal, &self.folders).expect("there is one");
+        let devices: Vec<_> = ordinals.iter().map(open).collect();
         let options = GpuOptions {
             dir: self.model.path(),
             format: LoadFormat::Dummy { seed: 3 },
@@ -69,15 +71,23 @@ impl Devices {
             warm_up: Duration::ZERO,
             on_progress: &mut |_| {},
         };
-        Box::new(GpuModel::load(&device, options).expect("it is served"))
+        if let [device] = &devices[..] {
+            return Box::new(GpuModel::load(device, options).expect("it is served"));
+        }
+        let nccl = gpu::find_nccl(&self.folders).expect("it is there");
+        Box::new(ParallelModel::load(&devices, &nccl, options).expect("it is served"))
     }
 
     /// Two nodes whose channels wait for so long.
     async fn pair(&self, patience: Duration) -> Pair {
-        let models = self.ordinals.map(|ordinal| self.model(ordinal));
+        self.pair_by(&[Transport::Nccl, Transport::Quic], patience).await
+    }
+
+    async fn pair_by(&self, transports: &[Transport], patience: Duration) -> Pair {
+        let models = self.ordinals.each_ref().map(|ordinals| self.model(ordinals));
         let timing = Timing { channel: patience, ..Timing::default() };
         let change = |setup: &mut Setup| {
-            setup.kv_transports = vec![Transport::Nccl, Transport::Quic];
+            setup.kv_transports = transports.to_vec();
             setup.cuda_libraries = self.folders.first().cloned();
             setup.engine = EngineConfig {
                 block_tokens: BLOCK_TOKENS,
@@ -90,25 +100,53 @@ impl Devices {
         Pair::of(models, timing, change).await
     }
 
-    /// Lets so many more messages through one node's end of channels; calls hang or do not.
+    /// Lets so many more messages through one node's end of channels; calls hang or do not. Of a node
+    /// of one device, as those of several need messages to compute.
     fn break_nccl(&self, node: usize, messages: Option<u16>, calls_hang: bool) {
-        let device = gpu::open(self.ordinals[node], &self.folders).expect("there is one");
+        let [ordinal] = self.ordinals[node][..] else { panic!("several devices") };
+        let device = gpu::open(ordinal, &self.folders).expect("there is one");
         break_nccl(&device, messages, calls_hang);
     }
 }
 
-/// Hands a job over, and computes it on the decode node alone, whose cache knows nothing of it.
-async fn hands_over(prefill: &mut Joined, decode: &mut Joined, request: u32, length: usize) {
+/// Jobs' numbers and the lengths of their prompts.
+const JOBS: [(u32, usize); 4] = [(1, 20), (2, 70), (3, 5), (4, 90)];
+
+/// What the jobs must generate: what they do with KV that went over the network. With the same number
+/// of devices that is what the decode node generates alone; others round differently.
+async fn expected(devices: &Devices) -> Vec<Vec<u32>> {
+    let mut pair = devices.pair_by(&[Transport::Quic], FOREVER).await;
+    let (mut prefill, mut decode) = pair.streams().await;
+    let mut expected = Vec::new();
+    for wanted in JOBS {
+        let tokens = hands_over(&mut prefill, &mut decode, wanted).await;
+        if devices.ordinals[0].len() == devices.ordinals[1].len() {
+            assert_eq!(tokens, alone(&mut decode, wanted).await, "{wanted:?}");
+        }
+        expected.push(tokens);
+    }
+    pair.idle().await;
+    expected
+}
+
+async fn hands_over(
+    prefill: &mut Joined,
+    decode: &mut Joined,
+    (request, length): (u32, usize),
+) -> Vec<u32> {
     let job = job(id(request.into()), request, length, 4);
-    let salt = CacheSalt(Some([request as u8; 16]));
-    let alone = Job { id: id(u128::from(request) + 1000), salt, ..job.clone() };
-    let (alone_id, command) = (alone.id, Command::Decode { job: alone, prefill: None, pull: None });
-    decode.command(command).await;
-    let expected: Vec<_> = decode.rest(alone_id).await.iter().map(|token| token.token).collect();
     hand_over(prefill, decode, &job).await;
     let mut tokens = vec![prefill.token(job.id).await.token];
     tokens.extend(decode.rest(job.id).await.iter().map(|token| token.token));
-    assert_eq!(tokens, expected, "job {request}");
+    tokens
+}
+
+/// The decode node computes the job's prompt, too, of which its cache knows nothing.
+async fn alone(decode: &mut Joined, (request, length): (u32, usize)) -> Vec<u32> {
+    let (id, salt) = (id(u128::from(request) + 1000), CacheSalt(Some([request as u8; 16])));
+    let job = Job { salt, ..job(id, request, length, 4) };
+    decode.command(Command::Decode { job, prefill: None, pull: None }).await;
+    decode.rest(id).await.iter().map(|token| token.token).collect()
 }
 
 /// Waits until so many channels are up at both ends; the first job of a pair opens the connection.
@@ -129,15 +167,33 @@ fn sent(pair: &Pair, way: Transport) -> u64 {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn kv_goes_from_device_to_device_by_nccl() {
-    let Some(devices) = Devices::find([0, 1]) else { return };
+    goes_by_nccl([&[0], &[1]]).await;
+}
+
+/// Whichever device has the heads that another one needs sends them to it.
+#[tokio::test(flavor = "multi_thread")]
+async fn kv_goes_between_unequal_numbers_of_devices_by_nccl() {
+    goes_by_nccl([&[8], &[9, 10]]).await;
+    goes_by_nccl([&[9, 10], &[8]]).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn kv_goes_between_several_devices_each_by_nccl() {
+    goes_by_nccl([&[11, 12], &[13, 14]]).await;
+    goes_by_nccl([&[11, 12], &[13, 14, 8, 9]]).await;
+}
+
+async fn goes_by_nccl(ordinals: [&[usize]; 2]) {
+    let Some(devices) = Devices::find(ordinals) else { return };
+    let expected = expected(&devices).await;
     let mut pair = devices.pair(FOREVER).await;
     let (mut prefill, mut decode) = pair.streams().await;
     assert_eq!(prefill.hello.transports, ["nccl", "quic"]);
-    hands_over(&mut prefill, &mut decode, 1, 20).await;
+    assert_eq!(hands_over(&mut prefill, &mut decode, JOBS[0]).await, expected[0]);
     channels(&pair, 1).await;
     let before = sent(&pair, Transport::Quic);
-    for (request, length) in [(2, 5), (3, 40), (4, 150)] {
-        hands_over(&mut prefill, &mut decode, request, length).await;
+    for (wanted, expected) in JOBS.into_iter().zip(expected).skip(1) {
+        assert_eq!(hands_over(&mut prefill, &mut decode, wanted).await, expected, "{wanted:?}");
     }
     pair.idle().await;
     assert!(sent(&pair, Transport::Nccl) > 0);
@@ -147,25 +203,38 @@ async fn kv_goes_from_device_to_device_by_nccl() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn messages_that_never_end_lose_no_job() {
-    broken_lose_no_job([2, 3], Some(1), false).await;
+    broken_lose_no_job([&[2], &[3]], &[0, 1], (Some(1), false)).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn calls_that_hang_lose_no_job() {
-    broken_lose_no_job([4, 5], None, true).await;
+    broken_lose_no_job([&[4], &[5]], &[0, 1], (None, true)).await;
 }
 
-/// Breaks either end of a channel that is up.
-async fn broken_lose_no_job(ordinals: [usize; 2], messages: Option<u16>, calls_hang: bool) {
+/// One lane carries its part of a parcel, the other one does not.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lane_that_breaks_loses_no_job() {
+    broken_lose_no_job([&[15], &[10, 14]], &[0], (Some(1), false)).await;
+    broken_lose_no_job([&[10, 14], &[15]], &[1], (Some(1), false)).await;
+}
+
+/// Breaks these nodes' ends of a channel that is up, one after the other: so many messages more get
+/// through, or calls hang.
+async fn broken_lose_no_job(
+    ordinals: [&[usize]; 2],
+    ends: &[usize],
+    (messages, calls_hang): (Option<u16>, bool),
+) {
     let Some(devices) = Devices::find(ordinals) else { return };
-    for node in [0, 1] {
+    let expected = expected(&devices).await;
+    for &node in ends {
         let mut pair = devices.pair(SHORT).await;
         let (mut prefill, mut decode) = pair.streams().await;
-        hands_over(&mut prefill, &mut decode, 1, 20).await;
+        assert_eq!(hands_over(&mut prefill, &mut decode, JOBS[0]).await, expected[0]);
         channels(&pair, 1).await;
         devices.break_nccl(node, messages, calls_hang);
-        for (request, length) in [(2, 100), (3, 40)] {
-            hands_over(&mut prefill, &mut decode, request, length).await;
+        for (wanted, expected) in JOBS.into_iter().zip(&expected).skip(1) {
+            assert_eq!(&hands_over(&mut prefill, &mut decode, wanted).await, expected);
         }
         pair.idle().await;
         assert_eq!(pair.prefill.endpoint.last_transport(), Some(Transport::Quic));
@@ -177,11 +246,11 @@ async fn broken_lose_no_job(ordinals: [usize; 2], messages: Option<u16>, calls_h
 /// NCCL refuses two ranks on one device.
 #[tokio::test(flavor = "multi_thread")]
 async fn nodes_of_one_device_send_bytes() {
-    let Some(devices) = Devices::find([6, 6]) else { return };
+    let Some(devices) = Devices::find([&[6], &[6]]) else { return };
     let mut pair = devices.pair(FOREVER).await;
     let (mut prefill, mut decode) = pair.streams().await;
-    for (request, length) in [(1, 20), (2, 40)] {
-        hands_over(&mut prefill, &mut decode, request, length).await;
+    for wanted in JOBS {
+        hands_over(&mut prefill, &mut decode, wanted).await;
     }
     pair.idle().await;
     assert_eq!(sent(&pair, Transport::Nccl), 0);
@@ -191,10 +260,10 @@ async fn nodes_of_one_device_send_bytes() {
 /// Its blocks are free and it goes on, however long the channel would have waited.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_peer_that_dies_in_mid_transfer_holds_nobody_up() {
-    let Some(devices) = Devices::find([7, 1]) else { return };
+    let Some(devices) = Devices::find([&[7], &[1]]) else { return };
     let mut pair = devices.pair(FOREVER).await;
     let (mut prefill, mut decode) = pair.streams().await;
-    hands_over(&mut prefill, &mut decode, 1, 20).await;
+    hands_over(&mut prefill, &mut decode, JOBS[0]).await;
     channels(&pair, 1).await;
     devices.break_nccl(0, Some(1), false);
     let job = job(id(2), 2, 100, 4);
