@@ -1,7 +1,10 @@
 """What the machine and its usual software reach, for the same shapes as Baton's benchmarks.
 
-Prints one JSON object per line: {"name", "value", "unit"}. Needs PyTorch with CUDA; the decode comparison needs transformers.
-A part that cannot run prints {"name", "skipped"} and the next one goes on.
+    scripts/gpu/peers.py machine         copies, matrix products, attention through cuDNN
+    scripts/gpu/peers.py transformers    prefill and decode of the shape of Qwen3-8B
+
+Prints one JSON object per line: {"name", "value", "unit"}. Needs PyTorch with CUDA, and for the second transformers: without them it says
+so and exits with 77. A part that cannot run prints {"name", "skipped"} and the next one goes on.
 """
 
 import json
@@ -9,7 +12,11 @@ import statistics
 import sys
 import traceback
 
-import torch
+try:
+    import torch
+except ImportError:
+    print(f"PyTorch is not installed for {sys.executable}")
+    sys.exit(77)
 
 # The shape of Qwen3-8B.
 SHAPE = dict(
@@ -130,10 +137,12 @@ def decode(model, batch, context=4096, steps=64):
     say(f"peer.transformers.decode.{batch}", batch / ms * 1e3, "token/s")
 
 
-def main():
-    parts = [("copies", copies), ("matrices", matrices), ("attention", attention)]
-    for name, part in parts:
+def machine():
+    for name, part in (("copies", copies), ("matrices", matrices), ("attention", attention)):
         attempt(name, part)
+
+
+def transformers():
     loaded = attempt("model", model)
     if loaded is not None:
         attempt("prefill", lambda: prefill(loaded))
@@ -152,5 +161,6 @@ def attempt(name, part):
 
 if __name__ == "__main__":
     if not torch.cuda.is_available():
-        sys.exit("PyTorch finds no CUDA device")
-    main()
+        print("PyTorch finds no CUDA device")
+        sys.exit(77)
+    {"machine": machine, "transformers": transformers}[sys.argv[1]]()
