@@ -58,6 +58,13 @@ def errors():
     refused(anthropic.NotFoundError, "claude-0", model="claude-0")
 
 
-for check in [message, stream, stops, errors]:
+def continued():
+    """An answer goes on where the last message, one of the assistant, ends."""
+    begun = [*ASK["messages"], {"role": "assistant", "content": "The code of Raven is"}]
+    answer = client.messages.create(**{**ASK, "messages": begun})
+    assert "9302" in answer.content[0].text and "code" not in answer.content[0].text, answer
+
+
+for check in [message, stream, stops, errors, continued]:
     check()
     print(f"anthropic {anthropic.__version__}: {check.__name__} ok", flush=True)

@@ -7,6 +7,7 @@ use baton_proto::wire::v1::{Chat, ChatMessage};
 use serde_json::{Map, Value as Json, json};
 
 use super::chat::{ChatTemplate, Conversation};
+use super::continued;
 use super::refusal::Refusal;
 use super::tools::definition::{self, Tool};
 
@@ -36,13 +37,26 @@ pub(super) fn render(
         return Err(wrong("chat.tools", "given, but the model's chat template knows no tools"));
     }
     let kwargs = chat.template_kwargs.as_deref().map(kwargs).transpose()?.unwrap_or_default();
-    Ok(template.render(&Conversation {
+    let goes_on = chat.continue_final_message.unwrap_or(false);
+    let begins = chat.add_generation_prompt.unwrap_or(!goes_on);
+    if goes_on && begins {
+        let what = "true; it must be false with continue_final_message";
+        return Err(wrong("chat.add_generation_prompt", what));
+    }
+    let text = template.render(&Conversation {
         messages: &messages(&chat.messages)?,
         tools: tools.as_ref(),
-        add_generation_prompt: chat.add_generation_prompt.unwrap_or(true),
+        add_generation_prompt: begins,
         kwargs: &kwargs,
         now,
-    })?)
+    })?;
+    match chat.messages.last().filter(|_| goes_on) {
+        Some(last) => {
+            let field = format!("chat.messages[{}]", chat.messages.len() - 1);
+            continued::cut(text, &field, &last.content)
+        }
+        None => Ok(text),
+    }
 }
 
 /// `None` for an empty list: templates take that for tools.
@@ -187,6 +201,7 @@ mod tests {
                         add_generation_prompt: case["add_generation_prompt"].as_bool(),
                         tools: sent(&case["tools"]),
                         template_kwargs: sent(&case["kwargs"]),
+                        continue_final_message: None,
                     },
                     &template,
                     SystemTime::UNIX_EPOCH,

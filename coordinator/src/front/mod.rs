@@ -21,6 +21,7 @@ pub mod tools;
 mod aliases;
 mod choice;
 mod cluster;
+mod continued;
 mod conversation;
 mod details;
 mod explain;

@@ -16,12 +16,12 @@ pub(super) fn take(fields: &mut Fields) -> Result<Vec<ChatMessage>, ApiError> {
     for (at, value) in list.into_iter().enumerate() {
         message(Fields::new(&format!("messages[{at}]"), value)?, &mut messages)?;
     }
-    match messages.last().map(|message| message.role.as_str()) {
-        Some("user" | "tool") => Ok(messages),
-        Some("assistant") => {
-            let what = "messages must not end with one of the assistant";
+    match messages.last() {
+        Some(last) if last.role == "assistant" && last.tool_calls.is_some() => {
+            let what = "messages ends with a call of a tool; it must end with the result";
             Err(ApiError::invalid("messages", what))
         }
+        Some(last) if last.role != "system" => Ok(messages),
         _ => Err(ApiError::invalid("messages", "messages is empty")),
     }
 }
@@ -178,7 +178,10 @@ mod tests {
         for (body, param) in [
             (json!({}), "messages"),
             (json!({"messages": []}), "messages"),
-            (json!({"messages": [{"role": "assistant", "content": "x"}]}), "messages"),
+            (
+                assistant(json!({"type": "tool_use", "id": "t", "name": "f", "input": {}})),
+                "messages",
+            ),
             (json!({"messages": [{"role": "system", "content": "x"}]}), "messages[0].role"),
             (json!({"messages": [{"role": "user"}]}), "messages[0].content"),
             (json!({"messages": [{"role": "user", "content": []}]}), "messages[0].content"),

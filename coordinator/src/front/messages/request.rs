@@ -48,7 +48,10 @@ impl MessagesRequest {
         let tools = tools(&mut fields)?;
         fields.only("thinking", &[json!({"type": "disabled"})])?;
         fields.finish()?;
-        let input = Some(Input::Chat(Chat { messages, ..Chat::default() }));
+        // As if it had written so far itself.
+        let goes_on = messages.last().is_some_and(|message| message.role == "assistant");
+        let continue_final_message = Some(goes_on);
+        let input = Some(Input::Chat(Chat { messages, continue_final_message, ..Chat::default() }));
         let request = GenerateRequest { model, input, ..GenerateRequest::default() };
         Ok(Self { request, stream: false, tools })
     }

@@ -3,8 +3,8 @@
 use axum::Extension;
 use axum::extract::State;
 use axum::response::{IntoResponse, Json, Response};
+use baton_proto::wire::v1::GenerateRequest;
 use baton_proto::wire::v1::generate_request::Input;
-use baton_proto::wire::v1::{Chat, GenerateRequest};
 use serde_json::json;
 use tokio::time::Instant;
 
@@ -63,14 +63,9 @@ impl ChatRequest {
         let sampling = request.sampling.get_or_insert_default();
         sampling.max_tokens = sampling::max_tokens(&mut fields)?;
         sampling.logprobs = logprobs(&mut fields)?;
-        let messages = messages::take(&mut fields)?;
-        let add_generation_prompt = fields.bool("add_generation_prompt")?;
-        let template_kwargs = fields.take("chat_template_kwargs").map(|kwargs| kwargs.to_string());
-        let chat = Chat { messages, add_generation_prompt, template_kwargs, ..Chat::default() };
-        request.input = Some(Input::Chat(chat));
+        request.input = Some(Input::Chat(messages::conversation(&mut fields)?));
         let tools = tools::take(&mut fields)?;
         fields.only("add_special_tokens", &[json!(false)])?;
-        fields.only("continue_final_message", &[json!(false)])?;
         fields.only("echo", &[json!(false)])?;
         fields.only("modalities", &[json!(["text"])])?;
         fields.finish()?;
@@ -92,7 +87,7 @@ fn logprobs(fields: &mut Fields) -> Result<Option<u32>, ApiError> {
 
 #[cfg(test)]
 mod tests {
-    use baton_proto::wire::v1::ChatMessage;
+    use baton_proto::wire::v1::{Chat, ChatMessage};
     use serde_json::Value;
 
     use super::*;
@@ -130,7 +125,6 @@ mod tests {
     fn what_cannot_be_served_is_refused_by_name() {
         for (more, param) in [
             (json!({"chat_template": "{{ x }}"}), "chat_template"),
-            (json!({"continue_final_message": true}), "continue_final_message"),
             (json!({"functions": []}), "functions"),
             (json!({"modalities": ["audio"]}), "modalities"),
             (json!({"prompt": "x"}), "prompt"),

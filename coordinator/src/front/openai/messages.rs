@@ -1,6 +1,6 @@
 //! The messages of a conversation.
 
-use baton_proto::wire::v1::ChatMessage;
+use baton_proto::wire::v1::{Chat, ChatMessage};
 use serde_json::{Value, json};
 
 use super::error::ApiError;
@@ -8,6 +8,17 @@ use super::fields::Fields;
 
 /// Who may speak. Templates know no `developer`: it is OpenAI's newer name of `system`.
 const ROLES: [&str; 5] = ["system", "developer", "user", "assistant", "tool"];
+
+/// Takes a conversation: `messages`, and how the template is used.
+pub(super) fn conversation(fields: &mut Fields) -> Result<Chat, ApiError> {
+    Ok(Chat {
+        messages: take(fields)?,
+        add_generation_prompt: fields.bool("add_generation_prompt")?,
+        continue_final_message: fields.bool("continue_final_message")?,
+        template_kwargs: fields.take("chat_template_kwargs").map(|kwargs| kwargs.to_string()),
+        ..Chat::default()
+    })
+}
 
 /// Takes `messages`, of which there is at least one.
 pub(crate) fn take(fields: &mut Fields) -> Result<Vec<ChatMessage>, ApiError> {

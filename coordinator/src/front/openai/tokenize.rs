@@ -3,7 +3,7 @@
 use axum::extract::State;
 use axum::response::Json;
 use baton_proto::wire::v1::generate_request::Input;
-use baton_proto::wire::v1::{Chat, GenerateRequest, TokenIds};
+use baton_proto::wire::v1::{GenerateRequest, TokenIds};
 use serde_json::{Value, json};
 
 use super::body::Body;
@@ -25,17 +25,12 @@ pub(super) async fn tokenize(
     let (input, tools) = match prompt {
         Some(text) => (Input::Prompt(text), None),
         None => {
-            let messages = messages::take(&mut fields)?;
-            let add_generation_prompt = fields.bool("add_generation_prompt")?;
-            let template_kwargs =
-                fields.take("chat_template_kwargs").map(|kwargs| kwargs.to_string());
-            let chat = Chat { messages, add_generation_prompt, template_kwargs, ..Chat::default() };
+            let chat = messages::conversation(&mut fields)?;
             (Input::Chat(chat), tools::take(&mut fields)?)
         }
     };
     let add_special_tokens = fields.bool("add_special_tokens")?.unwrap_or(!chat);
     let strings = fields.bool("return_token_strs")?.unwrap_or(false);
-    fields.only("continue_final_message", &[json!(false)])?;
     fields.finish()?;
     let mut request = GenerateRequest { model, input: Some(input), ..GenerateRequest::default() };
     tools::apply(&front, &mut request, tools.as_ref()).await?;
