@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use super::error;
 use super::reply::{Answering, stop_reason, stop_sequence, usage};
 use crate::front::openai::error::ApiError;
-use crate::front::openai::stream::Events;
+use crate::front::openai::stream::{Events, named};
 use crate::front::tools::{OutputReader, Piece};
 
 /// Makes events of a request's messages.
@@ -76,11 +76,7 @@ impl MessageEvents {
         if !std::mem::replace(&mut self.begun, true) {
             out.push(json!({"type": "message_start", "message": self.answering.beginning()}));
         }
-        let mut pieces = self.reader.push(&message.text);
-        if message.finished.is_some() {
-            pieces.extend(self.reader.finish());
-        }
-        for piece in pieces {
+        for piece in self.reader.take(message) {
             self.piece(piece, &mut out);
         }
         if let Some(finished) = &message.finished {
@@ -93,12 +89,6 @@ impl MessageEvents {
         }
         out
     }
-}
-
-/// An event that has its type as its name.
-fn named(json: &Value) -> Event {
-    let name = json["type"].as_str().expect("every event here has a type");
-    Event::default().event(name).json_data(json).expect("a JSON value is written without errors")
 }
 
 impl Events for MessageEvents {

@@ -11,7 +11,7 @@ use super::Front;
 use super::door::Caller;
 use super::openai::body::{Body, MAX_BODY_BYTES};
 use super::openai::error::ApiError;
-use super::openai::gather::gather;
+use super::openai::gather::gather_one;
 use super::openai::stream::stream;
 use super::openai::tools;
 
@@ -55,8 +55,7 @@ async fn create(
     if streams {
         return Ok(stream(messages, MessageEvents::new(answering, reader)).await?);
     }
-    let mut gathered = gather(&mut messages, 1, |_| ()).await?;
-    let choice = gathered.pop().ok_or_else(|| ApiError::internal("a completion was lost"))?;
+    let choice = gather_one(&mut messages).await?;
     Ok(Json(answering.message(&reader.read(&choice.text), &choice.finished)).into_response())
 }
 

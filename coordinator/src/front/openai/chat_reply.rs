@@ -98,13 +98,8 @@ impl ChatEvents {
 
     /// Further parts, if the message has anything that the client asked for.
     fn parts(&mut self, message: &GenerateResponse) -> Vec<Value> {
-        let mut pieces = Vec::new();
-        if let Some(reader) = self.readers.get_mut(message.choice as usize) {
-            pieces = reader.push(&message.text);
-            if message.finished.is_some() {
-                pieces.extend(reader.finish());
-            }
-        }
+        let reader = self.readers.get_mut(message.choice as usize);
+        let pieces = reader.map(|reader| reader.take(message)).unwrap_or_default();
         let reply = self.answering.reply;
         let counted = reply.return_token_ids || reply.continuous_usage;
         let tokens = counted && !message.token_ids.is_empty();

@@ -52,6 +52,14 @@ pub(crate) async fn gather(
     if ended == choices { Ok(gathered) } else { Err(ApiError::internal("a completion was lost")) }
 }
 
+/// Waits for the only completion.
+pub(crate) async fn gather_one(
+    messages: &mut mpsc::Receiver<Result<GenerateResponse, Refusal>>,
+) -> Result<Gathered, ApiError> {
+    let gathered = gather(messages, 1, |_| ()).await?.pop();
+    gathered.ok_or_else(|| ApiError::internal("a completion was lost"))
+}
+
 /// Why a completion ended, in OpenAI's words.
 pub(crate) fn finish_reason(finished: &Finished) -> &'static str {
     match finished.reason() {

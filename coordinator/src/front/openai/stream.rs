@@ -35,6 +35,12 @@ pub(crate) fn data(json: &serde_json::Value) -> Event {
     Event::default().json_data(json).expect("a JSON value is written without errors")
 }
 
+/// An event that has its type as its name.
+pub(crate) fn named(json: &serde_json::Value) -> Event {
+    let name = json["type"].as_str().expect("every named event has a type");
+    Event::default().event(name).json_data(json).expect("a JSON value is written without errors")
+}
+
 type Messages = mpsc::Receiver<Result<GenerateResponse, Refusal>>;
 
 /// Streams what `events` make of `messages`. A client that goes away drops both, which cancels.

@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use super::reply::{Answering, status, text_part};
 use crate::front::openai::error::ApiError;
-use crate::front::openai::stream::Events;
+use crate::front::openai::stream::{Events, named};
 use crate::front::tools::{OutputReader, Piece};
 
 /// Makes events of a request's messages.
@@ -156,11 +156,7 @@ impl ResponseEvents {
         if !std::mem::replace(&mut self.begun, true) {
             self.begin(&mut out);
         }
-        let mut pieces = self.reader.push(&message.text);
-        if message.finished.is_some() {
-            pieces.extend(self.reader.finish());
-        }
-        for piece in pieces {
+        for piece in self.reader.take(message) {
             self.piece(piece, &mut out);
         }
         if let Some(finished) = &message.finished {
@@ -176,12 +172,6 @@ impl ResponseEvents {
         }
         out
     }
-}
-
-/// An event that has its type as its name.
-fn named(json: &Value) -> Event {
-    let name = json["type"].as_str().expect("every event here has a type");
-    Event::default().event(name).json_data(json).expect("a JSON value is written without errors")
 }
 
 impl Events for ResponseEvents {

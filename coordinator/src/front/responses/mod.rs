@@ -11,7 +11,7 @@ use super::Front;
 use super::door::Caller;
 use super::openai::body::{Body, MAX_BODY_BYTES};
 use super::openai::error::ApiError;
-use super::openai::gather::gather;
+use super::openai::gather::gather_one;
 use super::openai::stream::stream;
 use super::openai::tools;
 
@@ -51,8 +51,7 @@ async fn create(
     if streams {
         return stream(messages, ResponseEvents::new(answering, reader)).await;
     }
-    let mut gathered = gather(&mut messages, 1, |_| ()).await?;
-    let choice = gathered.pop().ok_or_else(|| ApiError::internal("a completion was lost"))?;
+    let choice = gather_one(&mut messages).await?;
     let output = answering.output(&reader.read(&choice.text), &choice.finished);
     Ok(Json(answering.response(output, Some(&choice.finished))).into_response())
 }

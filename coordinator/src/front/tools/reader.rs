@@ -1,5 +1,7 @@
 //! Reads an output in which there may be calls of tools, or which is text.
 
+use baton_proto::wire::v1::GenerateResponse;
+
 use super::{Answer, Piece, ToolParser};
 
 /// Reads one output of a request.
@@ -12,8 +14,16 @@ impl OutputReader {
         Self(Some(parser))
     }
 
-    /// What became known with the next piece of text.
-    pub(crate) fn push(&mut self, text: &str) -> Vec<Piece> {
+    /// What became known with the next message of the output.
+    pub(crate) fn take(&mut self, message: &GenerateResponse) -> Vec<Piece> {
+        let mut pieces = self.push(&message.text);
+        if message.finished.is_some() {
+            pieces.extend(self.finish());
+        }
+        pieces
+    }
+
+    fn push(&mut self, text: &str) -> Vec<Piece> {
         match &mut self.0 {
             Some(parser) => {
                 let mut pieces = Vec::new();
@@ -25,8 +35,7 @@ impl OutputReader {
         }
     }
 
-    /// What is known at the end.
-    pub(crate) fn finish(&mut self) -> Vec<Piece> {
+    fn finish(&mut self) -> Vec<Piece> {
         let mut pieces = Vec::new();
         if let Some(parser) = &mut self.0 {
             parser.finish(&mut pieces);
