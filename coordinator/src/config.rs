@@ -8,8 +8,8 @@ use baton_telemetry::LogFormat;
 
 use crate::aliases::Alias;
 use crate::control::Options;
-use crate::front::door::{MAX_CONNECTIONS, TlsFiles};
-use crate::front::{PlaintextRefused, check_plaintext};
+use crate::front::door::{MAX_BODIES_BYTES, MAX_CONNECTIONS, TlsFiles};
+use crate::front::{MAX_BODY_BYTES, PlaintextRefused, check_plaintext};
 use crate::peers::MAX_PEERS;
 use crate::placement;
 use crate::requests::Limits;
@@ -57,6 +57,8 @@ pub struct Config {
     pub api_keys: Option<PathBuf>,
     /// Most connections of clients.
     pub max_connections: usize,
+    /// Most bytes of all requests' bodies that are read or parsed at a time.
+    pub max_bodies_bytes: usize,
     /// Folder of the identity.
     pub identity: PathBuf,
     /// Names and folders of the models.
@@ -116,6 +118,7 @@ impl TryFrom<Settings> for Config {
                 "max_connections",
                 settings.max_connections.unwrap_or(MAX_CONNECTIONS),
             )?,
+            max_bodies_bytes: bodies(settings.max_bodies_bytes.unwrap_or(MAX_BODIES_BYTES))?,
             identity: settings.identity.ok_or(ConfigError::Missing("identity"))?,
             aliases: aliases(settings.aliases, &models)?,
             models,
@@ -128,6 +131,15 @@ impl TryFrom<Settings> for Config {
             trace_ratio: trace_ratio(settings.trace_ratio.unwrap_or(1.0))?,
         })
     }
+}
+
+/// One body must find room.
+fn bodies(bytes: usize) -> Result<usize, ConfigError> {
+    if bytes >= MAX_BODY_BYTES {
+        return Ok(bytes);
+    }
+    let problem = format!("is {bytes}; it must be at least {MAX_BODY_BYTES}");
+    Err(ConfigError::Value { key: "max_bodies_bytes", problem })
 }
 
 fn models(settings: &Settings) -> Result<Vec<(String, PathBuf)>, ConfigError> {

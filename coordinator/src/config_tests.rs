@@ -50,6 +50,10 @@ fn mistakes_are_named() {
         ("model = ['/m/a', '/n/a']", "model_name names \"a\" twice"),
         ("model = ['/m']\nmodel_name = []", "model_name has 0 names for 1 models"),
         ("model = ['/m']\nmax_requests = 0", "max_requests must be above 0"),
+        (
+            "model = ['/m']\nmax_bodies_bytes = 1",
+            "max_bodies_bytes is 1; it must be at least 16777216",
+        ),
         ("model = ['/m']\nmax_wait_s = -1", "max_wait_s is -1; it must be above 0"),
         (
             "model = ['/m']\nidentity = '/i'\npeers = ['10.0.0.1']",

@@ -45,6 +45,10 @@ pub struct Settings {
     /// Most connections of clients, half of them from one address. Default: 4096.
     #[arg(long, env = "BATON_MAX_CONNECTIONS", value_name = "N")]
     pub max_connections: Option<usize>,
+    /// Most bytes of the bodies of all requests that are read or parsed at a time, at least 16777216;
+    /// further requests are refused. Default: 268435456 (256 MiB).
+    #[arg(long, env = "BATON_MAX_BODIES_BYTES", value_name = "N")]
+    pub max_bodies_bytes: Option<usize>,
     /// Lets `grpc` and `http` listen without TLS on addresses that other machines reach, where prompts
     /// and API keys can be read on the way. For networks that are encrypted themselves.
     #[arg(long, env = "BATON_ALLOW_PLAINTEXT", num_args = 0..=1, default_missing_value = "true")]
@@ -167,6 +171,7 @@ impl Settings {
             tls_client_ca: self.tls_client_ca.or(other.tls_client_ca),
             api_keys: self.api_keys.or(other.api_keys),
             max_connections: self.max_connections.or(other.max_connections),
+            max_bodies_bytes: self.max_bodies_bytes.or(other.max_bodies_bytes),
             allow_plaintext: self.allow_plaintext.or(other.allow_plaintext),
             identity: self.identity.or(other.identity),
             model: self.model.or(other.model),

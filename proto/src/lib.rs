@@ -32,6 +32,10 @@ pub mod wire {
     pub mod peer {
         tonic::include_proto!("baton.peer.v1");
     }
+    /// What gateways say to an engine.
+    pub mod engine {
+        tonic::include_proto!("vllm.grpc.engine");
+    }
     /// Encoded `FileDescriptorSet` of every package.
     pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));
 }

@@ -16,12 +16,13 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
     ProtoReflectionDescriptorDatabase,
 )
 
+GATEWAY = "vllm.grpc.engine.VllmEngine"
 SERVING = health_pb2.HealthCheckResponse.SERVING
 
 
 def health(channel):
     stub = health_pb2_grpc.HealthStub(channel)
-    for service in ["", "baton.v1.Inference", "baton.v1.Cluster", "prefill", "decode"]:
+    for service in ["", "baton.v1.Inference", "baton.v1.Cluster", GATEWAY, "prefill", "decode"]:
         request = health_pb2.HealthCheckRequest(service=service)
         assert stub.Check(request, timeout=10).status == SERVING, service
         first = next(iter(stub.Watch(request, timeout=10)))
@@ -151,7 +152,7 @@ def main():
         health(channel)
         reflected = Reflected(channel)
         services = reflected.database.get_services()
-        for service in ["baton.v1.Inference", "baton.v1.Cluster", "grpc.health.v1.Health"]:
+        for service in ["baton.v1.Inference", "baton.v1.Cluster", GATEWAY, "grpc.health.v1.Health"]:
             assert service in services, services
         count = refuses(reflected)
         answer = reflected.call(

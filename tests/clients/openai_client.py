@@ -1,5 +1,6 @@
 """The openai package, as it is, against a running cluster: OPENAI_BASE_URL says where."""
 
+import json
 import sys
 
 import openai
@@ -131,7 +132,122 @@ def responses():
         assert error.param == "previous_response_id"
 
 
-for check in [models, chat, stream, logprobs, text, cancel, errors, responses]:
+DEPOT = {
+    "type": "object",
+    "properties": {
+        "city": {"type": "string", "enum": ["Oslo", "Lima"]},
+        "code": {"type": "integer", "minimum": 0, "maximum": 9999},
+        "tags": {"type": "array", "items": {"enum": ["old", "new"]}, "maxItems": 2},
+    },
+    "required": ["city", "code", "tags"],
+    "additionalProperties": False,
+}
+
+
+def is_depot(depot):
+    assert set(depot) == {"city", "code", "tags"}, depot
+    assert depot["city"] in ["Oslo", "Lima"], depot
+    assert type(depot["code"]) is int and 0 <= depot["code"] <= 9999, depot
+    assert len(depot["tags"]) <= 2 and set(depot["tags"]) <= {"old", "new"}, depot
+
+
+def json_schema():
+    form = {"type": "json_schema", "json_schema": {"name": "depot", "schema": DEPOT, "strict": True}}
+    for seed in range(5):
+        ask = {"model": "", "messages": ASK, "response_format": form, "temperature": 1, "seed": seed}
+        choice = client.chat.completions.create(**ask, max_tokens=2000).choices[0]
+        assert choice.finish_reason == "stop", choice
+        is_depot(json.loads(choice.message.content))
+        chunks = client.chat.completions.create(**ask, max_tokens=2000, stream=True)
+        text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+        assert text == choice.message.content, text
+    cut = client.chat.completions.create(**ask, max_tokens=3).choices[0]
+    assert cut.finish_reason == "length", cut
+    bad = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "nothing"}}}
+    try:
+        client.chat.completions.create(**{**ask, "response_format": bad})
+    except openai.BadRequestError as error:
+        assert error.param == "response_format", error
+    else:
+        raise AssertionError("a schema that is none was followed")
+
+
+def tools():
+    tool = {"name": "find_depot", "description": "Finds a depot", "parameters": DEPOT, "strict": True}
+    other = {"name": "give_up", "parameters": {"type": "object", "properties": {}}}
+    listed = [{"type": "function", "function": function} for function in [tool, other]]
+    ask = {"model": "", "messages": ASK, "tools": listed, "temperature": 1, "max_tokens": 2000}
+    named = {"type": "function", "function": {"name": "find_depot"}}
+    for seed, choice in enumerate([named, named, named, "required"]):
+        asked = {**ask, "tool_choice": choice, "seed": seed}
+        answer = client.chat.completions.create(**asked).choices[0]
+        assert answer.finish_reason == "tool_calls" and answer.message.content is None, answer
+        (call,) = answer.message.tool_calls
+        if choice == named or call.function.name == "find_depot":
+            assert call.function.name == "find_depot", call
+            is_depot(json.loads(call.function.arguments))
+        streamed(asked, call)
+    # The bundled model's template teaches no way to call tools, so it cannot choose to.
+    try:
+        client.chat.completions.create(**{**ask, "tools": listed[1:]})
+    except openai.BadRequestError as error:
+        assert error.param == "tools" and "tool_choice" in error.message, error
+    else:
+        raise AssertionError("tool_choice auto was served without a format for calls")
+    answer = client.chat.completions.create(**{**ask, "tool_choice": "none", "temperature": 0})
+    assert "9302" in answer.choices[0].message.content, answer
+    result = [
+        *ASK,
+        {"role": "assistant", "tool_calls": [call.to_dict()]},
+        {"role": "tool", "tool_call_id": call.id, "content": "none"},
+    ]
+    after = client.chat.completions.create(model="", messages=result, max_tokens=2)
+    assert after.choices[0].finish_reason in ("length", "stop")
+
+
+def streamed(asked, whole):
+    """The same call in parts: its name first, then its arguments."""
+    deltas = [chunk.choices[0] for chunk in client.chat.completions.create(**asked, stream=True)]
+    calls = [call for delta in deltas for call in delta.delta.tool_calls or []]
+    assert calls[0].id and calls[0].function.name == whole.function.name, calls
+    assert {call.index for call in calls} == {0} and not any(delta.delta.content for delta in deltas)
+    text = "".join(call.function.arguments or "" for call in calls)
+    assert json.loads(text) == json.loads(whole.function.arguments), text
+    assert deltas[-1].finish_reason == "tool_calls", deltas[-1]
+
+
+def continued():
+    """vLLM's way to let the answer go on where the last message ends."""
+    begun = [*ASK, {"role": "assistant", "content": "The code of Raven is"}]
+    more = {"add_generation_prompt": False, "continue_final_message": True}
+    answer = client.chat.completions.create(model="", messages=begun, temperature=0, extra_body=more)
+    assert "9302" in answer.choices[0].message.content, answer
+
+
+def twice():
+    """A request that is sent again under its name while it runs is refused, and served later."""
+    name = {"x-request-id": "client-17"}
+    ask = {"model": "", "prompt": "The code of", "max_tokens": 2000, "extra_body": {"ignore_eos": True}}
+    first = client.completions.create(**ask, stream=True, extra_headers=name)
+    next(iter(first))
+    another = client.completions.create(**{**ask, "max_tokens": 1}, extra_headers=name)
+    assert another.choices, "the same name with another content is another request"
+    try:
+        client.completions.create(**ask, stream=True, extra_headers=name)
+    except openai.ConflictError as error:
+        assert error.code == "duplicate_request" and error.request_id == "client-17", error
+        assert error.response.headers["x-should-retry"] == "true"
+    else:
+        raise AssertionError("it was computed twice at a time")
+    first.close()
+    patient = client.with_options(max_retries=5)
+    again = patient.completions.create(**ask, stream=True, extra_headers=name)
+    next(iter(again))
+    again.close()
+
+
+CHECKS = [models, chat, stream, logprobs, text, cancel, errors, responses, json_schema, tools, continued, twice]
+for check in CHECKS:
     check()
     print(f"openai {openai.__version__}: {check.__name__} ok", flush=True)
 sys.exit(0)

@@ -296,6 +296,7 @@ pub(crate) async fn run(args: GenerateArgs) -> Result<(), CommandError> {
         n: args.n,
         structured_output: args.structured.load()?,
         input: Some(args.input.load()?),
+        request_id: String::new(),
     };
     let show = |text: &str| if streams { print(text) } else { Ok(()) };
     let choices = complete(&args.target, request, show).await?;

@@ -3,9 +3,8 @@
 use std::future::Future;
 use std::time::Duration;
 
-use axum::extract::{FromRef, Request, State};
-use axum::http::{HeaderName, HeaderValue, StatusCode, header};
-use axum::middleware::{Next, from_fn};
+use axum::extract::{FromRef, State};
+use axum::http::{Method, StatusCode, Uri, header};
 use axum::response::{IntoResponse, Json, Response};
 use axum::routing::get;
 use metrics_exporter_prometheus::PrometheusHandle;
@@ -13,15 +12,13 @@ use serde_json::json;
 use tokio::net::TcpListener;
 
 use super::door::Entrance;
-use super::inference::random;
+use super::messages::MessagesError;
+use super::openai::error::ApiError;
 use super::serve::serve_router;
 use super::{Front, VERSION, messages, openai, responses};
 
 /// How often samples of histograms are merged; without it they would pile up until scraped.
 const METRICS_UPKEEP: Duration = Duration::from_secs(5);
-const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
-/// A longer name is replaced by one of ours.
-const MAX_REQUEST_ID_BYTES: usize = 256;
 
 #[derive(Clone)]
 struct App {
@@ -45,9 +42,8 @@ pub async fn serve_http(
         .route("/live", get(|| async { "live\n" }))
         .route("/version", get(|| async { Json(json!({ "version": VERSION })) }))
         .route("/metrics", get(render_metrics))
-        .fallback(openai::not_found)
-        .method_not_allowed_fallback(openai::method_not_allowed)
-        .layer(from_fn(name_request))
+        .fallback(not_found)
+        .method_not_allowed_fallback(method_not_allowed)
         .with_state(app);
     tokio::select! {
         () = serve_router(router, listener, entrance, shutdown) => {}
@@ -61,17 +57,25 @@ impl FromRef<App> for Front {
     }
 }
 
-/// Says in every response which request it answers: by the name that the client gave, or a new one.
-async fn name_request(request: Request, next: Next) -> Response {
-    let given = request.headers().get(REQUEST_ID);
-    let given = given.filter(|id| (1..=MAX_REQUEST_ID_BYTES).contains(&id.len())).cloned();
-    let mut response = next.run(request).await;
-    let id = given.unwrap_or_else(|| {
-        let id = format!("req_{:032x}", u128::from_ne_bytes(random()));
-        HeaderValue::from_str(&id).expect("hexadecimal digits are a header's value")
-    });
-    response.headers_mut().insert(REQUEST_ID, id);
-    response
+/// An error in the form of the API that the path belongs to.
+pub(super) fn error_response(path: &str, error: ApiError) -> Response {
+    match path.starts_with("/v1/messages") {
+        true => MessagesError(error).into_response(),
+        false => error.into_response(),
+    }
+}
+
+/// Nothing is there.
+async fn not_found(method: Method, uri: Uri) -> Response {
+    let what = format!("{method} {} is not served here", uri.path());
+    error_response(uri.path(), ApiError::new(StatusCode::NOT_FOUND, "not_found", what))
+}
+
+/// Something is there for another method.
+async fn method_not_allowed(method: Method, uri: Uri) -> Response {
+    let what = format!("{} does not answer to {method}", uri.path());
+    let error = ApiError::new(StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", what);
+    error_response(uri.path(), error)
 }
 
 async fn upkeep(metrics: PrometheusHandle) {

@@ -22,11 +22,12 @@ use super::Front;
 use super::choice::{Choice, Step};
 use super::door::{Admission, Caller};
 use super::models::ServedModel;
+use super::names::Named;
 use super::prepare::{Prepared, prepare, prompt_tokens};
 use super::refusal::Refusal;
 use super::running::Run;
 use super::trace::CompletionSpan;
-use crate::core::{Core, ModelInfo, NewRequest, SubmitError, Updates};
+use crate::core::{Core, ModelInfo, NewRequest, RequestError, SubmitError, Update, Updates};
 
 /// Messages that wait for a slow client; the rest waits as tokens in the core's channel.
 const WAITING_MESSAGES: usize = 16;
@@ -46,6 +47,7 @@ struct Out {
     /// A place that is kept for an error.
     last_word: mpsc::OwnedPermit<Message>,
     ticket: Arc<Ticket>,
+    name: Option<Arc<Named>>,
 }
 
 /// A completion that the core has accepted. Dropping it cancels it.
@@ -80,7 +82,7 @@ impl Inference for Front {
     ) -> Result<Response<Self::GenerateStream>, Status> {
         let arrived = Instant::now();
         let timeout = grpc_timeout(request.metadata());
-        let caller = request.extensions().get::<Caller>().cloned().unwrap_or_default();
+        let caller = Caller::of(request.extensions());
         let requests = vec![request.into_inner()];
         let started = self.start(&caller, requests, timeout, arrived).await?;
         let messages = ReceiverStream::new(started.messages);
@@ -127,7 +129,11 @@ impl Front {
         timeout: Option<Duration>,
         arrived: Instant,
     ) -> Result<Started, Refusal> {
-        let ticket = self.admit(caller)?;
+        let begun = self.running.begin().ok_or(SubmitError::ShuttingDown)?;
+        let name = caller.name_of(&requests[0])?.map(|name| self.names.take(name)).transpose()?;
+        let name = name.map(Arc::new);
+        // Last, so that nothing is charged for what is refused.
+        let ticket = Arc::new(Ticket { admission: caller.enter()?, _run: begun });
         let (model, info) = self.model_for(&requests[0]).await?;
         let mut all = Vec::new();
         for mut request in requests {
@@ -156,16 +162,11 @@ impl Front {
         let last_words: Result<Vec<_>, _> = accepted.iter().map(room).collect();
         let last_words = last_words.expect("the channel has a place for each completion");
         for (accepted, last_word) in accepted.into_iter().zip(last_words) {
-            let out = Out { messages: sender.clone(), last_word, ticket: ticket.clone() };
+            let (ticket, name) = (ticket.clone(), name.clone());
+            let out = Out { messages: sender.clone(), last_word, ticket, name };
             tokio::spawn(run(accepted, self.core.clone(), out));
         }
         Ok(Started { model, id, prompts, messages })
-    }
-
-    /// Lets a request begin, before anything is done for it.
-    fn admit(&self, caller: &Caller) -> Result<Arc<Ticket>, Refusal> {
-        let run = self.running.begin().ok_or(SubmitError::ShuttingDown)?;
-        Ok(Arc::new(Ticket { admission: caller.enter()?, _run: run }))
     }
 
     /// The tokens of a request's prompt, and whose they are.
@@ -237,10 +238,11 @@ impl Front {
 /// `updates` then cancels the request.
 async fn run(accepted: Accepted, core: Core, out: Out) {
     let Accepted { mut choice, mut updates, mut span } = accepted;
-    let Out { messages, last_word, ticket } = out;
+    let Out { messages, last_word, ticket, mut name } = out;
     loop {
         let update = tokio::select! {
             () = messages.closed() => return,
+            () = aborted(name.as_deref()) => Some(Update::Failed(RequestError::Cancelled)),
             update = updates.recv() => update,
         };
         let (message, last) = match update.map(|update| choice.take(update)) {
@@ -264,6 +266,10 @@ async fn run(accepted: Accepted, core: Core, out: Out) {
         if let Ok(message) = &message {
             ticket.admission.charge_output(message.token_ids.len());
         }
+        if last {
+            // Whoever has the end may send the request again.
+            name = None;
+        }
         match tokio::time::timeout(SLOW_CLIENT, messages.send(message)).await {
             Ok(Ok(())) if !last => {}
             Ok(_) => return,
@@ -276,9 +282,17 @@ async fn run(accepted: Accepted, core: Core, out: Out) {
     }
 }
 
+/// Returns when the client ends the request by its name.
+async fn aborted(name: Option<&Named>) {
+    match name {
+        Some(name) => name.aborted().await,
+        None => std::future::pending().await,
+    }
+}
+
 /// The deadline that a gRPC client sends along: up to eight digits and a unit. One that cannot be
 /// read is none, as in other gRPC servers.
-fn grpc_timeout(metadata: &MetadataMap) -> Option<Duration> {
+pub(super) fn grpc_timeout(metadata: &MetadataMap) -> Option<Duration> {
     let text = metadata.get("grpc-timeout")?.to_str().ok()?;
     let (digits, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
     if digits.len() > 8 || !digits.bytes().all(|digit| digit.is_ascii_digit()) {

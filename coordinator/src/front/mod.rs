@@ -8,6 +8,7 @@ use crate::core::{Core, StatusView};
 use aliases::Aliases;
 use baton_telemetry::Tracer;
 use models::Models;
+use names::Names;
 use running::Running;
 
 pub mod chat;
@@ -25,9 +26,11 @@ mod continued;
 mod conversation;
 mod details;
 mod explain;
+mod gateway;
 mod http;
 mod inference;
 mod messages;
+mod names;
 mod openai;
 mod pieces;
 mod prepare;
@@ -45,9 +48,12 @@ mod watch;
 #[cfg(test)]
 pub(crate) mod fixtures;
 #[cfg(test)]
+mod service_tests;
+#[cfg(test)]
 mod tests;
 
 pub use http::serve_http;
+pub(crate) use openai::body::MAX_BODY_BYTES;
 pub use serve::{PlaintextRefused, check_plaintext, serve_grpc};
 
 const VERSION: &str = env!("CARGO_PKG_VERSION");
@@ -61,6 +67,7 @@ pub struct Front {
     /// Seconds since 1970, as the date of the models.
     started: u64,
     running: Running,
+    names: Names,
     tracer: Tracer,
 }
 
@@ -69,9 +76,9 @@ impl Front {
     #[must_use]
     pub fn new(core: Core, models: Models, aliases: Vec<Alias>, tracer: Tracer) -> Self {
         let aliases = Aliases::new(aliases, &models);
-        let (started, running) = (openai::unix_now(), Running::default());
+        let (started, running, names) = (openai::unix_now(), Running::default(), Names::default());
         let (models, aliases) = (Arc::new(models), Arc::new(aliases));
-        Self { core, models, aliases, started, running, tracer }
+        Self { core, models, aliases, started, running, names, tracer }
     }
 
     /// Begins no more requests, says so wherever it is asked for its health, and returns when those

@@ -10,6 +10,7 @@ use super::chat::ChatError;
 use super::details;
 use super::door::Exceeded;
 use super::models::UnknownModel;
+use super::names::NameError;
 use super::text::EncodeError;
 use crate::core::{RETRY_AFTER, RequestError, SubmitError};
 
@@ -36,6 +37,12 @@ pub(crate) enum Refusal {
     /// The caller's quota does not allow it now.
     #[error(transparent)]
     Quota(#[from] Exceeded),
+    /// Another request runs under its name.
+    #[error(transparent)]
+    Name(#[from] NameError),
+    /// Bodies of other requests take all the memory that is for them.
+    #[error("too many bodies of requests are being read; try again in {} s", RETRY_AFTER.as_secs())]
+    NoMemory,
     /// The deadline passed before the request was placed.
     #[error("the request's deadline passed")]
     Late,
@@ -65,8 +72,12 @@ impl Refusal {
                 Code::InvalidArgument
             }
             Self::Model(UnknownModel::NotServed { .. }) => Code::NotFound,
+            Self::NoMemory => Code::Unavailable,
             Self::Late => Code::DeadlineExceeded,
-            Self::Quota(_) | Self::SlowClient => Code::ResourceExhausted,
+            Self::Name(NameError::Running(_)) => Code::AlreadyExists,
+            Self::Quota(_) | Self::SlowClient | Self::Name(NameError::Full) => {
+                Code::ResourceExhausted
+            }
             Self::Submit(error) => match error {
                 // The front knows the model, so its nodes have only not joined yet.
                 SubmitError::UnknownModel(_)
@@ -99,6 +110,7 @@ impl Refusal {
                 SubmitError::Overloaded { retry_after } | SubmitError::TooLate { retry_after },
             ) => Some(*retry_after),
             Self::Quota(exceeded) => Some(exceeded.retry_after),
+            Self::Name(_) => Some(RETRY_AFTER),
             refusal if refusal.code() == Code::Unavailable => Some(RETRY_AFTER),
             _ => None,
         }

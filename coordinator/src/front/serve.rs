@@ -9,6 +9,8 @@ use axum::Router;
 use axum::middleware::from_fn_with_state;
 use baton_proto::ids::Role;
 use baton_proto::wire;
+use baton_proto::wire::engine::vllm_engine_server::SERVICE_NAME as GATEWAY_NAME;
+use baton_proto::wire::engine::vllm_engine_server::VllmEngineServer;
 use baton_proto::wire::v1::cluster_server::ClusterServer;
 use baton_proto::wire::v1::cluster_server::SERVICE_NAME as CLUSTER_NAME;
 use baton_proto::wire::v1::inference_server::{InferenceServer, SERVICE_NAME};
@@ -30,6 +32,8 @@ use super::openai::body::MAX_BODY_BYTES;
 
 const MAX_STREAMS_PER_CONNECTION: u32 = 1024;
 const MAX_HEADER_BYTES: usize = 64 << 10;
+/// Of a question about services.
+const MAX_QUESTION_BYTES: usize = 16 << 10;
 /// A client that vanished without a word is noticed after both, and its requests are cancelled.
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(15);
 const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -57,10 +61,13 @@ pub async fn serve_grpc(
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), Error> {
     let (reporter, health) = tonic_health::server::health_reporter();
+    let (v1, v1alpha) = (reflection().build_v1(), reflection().build_v1alpha());
+    let v1 = v1.expect("the descriptors were compiled with us");
+    let v1alpha = v1alpha.expect("the descriptors were compiled with us");
     let routes = routes(&front)
-        .add_service(health)
-        .add_service(reflection().build_v1().expect("the descriptors were compiled with us"))
-        .add_service(reflection().build_v1alpha().expect("the descriptors were compiled with us"));
+        .add_service(health.max_decoding_message_size(MAX_QUESTION_BYTES))
+        .add_service(v1.max_decoding_message_size(MAX_QUESTION_BYTES))
+        .add_service(v1alpha.max_decoding_message_size(MAX_QUESTION_BYTES));
     let guard = from_fn_with_state(entrance.clone(), guard_rpc);
     let serving = Server::builder()
         .max_concurrent_streams(MAX_STREAMS_PER_CONNECTION)
@@ -80,6 +87,7 @@ pub async fn serve_grpc(
 fn routes(front: &Front) -> Routes {
     Routes::new(InferenceServer::new(front.clone()).max_decoding_message_size(MAX_BODY_BYTES))
         .add_service(ClusterServer::new(front.clone()).max_decoding_message_size(MAX_BODY_BYTES))
+        .add_service(VllmEngineServer::new(front.clone()).max_decoding_message_size(MAX_BODY_BYTES))
 }
 
 fn reflection() -> tonic_reflection::server::Builder<'static> {
@@ -105,6 +113,7 @@ async fn report_health(front: &Front, reporter: HealthReporter) {
         let all = [
             ("", status.ready),
             (SERVICE_NAME, status.ready),
+            (GATEWAY_NAME, status.ready),
             of_role(Role::Prefill, status.prefill_nodes),
             of_role(Role::Decode, status.decode_nodes),
         ];

@@ -2,12 +2,15 @@
 
 use std::sync::Arc;
 
-use axum::http::HeaderMap;
+use axum::http::{Extensions, HeaderMap};
 use baton_proto::trace::TraceContext;
+use baton_proto::wire::v1::GenerateRequest;
 
 use super::Door;
 use super::keys::Key;
 use super::quota::Exceeded;
+use crate::front::names::{MAX_NAME_BYTES, Name};
+use crate::front::refusal::Refusal;
 
 /// Who sends a request. Both fronts find it in the request's extensions.
 #[derive(Clone, Debug, Default)]
@@ -15,18 +18,42 @@ pub(crate) struct Caller {
     key: Option<(Door, Arc<Key>)>,
     /// The client's own span.
     pub(crate) trace: Option<TraceContext>,
+    /// What an HTTP client calls the request, and a digest of what it asks for.
+    pub(super) request: Option<(Arc<str>, u64)>,
 }
 
 impl Caller {
     /// Somebody who shows this key, or none where none is needed.
     pub(super) fn new(key: Option<(Door, Arc<Key>)>, headers: &HeaderMap) -> Self {
         let trace = headers.get("traceparent").and_then(|text| text.to_str().ok()?.parse().ok());
-        Self { key, trace }
+        Self { key, trace, request: None }
+    }
+
+    /// Who sends a request with these extensions.
+    pub(crate) fn of(extensions: &Extensions) -> Self {
+        extensions.get().cloned().unwrap_or_default()
     }
 
     /// Whose key was given. `None` without keys: then a request may name its tenant itself.
     pub(crate) fn tenant(&self) -> Option<&str> {
         self.key.as_ref().map(|(_, key)| &*key.tenant)
+    }
+
+    /// The name under which a request runs, if its client gave it one. In HTTP that is a header that many pass on from
+    /// request to request, so it means the same request only with the same content.
+    pub(crate) fn name_of(&self, request: &GenerateRequest) -> Result<Option<Name>, Refusal> {
+        let (text, content) = match (&*request.request_id, &self.request) {
+            ("", None) => return Ok(None),
+            ("", Some((name, digest))) => (name.clone(), Some(*digest)),
+            (name, _) => (name.into(), None),
+        };
+        if text.len() > MAX_NAME_BYTES {
+            let limit = format!("at most {MAX_NAME_BYTES} bytes long");
+            let given = format_args!("{} bytes long", text.len());
+            return Err(Refusal::field("request_id", given, &limit));
+        }
+        let tenant = self.tenant().unwrap_or(&request.tenant).into();
+        Ok(Some(Name { tenant, text, content }))
     }
 
     /// Begins a request, before anything is done for it.

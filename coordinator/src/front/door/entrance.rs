@@ -10,6 +10,7 @@ use tokio_rustls::TlsAcceptor;
 use tokio_stream::wrappers::ReceiverStream;
 
 use super::Door;
+use super::bodies::{BodyMemory, MAX_BODIES_BYTES};
 use super::connection::Connection;
 use super::room::{Place, Room};
 use super::tls::{Protocol, Tls};
@@ -55,6 +56,7 @@ pub struct Entrance {
     pub(crate) door: Door,
     tls: Option<Tls>,
     room: Room,
+    pub(super) bodies: BodyMemory,
     pub(crate) patience: Patience,
 }
 
@@ -65,8 +67,14 @@ impl Entrance {
     /// An entrance through `door`; plaintext without `tls`.
     #[must_use]
     pub fn new(door: Door, tls: Option<Tls>, max_connections: usize) -> Self {
-        let patience = Patience::default();
-        Self { door, tls, room: Room::new(max_connections), patience }
+        let (room, bodies) = (Room::new(max_connections), BodyMemory::new(MAX_BODIES_BYTES));
+        Self { door, tls, room, bodies, patience: Patience::default() }
+    }
+
+    /// The same, but the bodies of all requests may take so many bytes together.
+    #[must_use]
+    pub fn with_bodies(self, most_bytes: usize) -> Self {
+        Self { bodies: BodyMemory::new(most_bytes), ..self }
     }
 
     /// Open to everybody who reaches it.

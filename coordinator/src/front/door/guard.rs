@@ -1,34 +1,48 @@
 //! The guards in front of both services: keys first, then the body.
 
+use std::hash::{DefaultHasher, Hasher};
+use std::sync::Arc;
 use std::time::Duration;
 
+use axum::BoxError;
 use axum::body::{Body, Bytes};
 use axum::extract::{Request, State};
 use axum::http::header::{CONTENT_LENGTH, WWW_AUTHENTICATE};
 use axum::http::{HeaderName, HeaderValue, StatusCode};
 use axum::middleware::Next;
-use axum::response::{IntoResponse, Response};
+use axum::response::Response;
 use tokio_stream::StreamExt;
 use tonic::{Code, Status};
 
-use super::{Entrance, NotLetIn, scope};
+use super::bodies::{BodyMemory, Reserved};
+use super::scope::{self, Need};
+use super::{Entrance, NotLetIn};
+use crate::front::http;
+use crate::front::inference::random;
 use crate::front::openai::body::MAX_BODY_BYTES;
 use crate::front::openai::error::ApiError;
+use crate::front::refusal::Refusal;
 
 /// Names a request for those who look for it.
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
-const MAX_REQUEST_ID_BYTES: usize = 128;
+/// A longer name is replaced by one of ours.
+const MAX_REQUEST_ID_BYTES: usize = 256;
 
 /// Lets gRPC calls in, with their [`Caller`](super::Caller).
 pub(crate) async fn guard_rpc(
-    State(Entrance { door, .. }): State<Entrance>,
+    State(Entrance { door, bodies, .. }): State<Entrance>,
     mut request: Request,
     next: Next,
 ) -> Response {
     let id = request_id(&request);
-    let response = match door.let_in(request.headers(), scope::of_rpc(request.uri().path())) {
+    let need = scope::of_rpc(request.uri().path());
+    let response = match door.let_in(request.headers(), need) {
         Ok(caller) => {
             request.extensions_mut().insert(caller);
+            // Requests of the others are short, and may be many on one stream.
+            if matches!(need, Need::Scope(_)) {
+                request = request.map(|body| counted(body, bodies));
+            }
             next.run(request).await
         }
         Err(refusal) => {
@@ -40,7 +54,24 @@ pub(crate) async fn guard_rpc(
             Status::new(code, refusal.to_string()).into_http()
         }
     };
-    named(response, id)
+    match id {
+        Some(id) => named(response, id),
+        None => response,
+    }
+}
+
+/// A body that takes memory as it arrives, for as long as it is there.
+fn counted(body: Body, memory: BodyMemory) -> Body {
+    let mut held: Option<Reserved> = None;
+    Body::from_stream(body.into_data_stream().map(move |part| {
+        let part = part?;
+        let more = memory.reserve(part.len()).ok_or_else(|| Status::from(Refusal::NoMemory))?;
+        match &mut held {
+            Some(held) => held.add(more),
+            None => held = Some(more),
+        }
+        Ok::<Bytes, BoxError>(part)
+    }))
 }
 
 /// Lets HTTP requests in, with their [`Caller`](super::Caller) and their whole body.
@@ -50,40 +81,64 @@ pub(crate) async fn guard_http(
     next: Next,
 ) -> Response {
     let id = request_id(&request);
-    let response = match let_in(&entrance, request).await {
+    let path = request.uri().path().to_owned();
+    let response = match let_in(&entrance, request, id.as_ref()).await {
         Ok(request) => next.run(request).await,
-        Err(refused) => refused.into_response(),
+        Err(refused) => refused.response(&path),
     };
-    named(response, id)
+    named(response, id.unwrap_or_else(new_id))
 }
 
-async fn let_in(entrance: &Entrance, mut request: Request) -> Result<Request, Refused> {
-    let caller = entrance.door.let_in(request.headers(), scope::of_path(request.uri().path()))?;
-    request.extensions_mut().insert(caller);
-    let (head, body) = request.into_parts();
+async fn let_in(
+    entrance: &Entrance,
+    request: Request,
+    id: Option<&HeaderValue>,
+) -> Result<Request, Refused> {
+    let path = request.uri().path();
+    let mut caller = entrance.door.let_in(request.headers(), scope::of_path(path))?;
+    let (mut head, body) = request.into_parts();
     let length = head.headers.get(CONTENT_LENGTH);
     let length = length.and_then(|length| length.to_str().ok()?.parse::<u64>().ok());
     if length.is_some_and(|length| length > MAX_BODY_BYTES as u64) {
         return Err(Refused::TooLarge);
     }
+    let reserved = entrance.bodies.reserve(length.unwrap_or(0) as usize);
+    let mut reserved = reserved.ok_or(Refused::NoMemory)?;
     let wait = entrance.patience.body;
-    let body = tokio::time::timeout(wait, whole(body)).await;
+    let reading = whole(body, &entrance.bodies, &mut reserved);
+    let body = tokio::time::timeout(wait, reading).await;
     let body = body.map_err(|_| Refused::TooSlow(wait))??;
+    let name = id.and_then(|id| id.to_str().ok());
+    caller.request = name.map(|name| (name.into(), digest(head.uri.path(), &body)));
+    head.extensions.insert(caller);
+    // Whoever parses the body keeps it until that is done.
+    head.extensions.insert(Arc::new(reserved));
     Ok(Request::from_parts(head, Body::from(body)))
 }
 
-/// All of a body.
-async fn whole(body: Body) -> Result<Bytes, Refused> {
+/// All of a body; memory beyond what is reserved is reserved as it arrives.
+async fn whole(body: Body, memory: &BodyMemory, held: &mut Reserved) -> Result<Bytes, Refused> {
     let mut parts = body.into_data_stream();
     let mut all = Vec::new();
     while let Some(part) = parts.next().await {
         let part = part.map_err(|_| Refused::BrokeOff)?;
-        if all.len() + part.len() > MAX_BODY_BYTES {
+        let length = all.len() + part.len();
+        if length > MAX_BODY_BYTES {
             return Err(Refused::TooLarge);
         }
+        let more = memory.reserve(length.saturating_sub(held.bytes()));
+        held.add(more.ok_or(Refused::NoMemory)?);
         all.extend_from_slice(&part);
     }
     Ok(all.into())
+}
+
+/// Of what a request asks for; only to tell requests of one client apart.
+fn digest(path: &str, body: &[u8]) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    hasher.write(path.as_bytes());
+    hasher.write(body);
+    hasher.finish()
 }
 
 /// Why an HTTP request does not reach its handler.
@@ -97,10 +152,13 @@ enum Refused {
     TooSlow(Duration),
     #[error("the body broke off")]
     BrokeOff,
+    #[error("{}", Refusal::NoMemory)]
+    NoMemory,
 }
 
-impl IntoResponse for Refused {
-    fn into_response(self) -> Response {
+impl Refused {
+    /// In the form of the API that the path belongs to.
+    fn response(self, path: &str) -> Response {
         let (status, grpc, code) = match self {
             Self::NotLetIn(NotLetIn::Unauthenticated) => {
                 (StatusCode::UNAUTHORIZED, Code::Unauthenticated, "invalid_api_key")
@@ -115,9 +173,14 @@ impl IntoResponse for Refused {
                 (StatusCode::REQUEST_TIMEOUT, Code::DeadlineExceeded, "request_timeout")
             }
             Self::BrokeOff => (StatusCode::BAD_REQUEST, Code::Cancelled, "unreadable_body"),
+            Self::NoMemory => {
+                count(&self, Code::Unavailable);
+                return http::error_response(path, Refusal::NoMemory.into());
+            }
         };
         count(&self, grpc);
-        let mut response = ApiError::new(status, code, self.to_string()).into_response();
+        let error = ApiError::new(status, code, self.to_string());
+        let mut response = http::error_response(path, error);
         if status == StatusCode::UNAUTHORIZED {
             response.headers_mut().insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
         }
@@ -138,10 +201,13 @@ fn request_id(request: &Request) -> Option<HeaderValue> {
     (fine && id.as_bytes().iter().all(u8::is_ascii_graphic)).then(|| id.clone())
 }
 
-/// Gives a response the client's name for its request, unless it has one.
-fn named(mut response: Response, id: Option<HeaderValue>) -> Response {
-    if let Some(id) = id {
-        response.headers_mut().entry(REQUEST_ID).or_insert(id);
-    }
+fn new_id() -> HeaderValue {
+    let id = format!("req_{:032x}", u128::from_ne_bytes(random()));
+    HeaderValue::from_str(&id).expect("hexadecimal digits are a header's value")
+}
+
+/// Says in a response which request it answers.
+fn named(mut response: Response, id: HeaderValue) -> Response {
+    response.headers_mut().insert(REQUEST_ID, id);
     response
 }

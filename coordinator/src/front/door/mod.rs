@@ -9,6 +9,7 @@ use arc_swap::ArcSwapOption;
 use axum::http::HeaderMap;
 use axum::http::header::AUTHORIZATION;
 
+mod bodies;
 mod caller;
 mod connection;
 mod entrance;
@@ -20,10 +21,13 @@ pub mod scope;
 mod tls;
 
 #[cfg(test)]
+mod body_tests;
+#[cfg(test)]
 mod tests;
 #[cfg(test)]
 mod tls_tests;
 
+pub(crate) use bodies::{MAX_BODIES_BYTES, Reserved};
 pub(crate) use caller::{Admission, Caller};
 pub use entrance::Entrance;
 pub(crate) use entrance::MAX_CONNECTIONS;

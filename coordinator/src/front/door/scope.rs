@@ -61,7 +61,7 @@ pub(crate) fn of_rpc(path: &str) -> Need {
         "grpc.reflection.v1.ServerReflection" | "grpc.reflection.v1alpha.ServerReflection" => {
             Need::Key
         }
-        "baton.v1.Inference" => Need::Scope(Scope::Generate),
+        "baton.v1.Inference" | "vllm.grpc.engine.VllmEngine" => Need::Scope(Scope::Generate),
         // Commands begin with a verb that is none of these.
         "baton.v1.Cluster"
             if ["Get", "List", "Explain", "Watch"].iter().any(|verb| method.starts_with(verb)) =>
@@ -98,6 +98,7 @@ mod tests {
             ("/grpc.health.v1.Health/Watch", Nothing),
             ("/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo", Key),
             ("/baton.v1.Inference/Generate", generate),
+            ("/vllm.grpc.engine.VllmEngine/Abort", generate),
             ("/baton.v1.Cluster/GetStatus", view),
             ("/baton.v1.Cluster/ListNodes", view),
             ("/baton.v1.Cluster/SetRole", operate),

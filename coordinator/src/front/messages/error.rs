@@ -9,7 +9,7 @@ use crate::front::openai::error::ApiError;
 
 /// The same error with another body.
 #[derive(Debug)]
-pub(super) struct MessagesError(pub(super) ApiError);
+pub(in crate::front) struct MessagesError(pub(in crate::front) ApiError);
 
 impl<E: Into<ApiError>> From<E> for MessagesError {
     fn from(error: E) -> Self {

@@ -1,6 +1,6 @@
 //! The Messages API of Anthropic: from JSON to the one kind of request and back.
 
-use axum::extract::{DefaultBodyLimit, FromRef, State};
+use axum::extract::{FromRef, State};
 use axum::response::{IntoResponse, Json, Response};
 use axum::routing::post;
 use axum::{Extension, Router};
@@ -9,7 +9,7 @@ use tokio::time::Instant;
 
 use super::Front;
 use super::door::Caller;
-use super::openai::body::{Body, MAX_BODY_BYTES};
+use super::openai::body::Body;
 use super::openai::error::ApiError;
 use super::openai::gather::gather_one;
 use super::openai::stream::stream;
@@ -24,7 +24,7 @@ mod request;
 #[cfg(test)]
 mod tests;
 
-use error::MessagesError;
+pub(super) use error::MessagesError;
 use events::MessageEvents;
 use reply::Answering;
 use request::MessagesRequest;
@@ -38,7 +38,6 @@ where
     Router::new()
         .route("/v1/messages", post(create))
         .route("/v1/messages/count_tokens", post(count_tokens))
-        .layer(DefaultBodyLimit::max(MAX_BODY_BYTES))
 }
 
 /// Answers a conversation.

@@ -1,12 +1,15 @@
 //! From an HTTP request's body to its parameters.
 
-use axum::body::Bytes;
+use std::sync::Arc;
+
+use axum::body::to_bytes;
 use axum::extract::{FromRequest, Request};
 use axum::http::{HeaderMap, StatusCode, header};
 use serde_json::Value;
 
 use super::error::ApiError;
 use super::fields::Fields;
+use crate::front::door::Reserved;
 
 /// Most bytes of a request: two million token ids.
 pub(crate) const MAX_BODY_BYTES: usize = 16 << 20;
@@ -21,13 +24,12 @@ pub(crate) struct Body(pub(crate) Fields);
 impl<S: Send + Sync> FromRequest<S> for Body {
     type Rejection = ApiError;
 
-    async fn from_request(request: Request, state: &S) -> Result<Self, ApiError> {
+    async fn from_request(mut request: Request, _: &S) -> Result<Self, ApiError> {
         check_headers(request.headers())?;
-        let bytes = Bytes::from_request(request, state).await.map_err(|error| {
-            if error.status() == StatusCode::PAYLOAD_TOO_LARGE {
-                return too_large();
-            }
-            ApiError::new(StatusCode::BAD_REQUEST, "unreadable_body", error.body_text())
+        // Until it is parsed; the door has read all of the body.
+        let _reserved = request.extensions_mut().remove::<Arc<Reserved>>();
+        let bytes = to_bytes(request.into_body(), MAX_BODY_BYTES).await.map_err(|error| {
+            ApiError::new(StatusCode::BAD_REQUEST, "unreadable_body", error.to_string())
         })?;
         let fields = if bytes.len() > LONG_BODY_BYTES {
             let parsing = tokio::task::spawn_blocking(move || parse(&bytes));
@@ -41,23 +43,14 @@ impl<S: Send + Sync> FromRequest<S> for Body {
 
 /// What is known before the body was read.
 fn check_headers(headers: &HeaderMap) -> Result<(), ApiError> {
-    let text = |name| headers.get(name).and_then(|value| value.to_str().ok());
-    let length = text(header::CONTENT_LENGTH).and_then(|length| length.parse::<u64>().ok());
-    if length.is_some_and(|length| length > MAX_BODY_BYTES as u64) {
-        return Err(too_large());
-    }
-    let given = text(header::CONTENT_TYPE).unwrap_or_default();
+    let given = headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok());
+    let given = given.unwrap_or_default();
     let media_type = given.split(';').next().unwrap_or_default().trim();
     if media_type.eq_ignore_ascii_case("application/json") {
         return Ok(());
     }
     let what = format!("content-type is {given:?}; it must be application/json");
     Err(ApiError::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, "unsupported_media_type", what))
-}
-
-fn too_large() -> ApiError {
-    let what = format!("the body has more than {MAX_BODY_BYTES} bytes");
-    ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, "request_too_large", what)
 }
 
 /// Reads a body.
@@ -128,7 +121,7 @@ mod tests {
     }
 
     #[test]
-    fn only_json_of_a_bounded_length_is_read() {
+    fn only_json_is_read() {
         let headers = |name: header::HeaderName, value: &str| {
             check_headers(&HeaderMap::from_iter([(name, value.parse().unwrap())]))
         };
@@ -137,7 +130,5 @@ mod tests {
             let error = headers(header::CONTENT_TYPE, wrong).unwrap_err();
             assert_eq!(error.status, StatusCode::UNSUPPORTED_MEDIA_TYPE);
         }
-        let error = headers(header::CONTENT_LENGTH, "16777217").unwrap_err();
-        assert_eq!(error.status, StatusCode::PAYLOAD_TOO_LARGE);
     }
 }

@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 
 use crate::core::{RETRY_AFTER, RequestError, SubmitError};
 use crate::front::models::UnknownModel;
+use crate::front::names::NameError;
 use crate::front::refusal::Refusal;
 
 /// Most characters of what a client sent that an error repeats.
@@ -140,12 +141,20 @@ impl From<Refusal> for ApiError {
                 Self::bad("missing_required_parameter", "model", message)
             }
             Refusal::Model(UnknownModel::NotServed { .. }) => Self::no_model(message),
+            Refusal::NoMemory => unavailable(message),
             Refusal::Late | Refusal::Failed(RequestError::DeadlineExceeded) => {
                 Self::new(StatusCode::GATEWAY_TIMEOUT, "deadline_exceeded", message).never_again()
             }
             Refusal::Quota(exceeded) => {
                 Self::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_exceeded", message)
                     .after(exceeded.retry_after)
+            }
+            // The one that runs may be that of a connection which the client has lost: it ends when that is noticed.
+            Refusal::Name(NameError::Running(_)) => {
+                Self::new(StatusCode::CONFLICT, "duplicate_request", message).after(RETRY_AFTER)
+            }
+            Refusal::Name(NameError::Full) => {
+                Self::new(overloaded(), "overloaded", message).after(RETRY_AFTER)
             }
             Refusal::SlowClient => Self::new(client_closed(), "slow_client", message),
             Refusal::Submit(error) => match error {

@@ -2,8 +2,7 @@
 //! docs/api.md lists what is understood; everything else is refused by its name.
 
 use axum::Router;
-use axum::extract::{DefaultBodyLimit, FromRef};
-use axum::http::{Method, StatusCode, Uri};
+use axum::extract::FromRef;
 use axum::routing::{get, post};
 
 use super::Front;
@@ -28,11 +27,12 @@ mod tokenize;
 mod usage;
 
 #[cfg(test)]
+mod refusal_tests;
+#[cfg(test)]
 pub(crate) mod tests;
 #[cfg(test)]
 pub(crate) mod tools_tests;
 
-use error::ApiError;
 pub(super) use reply::unix_now;
 
 /// The endpoints.
@@ -48,17 +48,4 @@ where
         .route("/v1/models/{*name}", get(models::retrieve))
         .route("/tokenize", post(tokenize::tokenize))
         .route("/detokenize", post(tokenize::detokenize))
-        .layer(DefaultBodyLimit::max(body::MAX_BODY_BYTES))
-}
-
-/// Nothing is there.
-pub(super) async fn not_found(method: Method, uri: Uri) -> ApiError {
-    let what = format!("{method} {} is not served here", uri.path());
-    ApiError::new(StatusCode::NOT_FOUND, "not_found", what)
-}
-
-/// Something is there for another method.
-pub(super) async fn method_not_allowed(method: Method, uri: Uri) -> ApiError {
-    let what = format!("{} does not answer to {method}", uri.path());
-    ApiError::new(StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", what)
 }

@@ -1,7 +1,7 @@
 //! The Responses API of OpenAI without what it stores: from JSON to the one kind of request and
 //! back. A conversation's earlier turns are all in `input`.
 
-use axum::extract::{DefaultBodyLimit, FromRef, State};
+use axum::extract::{FromRef, State};
 use axum::response::{IntoResponse, Json, Response};
 use axum::routing::post;
 use axum::{Extension, Router};
@@ -9,7 +9,7 @@ use tokio::time::Instant;
 
 use super::Front;
 use super::door::Caller;
-use super::openai::body::{Body, MAX_BODY_BYTES};
+use super::openai::body::Body;
 use super::openai::error::ApiError;
 use super::openai::gather::gather_one;
 use super::openai::stream::stream;
@@ -33,7 +33,7 @@ where
     S: Clone + Send + Sync + 'static,
     Front: FromRef<S>,
 {
-    Router::new().route("/v1/responses", post(create)).layer(DefaultBodyLimit::max(MAX_BODY_BYTES))
+    Router::new().route("/v1/responses", post(create))
 }
 
 /// Answers an input.

@@ -1,0 +1,136 @@
+//! What both ports say of themselves and of the cluster; the core is played by the test.
+
+use axum::http::StatusCode;
+use baton_proto::wire::v1::cluster_client::ClusterClient;
+use baton_proto::wire::v1::{GetCacheRequest, GetStatusRequest, ListNodesRequest, SetRoleRequest};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tonic::Code;
+use tonic_health::pb::HealthCheckRequest;
+use tonic_health::pb::health_client::HealthClient;
+use tonic_reflection::pb::v1::server_reflection_client::ServerReflectionClient;
+use tonic_reflection::pb::v1::server_reflection_request::MessageRequest;
+use tonic_reflection::pb::v1::server_reflection_response::MessageResponse;
+
+use super::fixtures::{Played, start, tokenizer};
+
+#[tokio::test]
+async fn operators_see_the_cluster() {
+    let played = start(|_| panic!("no request")).await;
+    let mut client = ClusterClient::new(played.channel());
+    let status = client.get_status(GetStatusRequest {}).await.unwrap().into_inner();
+    assert!(status.ready && status.version == super::VERSION);
+    let nodes = client.list_nodes(ListNodesRequest {}).await.unwrap().into_inner().nodes;
+    assert_eq!((nodes[0].id.as_str(), nodes[0].role.as_str()), ("d0", "decode"));
+    let blocks = nodes[0].kv_blocks.unwrap();
+    assert_eq!((blocks.free, blocks.active, blocks.cached, blocks.leased), (4, 3, 2, 1));
+    assert_eq!((blocks.block_tokens, blocks.bytes_per_block), (4, 1024));
+
+    let prefix = "The code of Kestrel is";
+    let query = GetCacheRequest { node: None, prefix: Some(prefix.into()) };
+    let cache = client.get_cache(query).await.unwrap().into_inner();
+    assert_eq!(cache.prefix_tokens as usize, tokenizer().encode(prefix, true).unwrap().len());
+    for (node, code) in [("d1", Code::NotFound), ("D 1", Code::InvalidArgument)] {
+        let query = GetCacheRequest { node: Some(node.into()), prefix: None };
+        assert_eq!(client.get_cache(query).await.unwrap_err().code(), code);
+    }
+}
+
+#[tokio::test]
+async fn orders_name_a_node_and_a_role() {
+    let played = start(|_| panic!("no request")).await;
+    let mut client = ClusterClient::new(played.channel());
+    let order = |node: &str, role: &str| SetRoleRequest {
+        node: node.to_owned(),
+        role: role.to_owned(),
+        force: false,
+    };
+    assert!(client.set_role(order("d0", "prefill")).await.is_ok());
+    for wrong in [order("D 0", "prefill"), order("d0", "both"), order("d0", "")] {
+        let error = client.set_role(wrong).await.unwrap_err();
+        assert_eq!(error.code(), Code::InvalidArgument, "{error}");
+    }
+}
+
+#[tokio::test]
+async fn health_follows_readiness_and_reflection_names_the_services() {
+    let played = start(|_| panic!("no request")).await;
+    let mut health = HealthClient::new(played.channel());
+    let service = "baton.v1.Inference".to_owned();
+    // The service appears with the first look at the core.
+    let mut watch = loop {
+        match health.watch(HealthCheckRequest { service: service.clone() }).await {
+            Ok(watch) => break watch.into_inner(),
+            Err(status) => assert_eq!(status.code(), Code::NotFound),
+        }
+    };
+    let serving = tonic_health::pb::health_check_response::ServingStatus::Serving as i32;
+    assert_eq!(watch.message().await.unwrap().unwrap().status, serving);
+    played.set_ready(false);
+    assert_ne!(watch.message().await.unwrap().unwrap().status, serving);
+    let overall = health.check(HealthCheckRequest::default()).await.unwrap().into_inner();
+    assert_ne!(overall.status, serving);
+
+    let mut reflection = ServerReflectionClient::new(played.channel());
+    let ask = tonic_reflection::pb::v1::ServerReflectionRequest {
+        host: String::new(),
+        message_request: Some(MessageRequest::ListServices(String::new())),
+    };
+    let answer = reflection.server_reflection_info(tokio_stream::once(ask)).await.unwrap();
+    let answer = answer.into_inner().message().await.unwrap().unwrap().message_response;
+    let Some(MessageResponse::ListServicesResponse(list)) = answer else { panic!("{answer:?}") };
+    let names: Vec<_> = list.service.iter().map(|service| service.name.as_str()).collect();
+    for name in [
+        "baton.v1.Inference",
+        "baton.v1.Cluster",
+        "vllm.grpc.engine.VllmEngine",
+        "grpc.health.v1.Health",
+    ] {
+        assert!(names.contains(&name), "{names:?}");
+    }
+}
+
+async fn get(played: &Played, path: &str) -> (u16, String) {
+    let mut stream = TcpStream::connect(played.http).await.unwrap();
+    let request = format!("GET {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n");
+    stream.write_all(request.as_bytes()).await.unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).await.unwrap();
+    let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+    (head[9..12].parse().unwrap(), body.to_owned())
+}
+
+#[tokio::test]
+async fn http_says_whether_it_would_serve() {
+    let played = start(|_| panic!("no request")).await;
+    let ok = StatusCode::OK.as_u16();
+    assert_eq!(get(&played, "/health").await, (ok, "ready\n".to_owned()));
+    let (code, models) = get(&played, "/v1/models").await;
+    let models: serde_json::Value = serde_json::from_str(&models).unwrap();
+    assert_eq!((code, &models["data"][0]["id"]), (ok, &"demo".into()));
+    played.set_ready(false);
+    let expected = (503, "not ready: no decode node\n".to_owned());
+    assert_eq!(get(&played, "/health").await, expected);
+    let (_, models) = get(&played, "/v1/models").await;
+    assert!(!models.contains("demo"), "a model that cannot be used now is not listed");
+    assert_eq!(get(&played, "/live").await.0, ok);
+    assert!(get(&played, "/version").await.1.contains(super::VERSION));
+    assert_eq!(get(&played, "/metrics").await.0, ok);
+    assert_eq!(get(&played, "/nothing").await.0, 404);
+}
+
+#[test]
+fn plaintext_stays_on_this_machine_unless_allowed() {
+    for (address, fine) in [
+        ("127.0.0.1:1", true),
+        ("[::1]:1", true),
+        ("[::ffff:127.0.0.1]:1", true),
+        ("0.0.0.0:1", false),
+        ("[::]:1", false),
+        ("10.0.0.1:1", false),
+    ] {
+        let address = address.parse().unwrap();
+        assert_eq!(super::check_plaintext(address, false).is_ok(), fine, "{address}");
+        assert!(super::check_plaintext(address, true).is_ok());
+    }
+}
