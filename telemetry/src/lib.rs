@@ -1,5 +1,6 @@
 //! What the daemons say of themselves: logs and traces. Their metrics are each daemon's own.
 
+mod journal;
 mod logging;
 mod tracer;
 

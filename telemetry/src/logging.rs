@@ -8,6 +8,8 @@ use tracing_subscriber::EnvFilter;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 
+use crate::journal::Journal;
+
 /// How a line of the log looks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LogFormat {
@@ -47,9 +49,8 @@ pub fn start_logging(filter: &str, format: Option<LogFormat>) -> Result<(), Stri
         LogFormat::Text => lines.with_env_filter(filter).init(),
         LogFormat::Json => lines.json().with_env_filter(filter).init(),
         LogFormat::Journal => {
-            let journal = tracing_journald::layer()
-                .map_err(|e| format!("log_format is journal, and there is none: {e}"))?
-                .with_field_prefix(None);
+            let journal = Journal::open()
+                .map_err(|e| format!("log_format is journal, and there is none: {e}"))?;
             tracing_subscriber::registry().with(filter).with(journal).init();
         }
     }
