@@ -72,11 +72,22 @@ Result advance(Stream& stream, uint64_t position) {
   return stream.error;
 }
 
+// What a stream waits for is another stream's, another thread's or another process'. A device runs all of them meanwhile.
+static void advance_all() {
+  for (auto& [_, other] : std::map(streams())) advance(*other, other->queued);
+}
+
+// Asking lets the device get a little further, so that polling ends.
+static Result ask(Stream& stream) {
+  Result result = advance(stream, stream.done + 1);
+  if (result == NOT_READY) advance_all();
+  return result ? result : NOT_READY;
+}
+
 Result wait(std::unique_lock<std::recursive_mutex>& locked, Stream& stream, uint64_t position) {
   Result result;
   while ((result = advance(stream, position)) == NOT_READY) {
-    // What it waits for is another stream's, another thread's or another process'. A device runs all of them meanwhile.
-    for (auto& [_, other] : std::map(streams())) advance(*other, other->queued);
+    advance_all();
     locked.unlock();
     usleep(50);
     locked.lock();
@@ -118,15 +129,13 @@ DRIVER_API cuStreamSynchronize(void* handle) {
   if (stream->capture) return CAPTURE_UNSUPPORTED;
   return wait(locked, *stream, stream->queued);
 }
-// Asking lets the device get a little further, so that polling ends.
 DRIVER_API cuStreamQuery(void* handle) {
   DRIVER_ENTER;
   auto stream = find_stream(handle);
   if (!stream) return INVALID_HANDLE;
   if (stream->capture) return CAPTURE_UNSUPPORTED;
   if (stream->done == stream->queued) return stream->error;
-  Result result = advance(*stream, stream->done + 1);
-  return result ? result : NOT_READY;
+  return ask(*stream);
 }
 DRIVER_API cuStreamWaitEvent(void* handle, void* event_handle, unsigned) {
   DRIVER_ENTER;
@@ -184,8 +193,7 @@ DRIVER_API cuEventQuery(void* handle) {
   if (event.capture) return CAPTURED_EVENT;
   if (!event.stream) return SUCCESS;
   if (event.stream->done >= event.position) return event.stream->error;
-  Result result = advance(*event.stream, event.stream->done + 1);
-  return result ? result : NOT_READY;
+  return ask(*event.stream);
 }
 DRIVER_API cuEventElapsedTime_v2(float* ms, void* start_handle, void* end_handle) {
   DRIVER_ENTER;
