@@ -119,6 +119,7 @@ impl Cluster {
             geometry: hello.geometry,
             max_model_len: hello.max_model_len,
             vocab_size: hello.vocab_size,
+            hidden_size: hello.hidden_size,
         };
         self.models.insert(model.clone(), info);
         let report = Report { role: hello.role, ..Report::default() };
@@ -252,7 +253,7 @@ fn difference(a: &Hello, b: &Hello) -> Option<&'static str> {
         Some("block size")
     } else if a.geometry != b.geometry {
         Some("KV geometry")
-    } else if a.root != b.root || a.vocab_size != b.vocab_size {
+    } else if (a.root, a.vocab_size, a.hidden_size) != (b.root, b.vocab_size, b.hidden_size) {
         Some("revision")
     } else {
         None
@@ -267,6 +268,7 @@ fn check_numbers(hello: &Hello) -> Result<(), Refusal> {
         ("geometry", bytes.is_some_and(|bytes| (1..=MAX_BLOCK_BYTES).contains(&bytes))),
         ("max_model_len", hello.max_model_len > 1),
         ("vocab_size", hello.vocab_size > 0),
+        ("hidden_size", hello.hidden_size > 0),
         ("total_blocks", hello.total_blocks > 0),
         ("model", !hello.model.is_empty()),
         ("kv_address", !hello.kv_address.is_empty()),

@@ -60,10 +60,12 @@ impl Decision {
         let on = chosen.prefill.as_ref().unwrap_or(&chosen.decode);
         let other = self.considered.iter().find(|other| other.kind() != chosen.kind());
         let other = match other {
-            None => "no prefill node is free".to_owned(),
-            Some(other) => format!("{} would be {:.1} ms", other.kind(), other.cost.total()),
+            None if self.prefill_nodes == 0 => "; no prefill node is free".to_owned(),
+            // Of an embedding: nothing else is compared.
+            None => String::new(),
+            Some(other) => format!("; {} would be {:.1} ms", other.kind(), other.cost.total()),
         };
         let (kind, total) = (chosen.kind(), chosen.cost.total());
-        format!("{kind}: {total:.1} ms, {percent}% cached on {on}; {other}")
+        format!("{kind}: {total:.1} ms, {percent}% cached on {on}{other}")
     }
 }

@@ -59,6 +59,7 @@ fn request(id: u128) -> NewRequest {
         id: RequestId(id),
         model: "demo".to_owned(),
         tokens: vec![1, 2, 3].into(),
+        embed: None,
         sampling: SamplingParams { max_tokens: 3, ..SamplingParams::default() },
         salt: CacheSalt::default(),
         standing: Default::default(),

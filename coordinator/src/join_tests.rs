@@ -78,6 +78,7 @@ impl World {
             id: RequestId(1),
             model: "demo".to_owned(),
             tokens: vec![1, 2, 3].into(),
+            embed: None,
             sampling: SamplingParams::default(),
             salt: CacheSalt::default(),
             standing: Default::default(),

@@ -9,6 +9,7 @@ pub mod control;
 pub mod core;
 pub mod decision;
 pub mod driver;
+mod embedding;
 pub mod events;
 pub mod front;
 pub mod history;

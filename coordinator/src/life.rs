@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use baton_proto::embedding::Pooling;
 use baton_proto::ids::TransferId;
 use baton_proto::message::{Command, Job, Logprobs, NodeFinish, Peer, Pull, Retry, TokenEvent};
 
@@ -55,15 +56,17 @@ fn start(request: &mut Request, avoid: &[NodeRef], cx: &mut Context<'_>) -> bool
 
 fn place(request: &mut Request, avoid: &[NodeRef], arrives: bool, cx: &mut Context<'_>) -> Start {
     request.extend_chain();
-    // Log-probabilities of the prompt have to be computed: the prefix cache is not read.
+    // What is wanted of every token of the prompt has to be computed: the prefix cache is not read.
     let nothing = Arc::default();
-    let chain = if request.wants_prompt_logprobs() { &nothing } else { &request.chain };
+    let whole = request.wants_prompt_logprobs() || request.new.embed == Some(Pooling::Mean);
+    let chain = if whole { &nothing } else { &request.chain };
     let most = request.prompt_tokens().saturating_add(request.new.sampling.max_tokens as usize);
     let wanted = Wanted {
         id: TransferId { request: request.new.id, attempt: request.attempt + 1 },
         model: &request.model,
         tokens: request.len(),
         longest: most.min(request.model.max_model_len as usize),
+        embeds: request.new.embed.is_some(),
         chain,
         avoid,
         standing: request.new.standing,
@@ -104,6 +107,10 @@ pub(crate) fn go(request: &mut Request, placed: Placed, cx: &mut Context<'_>) {
     let attempt = Attempt::new(source.clone(), target.clone(), server, request.emitted());
     request.phase = Phase::Running(attempt);
     let job = request.job(cx.now);
+    if let Some(pooling) = request.new.embed {
+        let command = Command::Embed { job, pooling };
+        return cx.out.push(Action::Send { to: target, command });
+    }
     let pull = pull.map(|(from, tokens)| {
         let to = prefill.as_ref().unwrap_or(&decode).clone();
         serve(&job, &from, tokens, to, cx);
@@ -171,7 +178,7 @@ pub(crate) fn pull_failed(request: &mut Request, cx: &mut Context<'_>) {
     }
 }
 
-fn close_leg(request: &mut Request, node: &NodeRef, cx: &mut Context<'_>) {
+pub(crate) fn close_leg(request: &mut Request, node: &NodeRef, cx: &mut Context<'_>) {
     let id = request.transfer();
     if let Some(leg) = request.on_nodes().and_then(|attempt| attempt.leg(node)) {
         close(leg, id, false, cx);
@@ -179,7 +186,7 @@ fn close_leg(request: &mut Request, node: &NodeRef, cx: &mut Context<'_>) {
 }
 
 /// The attempt is lost: try again, elsewhere if possible.
-fn again(
+pub(crate) fn again(
     request: &mut Request,
     failed: Option<&NodeRef>,
     reason: String,

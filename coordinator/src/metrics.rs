@@ -61,6 +61,7 @@ pub(crate) fn install() -> Result<PrometheusHandle, BuildError> {
         .set_buckets_for_metric(name("baton_time_to_first_token_seconds"), &FIRST_TOKEN)?
         .set_buckets_for_metric(name("vllm:time_to_first_token_seconds"), &FIRST_TOKEN)?
         .set_buckets_for_metric(name("baton_request_phase_seconds"), &FIRST_TOKEN)?
+        .set_buckets_for_metric(name("baton_embedding_seconds"), &FIRST_TOKEN)?
         .set_buckets_for_metric(name("baton_request_seconds"), &REQUEST)?
         .set_buckets_for_metric(name("vllm:e2e_request_latency_seconds"), &REQUEST)?
         .set_buckets_for_metric(Matcher::Suffix("_seconds".into()), &SHORT)?
@@ -80,6 +81,7 @@ fn describe() {
         "Tokens of prompts, by where their KV came from"
     );
     describe_counter!("baton_output_tokens_total", "Tokens generated");
+    describe_counter!("baton_embeddings_total", "Prompts that were embedded");
     describe_histogram!("baton_prompt_tokens", "Tokens of a prompt");
     describe_histogram!("baton_output_tokens", "Tokens of an answer");
     describe_histogram!("baton_time_to_first_token_seconds", "Arrival to first token");
@@ -88,6 +90,7 @@ fn describe() {
         "Mean gap between a request's tokens"
     );
     describe_histogram!("baton_request_seconds", "Arrival to last token");
+    describe_histogram!("baton_embedding_seconds", "Arrival to embedding");
     describe_histogram!("baton_request_phase_seconds", "Phases of a request; they add up to it");
     describe_histogram!("baton_place_seconds", "Choosing the nodes");
     describe_histogram!(
@@ -113,6 +116,7 @@ pub(crate) fn update(update: &Update) {
             counter!("vllm:generation_tokens_total").increment(tokens.len() as u64);
         }
         Update::PromptLogprobs(_) => {}
+        Update::Embedding(_) => counter!("baton_embeddings_total").increment(1),
         Update::Done(summary) => done(summary),
         Update::Failed(error) => {
             let outcome = match error {
@@ -133,9 +137,6 @@ fn done(summary: &Summary) {
     counter!("vllm:request_success_total").increment(1);
     let retries = summary.placement.attempts.saturating_sub(1);
     counter!("baton_retries_total").increment(retries.into());
-    let way = if summary.placement.prefill.is_some() { "remote" } else { "local" };
-    counter!("baton_placements_total", "prefill" => way).increment(1);
-
     let usage = summary.usage;
     let computed = usage.prompt_tokens.saturating_sub(usage.cached_tokens);
     counter!("baton_prompt_tokens_total", "source" => "computed").increment(computed.into());
@@ -143,6 +144,13 @@ fn done(summary: &Summary) {
     counter!("baton_prompt_tokens_total", "source" => "cached").increment(cached);
     counter!("vllm:prompt_tokens_total").increment(usage.prompt_tokens.into());
     histogram!("baton_prompt_tokens").record(usage.prompt_tokens);
+    histogram!("baton_place_seconds").record(summary.timings.place);
+    if usage.completion_tokens == 0 {
+        // The other figures are of tokens, which an embedding has none of.
+        return histogram!("baton_embedding_seconds").record(summary.timings.total);
+    }
+    let way = if summary.placement.prefill.is_some() { "remote" } else { "local" };
+    counter!("baton_placements_total", "prefill" => way).increment(1);
     histogram!("baton_output_tokens").record(usage.completion_tokens);
     times(&summary.timings, usage.completion_tokens);
 }
@@ -152,7 +160,6 @@ fn times(times: &Timings, output_tokens: u32) {
     histogram!("vllm:time_to_first_token_seconds").record(times.first_token);
     histogram!("baton_request_seconds").record(times.total);
     histogram!("vllm:e2e_request_latency_seconds").record(times.total);
-    histogram!("baton_place_seconds").record(times.place);
     histogram!("baton_transfer_hidden_seconds").record(times.transfer_hidden);
     histogram!("baton_transfer_exposed_seconds").record(times.transfer_exposed);
     counter!("baton_transfer_bytes_total").increment(times.transfer_bytes);

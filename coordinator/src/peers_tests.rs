@@ -129,6 +129,7 @@ fn a_coordinator_spares_the_node_that_another_one_uses() {
             id: RequestId(id),
             model: "demo".to_owned(),
             tokens: vec![1; 2000].into(),
+            embed: None,
             sampling: SamplingParams { max_tokens: 3, ..SamplingParams::default() },
             salt: CacheSalt::default(),
             standing: Default::default(),

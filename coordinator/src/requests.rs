@@ -16,6 +16,7 @@ use baton_proto::message::{Command, NodeEvent, Peer, Retry};
 use crate::cluster::NodeRef;
 use crate::core::{ModelInfo, NewRequest, RETRY_AFTER, RequestError, SubmitError, Update};
 use crate::decision::Decision;
+use crate::embedding;
 use crate::events::{Events, Happening, RefusedFor};
 use crate::history::{History, IdPrefix, Stage};
 use crate::life::{self, Flow, Start};
@@ -57,6 +58,8 @@ pub struct Wanted<'a> {
     pub tokens: usize,
     /// Most tokens that it can come to.
     pub longest: usize,
+    /// Its prompt is embedded: one node computes it, and its KV goes nowhere.
+    pub embeds: bool,
     /// Hashes of their full blocks.
     pub chain: &'a Arc<Vec<BlockHash>>,
     /// Lives of nodes that must not be used.
@@ -74,9 +77,9 @@ pub struct Wanted<'a> {
 /// Where an attempt goes.
 #[derive(Clone, Debug)]
 pub struct Placed {
-    /// Who computes the prompt; `None`: the decode node itself.
+    /// Who computes the prompt; `None`: the other node itself.
     pub prefill: Option<Peer>,
-    /// Who generates the tokens.
+    /// Who generates the tokens, or embeds.
     pub decode: Peer,
     /// Who has a cached prefix that is to be fetched first, and its tokens.
     pub pull: Option<(Peer, usize)>,
@@ -120,7 +123,8 @@ pub trait Placer {
     fn ended(&mut self, node: &NodeId, id: TransferId, now: Instant);
     /// The node failed an attempt by its own fault.
     fn failed(&mut self, node: &NodeId, now: Instant);
-    /// A request of this model was answered with so many tokens, the last of them by this node.
+    /// A request of this model was answered with so many tokens, the last of them by this node, or
+    /// with an embedding if there are none.
     fn answered(&mut self, by: &NodeId, root: ModelRoot, tokens: usize, now: Instant);
 }
 
@@ -282,6 +286,11 @@ impl Requests {
             }
             NodeEvent::PromptLogprobs { id, tokens } => {
                 self.attempt(id, from, cx, |r, cx| life::prompt_logprobs(r, from, tokens, cx));
+            }
+            NodeEvent::Embedded { id, values, prefill } => {
+                self.attempt(id, from, cx, |r, cx| {
+                    embedding::embedded(r, from, (id, values, prefill), cx)
+                });
             }
             NodeEvent::Transferred { id, hidden, exposed, bytes, .. } => {
                 self.attempt(id, from, cx, |r, cx| {

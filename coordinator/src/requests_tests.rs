@@ -144,6 +144,7 @@ impl World {
             geometry: hello.geometry,
             max_model_len: hello.max_model_len,
             vocab_size: hello.vocab_size,
+            hidden_size: 4,
         };
         let sampling = SamplingParams { max_tokens: 4, ..SamplingParams::default() };
         let (tokens, salt) = (vec![1, 2, 3, 4, 5], CacheSalt::default());
@@ -151,6 +152,7 @@ impl World {
             id,
             model: hello.model,
             tokens: tokens.into(),
+            embed: None,
             sampling,
             salt,
             standing: Default::default(),
@@ -193,6 +195,7 @@ impl World {
                     (to, "reserve", job.tokens.to_vec())
                 }
                 Command::Decode { job, prefill: None, .. } => (to, "decode", job.tokens.to_vec()),
+                Command::Embed { job, .. } => (to, "embed", job.tokens.to_vec()),
                 Command::Serve { tokens, .. } => (to, "serve", tokens),
                 Command::Cancel(id) if id.is_pull() => (to, "cancel-pull", Vec::new()),
                 Command::Cancel(_) => (to, "cancel", Vec::new()),
@@ -521,3 +524,6 @@ fn without_nodes_nothing_is_kept() {
     assert_eq!(world.arrive(REQUEST, |_| {}), Err(SubmitError::NoNodes("demo".to_owned())));
     assert!(world.requests.is_empty() && world.out.is_empty());
 }
+
+#[path = "embedding_tests.rs"]
+mod embedding_tests;

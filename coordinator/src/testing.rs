@@ -24,6 +24,7 @@ pub(crate) fn hello(role: Role, epoch: u64) -> Hello {
         geometry: GEOMETRY,
         max_model_len: 4096,
         vocab_size: 1000,
+        hidden_size: 4,
         total_blocks: 1024,
         kv_address: "127.0.0.1:1".to_owned(),
         transports: vec!["quic".to_owned()],

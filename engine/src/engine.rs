@@ -9,7 +9,7 @@ use baton_proto::hash::ModelRoot;
 use baton_proto::ids::TransferId;
 use baton_proto::message::{BlockCounts, Report};
 
-use crate::events::{EngineEvent, FirstToken, Submission, SubmitError};
+use crate::events::{EngineEvent, FirstToken, Kind, Submission, SubmitError};
 use crate::executor::Executor;
 use crate::guiding::Guides;
 use crate::inbox::Inbox;
@@ -44,6 +44,8 @@ pub struct EngineInfo {
     pub geometry: KvGeometry,
     /// Token ids are below this.
     pub vocab_size: usize,
+    /// Elements of a hidden state, and of an embedding.
+    pub hidden_size: usize,
     /// Most tokens of a sequence, prompt and output: what the model allows and the KV cache holds.
     pub max_model_len: usize,
     /// Blocks of the KV cache.
@@ -176,11 +178,14 @@ impl Engine {
 
 impl EngineInfo {
     /// What would break the model or the scheduler later is refused here.
-    pub fn check(&self, Submission { job, .. }: &Submission) -> Result<(), SubmitError> {
+    pub fn check(&self, Submission { job, kind, .. }: &Submission) -> Result<(), SubmitError> {
         let (tokens, limit) = (job.tokens.len(), self.max_model_len);
         if job.prompt_tokens == 0 || job.prompt_tokens > tokens {
             let what = format!("{} of {tokens} tokens are prompt", job.prompt_tokens);
             return Err(SubmitError::Invalid(what));
+        }
+        if matches!(kind, Kind::Embed(_)) && job.prompt_tokens < tokens {
+            return Err(SubmitError::Invalid("only a prompt is embedded".to_owned()));
         }
         if tokens >= limit {
             return Err(SubmitError::TooLong { tokens, limit });
@@ -206,6 +211,7 @@ fn info(config: &EngineConfig, executor: &dyn Executor) -> EngineInfo {
         root: ModelRoot::new(&executor.revision(), &geometry),
         geometry,
         vocab_size: executor.vocab_size(),
+        hidden_size: executor.hidden_size(),
         max_model_len: executor.max_model_len().min(capacity),
         kv_blocks,
     }

@@ -4,6 +4,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
+use baton_proto::embedding::Pooling;
 use baton_proto::hash::BlockHash;
 use baton_proto::ids::TransferId;
 use baton_proto::message::{Job, Logprobs, NodeFinish, Retry, TokenEvent};
@@ -15,6 +16,8 @@ use crate::lease::BlockLease;
 pub enum Kind {
     /// Compute the prompt and generate here.
     Local,
+    /// Compute the prompt and tell its embedding. Nothing is generated.
+    Embed(Pooling),
     /// Compute the prompt, sample one token, and keep the blocks for a transfer away from here.
     Export,
     /// Reserve the prompt's blocks, wait until their KV has been written, then generate.
@@ -96,7 +99,8 @@ pub enum EngineEvent {
     Admitted {
         /// The job.
         id: TransferId,
-        /// The blocks to read (export, serve) or to write (import, fetch); `None` for local jobs.
+        /// The blocks to read (export, serve) or to write (import, fetch); `None` for jobs
+        /// of this node alone.
         lease: Option<Arc<BlockLease>>,
         /// Leading tokens whose KV was found in the prefix cache.
         cached_tokens: u32,
@@ -122,6 +126,15 @@ pub enum EngineEvent {
         id: TransferId,
         /// `(token, its log-probabilities)`.
         tokens: Vec<(u32, Logprobs)>,
+    },
+    /// The embedding of a job's prompt: as many finite numbers as a hidden state has.
+    Embedded {
+        /// The job.
+        id: TransferId,
+        /// The vector.
+        values: Vec<f32>,
+        /// Time spent computing the prompt.
+        prefill: Duration,
     },
     /// The job ended without a result. Its blocks are free, but for those that its lease, if it
     /// has one, holds until it is dropped.

@@ -36,6 +36,9 @@ pub trait Executor: Send {
     /// Size of the vocabulary.
     fn vocab_size(&self) -> usize;
 
+    /// Elements of a hidden state.
+    fn hidden_size(&self) -> usize;
+
     /// Most tokens of a sequence, prompt and output together.
     fn max_model_len(&self) -> usize;
 
@@ -101,6 +104,9 @@ pub struct StepChunk<'a> {
     pub prompt_logprobs: Option<PromptLogprobs<'a>>,
     /// A token is sampled from the last row.
     pub sample: Option<Sample<'a>>,
+    /// The hidden states, after the last norm, of the rows from this one on are summed. Nothing
+    /// else is wanted then.
+    pub pool_from: Option<usize>,
 }
 
 /// The tokens of a chunk.

@@ -7,20 +7,41 @@
     reason = "a step writes to the shared KV cache, whose owners the caller knows"
 )]
 
-use std::ops::ControlFlow;
+use std::ops::{ControlFlow, Range};
 
 use baton_kernels::cpu::KvStore;
 use baton_proto::geometry::KvGeometry;
 
-/// Of which rows of a chunk the logits are wanted.
+/// What is wanted of which rows of a chunk.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Wanted {
-    /// Of none: a chunk that is not the last of its prompt.
+    /// Nothing: a chunk that is not the last of its prompt.
     None,
-    /// Of the last row: what the next token is sampled from.
+    /// The logits of the last row: what the next token is sampled from.
     Last,
-    /// Of every row: log-probabilities of the prompt.
+    /// The logits of every row: log-probabilities of the prompt.
     All,
+    /// The hidden states, after the last norm, of the rows from this one on: an embedding.
+    Hidden(usize),
+}
+
+impl Wanted {
+    /// The rows, of a chunk that has so many.
+    #[must_use]
+    pub fn rows(self, count: usize) -> Range<usize> {
+        match self {
+            Self::None => 0..0,
+            Self::Last => count - 1..count,
+            Self::All => 0..count,
+            Self::Hidden(first) => first..count,
+        }
+    }
+
+    /// Whether it is hidden states, and not logits.
+    #[must_use]
+    pub fn is_hidden(self) -> bool {
+        matches!(self, Self::Hidden(_))
+    }
 }
 
 /// Consecutive tokens of one sequence, computed in one step: a piece of a prompt, or one token
@@ -33,8 +54,8 @@ pub struct Chunk<'a> {
     pub start: usize,
     /// The sequence's blocks in order; they cover at least `start + tokens.len()` positions.
     pub blocks: &'a [u32],
-    /// Rows whose logits are wanted.
-    pub logits: Wanted,
+    /// What is wanted of its rows.
+    pub wanted: Wanted,
 }
 
 /// A model in this process's memory.
@@ -48,14 +69,18 @@ pub trait Forward: Send {
     /// Size of the vocabulary: the length of a row of logits.
     fn vocab_size(&self) -> usize;
 
+    /// Elements of a hidden state.
+    fn hidden_size(&self) -> usize;
+
     /// Most tokens of a sequence, prompt and output together.
     fn max_model_len(&self) -> usize;
 
     /// Computes `chunks`, writing their keys and values to `kv`.
     ///
     /// `after_layer(layer)` is called once per layer, in order, as soon as the KV of every chunk
-    /// is in that layer's pieces. Then `logits(row, values)` is called for every wanted row, rows
-    /// counted over the chunks in order; `values` (`vocab_size` long) may be overwritten.
+    /// is in that layer's pieces. Then `each(row, values)` is called for every wanted row, wanted
+    /// rows counted over the chunks in order: with its logits (`vocab_size` of them) or its hidden
+    /// state (`hidden_size`), which may be overwritten.
     ///
     /// If `after_layer` breaks, nobody wants the results: the rest is not computed, and `Break` is
     /// returned.
@@ -72,6 +97,6 @@ pub trait Forward: Send {
         chunks: &[Chunk<'_>],
         kv: &KvStore,
         after_layer: &mut dyn FnMut(usize) -> ControlFlow<()>,
-        logits: &mut dyn FnMut(usize, &mut [f32]),
+        each: &mut dyn FnMut(usize, &mut [f32]),
     ) -> ControlFlow<()>;
 }

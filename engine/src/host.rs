@@ -13,6 +13,7 @@ use baton_proto::geometry::{KvDtype, KvGeometry};
 use crate::executor::{AfterLayer, DeviceFailure, Executor, Input, Step, StepChunk};
 use crate::forward::{Chunk, Forward, Wanted};
 use crate::memory::KvMemory;
+use crate::pooling::pool;
 use crate::sampler::{Sampler, logprobs};
 use crate::scheduler::Outcome;
 
@@ -47,15 +48,19 @@ impl<F: Forward> HostExecutor<F> {
         let mut outcome = Outcome {
             sampled: vec![None; chunks.len()],
             prompt_logprobs: vec![Vec::new(); chunks.len()],
+            pooled: vec![Vec::new(); chunks.len()],
             ..Outcome::default()
         };
         let sampler = &mut self.sampler;
-        let mut logits = |row: usize, values: &mut [f32]| {
+        let mut read = |row: usize, values: &mut [f32]| {
             let (index, row) = rows[row];
+            if step.chunks[index].pool_from.is_some() {
+                return pool(&mut outcome.pooled[index], values.iter().map(|x| f64::from(*x)));
+            }
             read_logits(sampler, &step.chunks[index], (index, row), values, &mut outcome);
         };
         // SAFETY: the caller's promise.
-        let done = unsafe { self.model.forward(&chunks, store, after_layer, &mut logits) };
+        let done = unsafe { self.model.forward(&chunks, store, after_layer, &mut read) };
         outcome.took = began.elapsed();
         done.is_continue().then_some(outcome)
     }
@@ -72,6 +77,10 @@ impl<F: Forward> Executor for HostExecutor<F> {
 
     fn vocab_size(&self) -> usize {
         self.model.vocab_size()
+    }
+
+    fn hidden_size(&self) -> usize {
+        self.model.hidden_size()
     }
 
     fn max_model_len(&self) -> usize {
@@ -124,21 +133,18 @@ fn chunk<'a>(chunk: &StepChunk<'a>) -> Chunk<'a> {
     let Input::Tokens(tokens) = chunk.input else {
         panic!("nothing is pending where nothing runs ahead");
     };
-    let logits = match (chunk.prompt_logprobs, chunk.sample) {
-        (Some(_), _) => Wanted::All,
-        (None, Some(_)) => Wanted::Last,
-        (None, None) => Wanted::None,
+    let wanted = match (chunk.pool_from, chunk.prompt_logprobs, chunk.sample) {
+        (Some(first), ..) => Wanted::Hidden(first),
+        (None, Some(_), _) => Wanted::All,
+        (None, None, Some(_)) => Wanted::Last,
+        (None, None, None) => Wanted::None,
     };
-    Chunk { tokens, start: chunk.start, blocks: chunk.blocks, logits }
+    Chunk { tokens, start: chunk.start, blocks: chunk.blocks, wanted }
 }
 
-/// Of every row with logits, which chunk it is of and which row of that.
+/// Of every wanted row, which chunk it is of and which row of that.
 fn wanted_rows(chunks: &[Chunk<'_>]) -> Vec<(usize, usize)> {
-    let rows = |chunk: &Chunk<'_>| match chunk.logits {
-        Wanted::None => 0..0,
-        Wanted::Last => chunk.tokens.len() - 1..chunk.tokens.len(),
-        Wanted::All => 0..chunk.tokens.len(),
-    };
+    let rows = |chunk: &Chunk<'_>| chunk.wanted.rows(chunk.tokens.len());
     let chunks = chunks.iter().enumerate();
     chunks.flat_map(|(i, chunk)| rows(chunk).map(move |row| (i, row))).collect()
 }

@@ -18,6 +18,7 @@ mod memory;
 pub mod model;
 pub mod pace;
 mod place;
+mod pooling;
 pub mod prefix;
 mod rope;
 pub mod sampler;

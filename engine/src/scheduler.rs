@@ -12,6 +12,7 @@
 //! - When a growing sequence finds no block, the latest-arrived sequence that computes here gives
 //!   its blocks back and waits again; its full blocks stay cached for as long as there is room.
 //!   Exports never grow and are never preempted; imports not before their KV has arrived.
+//! - A sequence that is embedded is a prompt: it never grows, and ends with its last chunk.
 //! - A held sequence keeps its place but is overtaken until it is released: nothing is reserved for
 //!   KV that is not about to come.
 //! - Serving and fetching a cached prefix ([`pull`]) are leases without a sequence.
@@ -81,7 +82,7 @@ pub enum Event {
         id: TransferId,
         /// What is done with it.
         kind: Kind,
-        /// All but local jobs: the blocks that are leased until
+        /// Jobs with a transfer: the blocks that are leased until
         /// [`Scheduler::lease_returned`]; otherwise empty.
         lease: Vec<u32>,
         /// Leading blocks that were cached.
@@ -97,6 +98,15 @@ pub enum Event {
         id: TransferId,
         /// `(token, its log-probabilities)`.
         tokens: Vec<(u32, Logprobs)>,
+    },
+    /// See [`EngineEvent::Embedded`](crate::EngineEvent::Embedded).
+    Embedded {
+        /// The job.
+        id: TransferId,
+        /// The vector.
+        values: Vec<f32>,
+        /// Time spent computing the prompt.
+        prefill: Duration,
     },
     /// The job ended without a result.
     Failed {
@@ -186,7 +196,7 @@ impl Scheduler {
         match kind {
             Kind::Serve => return self.serve(&job),
             Kind::Fetch => return self.fetch(&job),
-            Kind::Local | Kind::Export | Kind::Import => {}
+            Kind::Local | Kind::Embed(_) | Kind::Export | Kind::Import => {}
         }
         let number = self.arrivals;
         self.arrivals += 1;

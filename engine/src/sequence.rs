@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use baton_proto::embedding::Pooling;
 use baton_proto::hash::{BlockHash, ModelRoot};
 use baton_proto::ids::TransferId;
 use baton_proto::message::{Job, Logprobs, NodeFinish};
@@ -70,14 +71,17 @@ pub struct Sequence {
     pub prompt_logprobs: Option<Vec<(u32, Logprobs)>>,
     /// Where it is in its grammar, if it has one.
     pub following: Option<Following>,
+    /// Sum of the hidden states that its embedding is made of, as far as computed.
+    pub pooled: Vec<f64>,
 }
 
 impl Sequence {
     /// A sequence that waits. Hash chains start from `root`.
     #[must_use]
     pub fn new(job: Job, kind: Kind, root: &ModelRoot, block_tokens: usize, now: Instant) -> Self {
+        let generates = !matches!(kind, Kind::Embed(_));
         // The exporting node tells the prompt's log-probabilities.
-        let wanted = job.sampling.prompt_logprobs.is_some() && kind != Kind::Import;
+        let wanted = job.sampling.prompt_logprobs.is_some() && generates && kind != Kind::Import;
         Self {
             id: job.id,
             kind,
@@ -98,8 +102,9 @@ impl Sequence {
             prefill: Duration::ZERO,
             sampled: false,
             prompt_logprobs: wanted.then(Vec::new),
-            following: job.sampling.grammar.is_some().then(Following::default),
+            following: (generates && job.sampling.grammar.is_some()).then(Following::default),
             sampling: job.sampling,
+            pooled: Vec::new(),
             tokens: job.tokens.to_vec(),
         }
     }
@@ -119,7 +124,30 @@ impl Sequence {
     /// It generates: every token that it was admitted with is computed, or in flight.
     #[must_use]
     pub fn decoding(&self) -> bool {
-        self.planned >= self.admitted_tokens
+        self.planned >= self.admitted_tokens && !self.embeds()
+    }
+
+    /// An embedding is made of it, and no token.
+    #[must_use]
+    pub fn embeds(&self) -> bool {
+        matches!(self.kind, Kind::Embed(_))
+    }
+
+    /// It may need more blocks than those of its tokens.
+    #[must_use]
+    pub fn grows(&self) -> bool {
+        self.kind != Kind::Export && !self.embeds()
+    }
+
+    /// The first row whose hidden state goes into its embedding, of those from position `start` to
+    /// `end`.
+    #[must_use]
+    pub fn pools_from(&self, start: usize, end: usize) -> Option<usize> {
+        match self.kind {
+            Kind::Embed(Pooling::Mean) => Some(0),
+            Kind::Embed(Pooling::Last) => (end == self.tokens.len()).then(|| end - start - 1),
+            _ => None,
+        }
     }
 
     /// A step in flight reads or writes its blocks.
@@ -173,10 +201,10 @@ impl Sequence {
     }
 
     /// Blocks that the prefix cache may provide: never all, for the last token has to be computed
-    /// (or imported) to have logits; none if logits of the whole prompt are wanted.
+    /// (or imported) to have logits; none if something of every token of the prompt is wanted.
     #[must_use]
     pub fn matchable(&self, block_tokens: usize) -> &[BlockHash] {
-        if self.prompt_logprobs.is_some() {
+        if self.prompt_logprobs.is_some() || self.kind == Kind::Embed(Pooling::Mean) {
             return &[];
         }
         &self.hashes[..(self.tokens.len() - 1) / block_tokens]

@@ -231,6 +231,9 @@ impl Device {
             }
             Event::Tokens(tokens) => EngineEvent::Tokens(tokens),
             Event::PromptLogprobs { id, tokens } => EngineEvent::PromptLogprobs { id, tokens },
+            Event::Embedded { id, values, prefill } => {
+                EngineEvent::Embedded { id, values, prefill }
+            }
             Event::Failed { id, reason, retry } => EngineEvent::Failed { id, reason, retry },
             Event::Ended { id } => EngineEvent::Ended { id },
         }
@@ -244,7 +247,7 @@ impl Device {
         cached: usize,
     ) -> Option<Arc<BlockLease>> {
         let gate = match kind {
-            Kind::Local => return None,
+            Kind::Local | Kind::Embed(_) => return None,
             Kind::Export | Kind::Serve => Gate::reading(self.layers, cached),
             Kind::Import | Kind::Fetch => Gate::writing(self.layers),
         };

@@ -9,13 +9,15 @@ pub mod delayed;
 use std::ops::ControlFlow;
 
 use baton_kernels::cpu::KvStore;
+use baton_proto::embedding::Pooling;
 use baton_proto::geometry::{KvDtype, KvGeometry};
 
-use crate::forward::{Chunk, Forward, Wanted};
+use crate::forward::{Chunk, Forward};
 
 pub use ahead::Ahead;
 
 const LAYERS: u32 = 3;
+const HIDDEN_SIZE: usize = 5;
 const HEAD_DIM: u32 = 2;
 /// Bytes of one token's key (or value) in one layer.
 const ROW: usize = 4 * HEAD_DIM as usize;
@@ -48,21 +50,28 @@ impl FakeModel {
     pub fn expect(&self, tokens: &[u32], count: usize) -> Vec<u32> {
         let mut all = tokens.to_vec();
         for _ in 0..count {
-            let mut states = [0; LAYERS as usize];
-            let mut last = 0;
-            for (position, &token) in all.iter().enumerate() {
-                last = embed(token, position);
-                for state in &mut states {
-                    *state = mix(*state, key_value(last));
-                    last = mix(last, *state);
-                }
-            }
+            let last = states(&all).pop().unwrap_or_default();
             let logits = |token: &u32| logit(last, *token as usize);
             let best = (0..self.vocab_size as u32).rev();
             let best = best.max_by(|a, b| logits(a).total_cmp(&logits(b)));
             all.extend(best);
         }
         all.split_off(tokens.len())
+    }
+
+    /// The embedding of `tokens`, computed without any cache.
+    #[must_use]
+    pub fn expect_embedding(&self, tokens: &[u32], pooling: Pooling) -> Vec<f32> {
+        let states = states(tokens);
+        let pooled = match pooling {
+            Pooling::Last => &states[states.len() - 1..],
+            Pooling::Mean => &states[..],
+        };
+        let element = |i| {
+            let sum: f64 = pooled.iter().map(|state| f64::from(logit(*state, i))).sum();
+            (sum / pooled.len() as f64) as f32
+        };
+        (0..HIDDEN_SIZE).map(element).collect()
     }
 }
 
@@ -80,6 +89,10 @@ impl Forward for FakeModel {
         self.vocab_size
     }
 
+    fn hidden_size(&self) -> usize {
+        HIDDEN_SIZE
+    }
+
     fn max_model_len(&self) -> usize {
         self.max_model_len
     }
@@ -89,7 +102,7 @@ impl Forward for FakeModel {
         chunks: &[Chunk<'_>],
         kv: &KvStore,
         after_layer: &mut dyn FnMut(usize) -> ControlFlow<()>,
-        logits: &mut dyn FnMut(usize, &mut [f32]),
+        each: &mut dyn FnMut(usize, &mut [f32]),
     ) -> ControlFlow<()> {
         (self.on_step)(chunks);
         let row = |chunk: &Chunk<'_>, i: usize| embed(chunk.tokens[i], chunk.start + i);
@@ -103,20 +116,29 @@ impl Forward for FakeModel {
         }
         let mut rows = 0;
         for (chunk, hidden) in chunks.iter().zip(&hidden) {
-            let wanted = match chunk.logits {
-                Wanted::None => &[],
-                Wanted::Last => &hidden[hidden.len() - 1..],
-                Wanted::All => &hidden[..],
-            };
-            for &hidden in wanted {
-                let mut values: Vec<f32> =
-                    (0..self.vocab_size).map(|token| logit(hidden, token)).collect();
-                logits(rows, &mut values);
+            let width = if chunk.wanted.is_hidden() { HIDDEN_SIZE } else { self.vocab_size };
+            for &hidden in &hidden[chunk.wanted.rows(hidden.len())] {
+                let mut values: Vec<f32> = (0..width).map(|i| logit(hidden, i)).collect();
+                each(rows, &mut values);
                 rows += 1;
             }
         }
         ControlFlow::Continue(())
     }
+}
+
+/// The state of every token after the last layer, computed without any cache.
+fn states(tokens: &[u32]) -> Vec<u64> {
+    let mut folded = [0; LAYERS as usize];
+    let row = |(position, &token): (usize, &u32)| {
+        let mut last = embed(token, position);
+        for state in &mut folded {
+            *state = mix(*state, key_value(last));
+            last = mix(last, *state);
+        }
+        last
+    };
+    tokens.iter().enumerate().map(row).collect()
 }
 
 /// Writes the rows' keys and values, then folds all that lies in the cache up to each row.

@@ -3,6 +3,8 @@
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 mod common;
+#[path = "gpu/embedding.rs"]
+mod embedding;
 #[path = "gpu/fp8.rs"]
 mod fp8;
 #[path = "gpu/parallel.rs"]

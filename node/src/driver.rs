@@ -188,6 +188,10 @@ impl Driver {
                 Input::Tokens(tokens)
             }
             EngineEvent::PromptLogprobs { id, tokens } => Input::PromptLogprobs { id, tokens },
+            EngineEvent::Embedded { id, values, prefill } => {
+                self.spans.embedded(id, prefill);
+                Input::Embedded { id, values, prefill }
+            }
             EngineEvent::Failed { id, reason, retry } => {
                 self.spans.ended(id, Some(&reason));
                 Input::Failed { id, reason, retry }

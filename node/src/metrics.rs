@@ -183,6 +183,7 @@ mod tests {
             block_tokens: 16,
         },
         vocab_size: 9,
+        hidden_size: 4,
         max_model_len: 99,
         kv_blocks: 18,
     };

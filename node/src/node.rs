@@ -179,6 +179,7 @@ fn hello(setup: &Setup, engine: &EngineInfo) -> Hello {
         geometry: engine.geometry,
         max_model_len: engine.max_model_len as u32,
         vocab_size: engine.vocab_size as u32,
+        hidden_size: engine.hidden_size as u32,
         total_blocks: engine.kv_blocks as u64,
         kv_address: setup.kv_address.clone(),
         transports: setup.endpoint.transports().iter().map(ToString::to_string).collect(),

@@ -1,7 +1,7 @@
 //! The node's part in the traces of requests: one span for each job and one for each transfer.
 
 use std::collections::HashMap;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use baton_engine::{Kind, Submission};
 use baton_kvtransfer::{SendError, Sent};
@@ -35,6 +35,7 @@ impl Spans {
             Kind::Export => "baton.prefill",
             Kind::Import => "baton.decode",
             Kind::Local => "baton.prefill_and_decode",
+            Kind::Embed(_) => "baton.embed",
             Kind::Serve | Kind::Fetch => return,
         };
         let now = SystemTime::now();
@@ -66,6 +67,13 @@ impl Spans {
             if let Some(took) = prefill {
                 open.span.set("baton.prefill_seconds", took.as_secs_f64());
             }
+        }
+    }
+
+    /// The job has its embedding.
+    pub(crate) fn embedded(&mut self, id: TransferId, prefill: Duration) {
+        if let Some(open) = self.open.get_mut(&id) {
+            open.span.set("baton.prefill_seconds", prefill.as_secs_f64());
         }
     }
 

@@ -12,6 +12,7 @@
 //! Decode, local    → compute and generate
 //! … with a pull    → fetch the prefix first; the job keeps its place in the queue, and computes
 //!                    what did not come
+//! Embed            → compute the prompt and tell its embedding
 //! Serve            → send blocks that are cached
 //! ```
 //!
@@ -69,7 +70,7 @@ struct Task {
 
 #[derive(Debug)]
 enum Work {
-    /// Compute the prompt and generate; also an import whose KV is here.
+    /// Compute the prompt and generate, or embed it; also an import whose KV is here.
     Local,
     /// Compute the prompt and send its KV; `Some` until the engine has admitted it.
     Export(Option<Transfer>),
@@ -160,6 +161,9 @@ impl Worker {
             Input::PromptLogprobs { id, tokens } => {
                 self.tell(id, NodeEvent::PromptLogprobs { id, tokens });
             }
+            Input::Embedded { id, values, prefill } => {
+                self.tell(id, NodeEvent::Embedded { id, values, prefill });
+            }
             Input::Failed { id, reason, retry } => {
                 self.news.ended += 1;
                 self.failed(now, id, reason, retry);
@@ -181,7 +185,9 @@ impl Worker {
             return;
         }
         let new = match &command {
-            Command::Prefill { job, .. } | Command::Decode { job, .. } => Some(job.id),
+            Command::Prefill { job, .. }
+            | Command::Decode { job, .. }
+            | Command::Embed { job, .. } => Some(job.id),
             Command::Serve { id, .. } => Some(*id),
             _ => None,
         };
@@ -206,6 +212,10 @@ impl Worker {
                 let held = self.start_pull(now, stream, &job, pull);
                 self.begin(stream, job.id, Work::Local);
                 self.submit(job, Kind::Local, held);
+            }
+            Command::Embed { job, pooling } => {
+                self.begin(stream, job.id, Work::Local);
+                self.submit(job, Kind::Embed(pooling), false);
             }
             Command::Serve { id, tokens, salt, to } => {
                 self.serve(stream, pull::prefix(id, tokens, salt), to);

@@ -5,6 +5,7 @@
 //! domain types of this crate, which cannot be invalid.
 
 pub mod config;
+pub mod embedding;
 pub mod geometry;
 pub mod grammar;
 pub mod hash;

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::embedding::Pooling;
 use crate::geometry::KvGeometry;
 use crate::hash::{BlockHash, CacheSalt, ModelRoot};
 use crate::ids::{Epoch, NodeId, Role, TransferId};
@@ -10,11 +11,11 @@ use crate::sampling::SamplingParams;
 use crate::trace::TraceContext;
 
 /// Version of the join stream; a node with another one is refused.
-pub const PROTOCOL: u32 = 3;
+pub const PROTOCOL: u32 = 4;
 /// Largest [`Hello::price`].
 pub const MAX_PRICE: f64 = 1e6;
 
-/// One attempt at generating one sequence.
+/// One attempt at generating or embedding one sequence.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Job {
     /// Names the attempt.
@@ -83,6 +84,14 @@ pub enum Command {
         /// KV to fetch first; `None` with a prefill node, which sends all.
         pull: Option<Pull>,
     },
+    /// Compute the prompt and answer with its embedding. Nothing is generated: the job's sampling
+    /// says nothing.
+    Embed {
+        /// The attempt.
+        job: Job,
+        /// Which hidden states.
+        pooling: Pooling,
+    },
     /// Send KV that the prefix cache holds: the other side of a [`Pull`]. Nothing is computed: what
     /// is not cached fails.
     Serve {
@@ -122,6 +131,8 @@ pub struct Hello {
     pub max_model_len: u32,
     /// Token ids are below this.
     pub vocab_size: u32,
+    /// Elements of a hidden state: the size of its embeddings.
+    pub hidden_size: u32,
     /// Size of the block pool.
     pub total_blocks: u64,
     /// `host:port` where it listens for KV transfers.
@@ -259,6 +270,15 @@ pub enum NodeEvent {
         id: TransferId,
         /// `(token, its log-probabilities)`; position 1 of the prompt first.
         tokens: Vec<(u32, Logprobs)>,
+    },
+    /// The embedding of the attempt's prompt; ends the attempt.
+    Embedded {
+        /// The attempt.
+        id: TransferId,
+        /// As many finite numbers as a hidden state has.
+        values: Vec<f32>,
+        /// Time spent computing the prompt.
+        prefill: Duration,
     },
     /// The pull that belongs to an attempt is over.
     Pulled {

@@ -246,7 +246,31 @@ def twice():
     again.close()
 
 
-CHECKS = [models, chat, stream, logprobs, text, cancel, errors, responses, json_schema, tools, continued, twice]
+def embeddings():
+    texts = ["The code of Otter is 4711.", "The code of Raven is 9302."]
+    both = client.embeddings.create(model="", input=texts)  # the package asks for base64
+    assert [item.index for item in both.data] == [0, 1]
+    first, second = (item.embedding for item in both.data)
+    assert len(first) == len(second) and first != second
+    assert abs(sum(x * x for x in first) - 1) < 1e-4
+    floats = client.embeddings.create(model="", input=texts[0], encoding_format="float")
+    assert max(abs(x - y) for x, y in zip(first, floats.data[0].embedding)) < 1e-6
+    assert both.usage.total_tokens == both.usage.prompt_tokens > floats.usage.prompt_tokens > 0
+    mean = client.embeddings.create(model="", input=texts[0], extra_body={"pooling": "mean"})
+    assert mean.data[0].embedding != first
+    by_ids = client.embeddings.create(model="", input=[[5, 6, 7], [8]])
+    assert by_ids.usage.prompt_tokens == 4
+    try:
+        client.embeddings.create(model="", input=texts, dimensions=8)
+    except openai.BadRequestError as error:
+        assert error.param == "dimensions", error
+    else:
+        raise AssertionError("dimensions were not refused")
+
+
+CHECKS = [
+    models, chat, stream, logprobs, text, embeddings, cancel, errors, responses, json_schema, tools, continued, twice,
+]
 for check in CHECKS:
     check()
     print(f"openai {openai.__version__}: {check.__name__} ok", flush=True)

@@ -72,8 +72,8 @@ mod tests {
 
     use baton_proto::wire::v1::inference_server::{Inference, InferenceServer};
     use baton_proto::wire::v1::{
-        DetokenizeRequest, DetokenizeResponse, Finished, GenerateResponse, TokenizeRequest,
-        TokenizeResponse,
+        DetokenizeRequest, DetokenizeResponse, EmbedRequest, EmbedResponse, Finished,
+        GenerateResponse, TokenizeRequest, TokenizeResponse,
     };
     use tokio::net::TcpListener;
     use tokio_stream::Iter;
@@ -109,6 +109,10 @@ mod tests {
             &self,
             _: Request<DetokenizeRequest>,
         ) -> Result<Response<DetokenizeResponse>, Status> {
+            unreachable!("nobody asks")
+        }
+
+        async fn embed(&self, _: Request<EmbedRequest>) -> Result<Response<EmbedResponse>, Status> {
             unreachable!("nobody asks")
         }
     }

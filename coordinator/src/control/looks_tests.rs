@@ -41,6 +41,7 @@ impl World {
             id: RequestId(id),
             model: "demo".to_owned(),
             tokens: vec![1; 100].into(),
+            embed: None,
             sampling: SamplingParams { max_tokens: 3, ..SamplingParams::default() },
             salt: Default::default(),
             standing: Default::default(),

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use baton_proto::embedding::Pooling;
 use baton_proto::geometry::KvGeometry;
 use baton_proto::hash::{CacheSalt, ModelRoot};
 use baton_proto::ids::{NodeId, RequestId};
@@ -25,6 +26,8 @@ pub struct ModelInfo {
     pub max_model_len: u32,
     /// Token ids are below this.
     pub vocab_size: u32,
+    /// Elements of an embedding.
+    pub hidden_size: u32,
 }
 
 /// A request, validated and tokenized.
@@ -38,6 +41,9 @@ pub struct NewRequest {
     pub tokens: Arc<[u32]>,
     /// With a fixed seed, so that every attempt gives the same tokens.
     pub sampling: SamplingParams,
+    /// An embedding of the prompt is wanted instead of tokens; `sampling` is then the default one
+    /// with one token.
+    pub embed: Option<Pooling>,
     /// Whose cached blocks may be used.
     pub salt: CacheSalt,
     /// Whose it is, and how urgent.
@@ -147,6 +153,8 @@ pub enum Update {
     Tokens(Vec<OutputToken>),
     /// `(token, its log-probabilities)` of every prompt token but the first; at most once.
     PromptLogprobs(Vec<(u32, Logprobs)>),
+    /// The embedding of the prompt; once, before it is complete.
+    Embedding(Vec<f32>),
     /// It is complete.
     Done(Summary),
     /// It is not.
@@ -156,7 +164,8 @@ pub enum Update {
 /// What a complete request took.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Summary {
-    /// Why the last token was the last; `None` after [`Core::stop`](super::Core::stop).
+    /// Why the last token was the last; `None` after [`Core::stop`](super::Core::stop), and of an
+    /// embedding.
     pub finish: Option<NodeFinish>,
     /// Tokens.
     pub usage: Usage,
@@ -191,7 +200,7 @@ pub struct Timings {
     pub transfer_hidden: Duration,
     /// KV transfer after the first token was known.
     pub transfer_exposed: Duration,
-    /// Arrival to first token.
+    /// Arrival to first token, or to the embedding.
     pub first_token: Duration,
     /// Arrival to end.
     pub total: Duration,

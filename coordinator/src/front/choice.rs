@@ -75,6 +75,7 @@ impl Choice {
             Update::Tokens(_) if self.stopped.is_some() => Step::Nothing,
             Update::Tokens(tokens) => self.take_tokens(tokens),
             Update::PromptLogprobs(tokens) => Step::Send(self.prompt_logprobs(tokens)),
+            Update::Embedding(_) => Step::Nothing,
             Update::Done(summary) => Step::Last(self.last(&summary)),
             Update::Failed(error) => Step::Fail(error),
         }

@@ -145,8 +145,9 @@ pub(crate) async fn start_behind(
         geometry: hello.geometry,
         max_model_len: MAX_MODEL_LEN,
         vocab_size: 2048,
+        hidden_size: 4,
     };
-    let (asks, asked_of_core) = mpsc::channel(16);
+    let (asks, asked_of_core) = mpsc::channel(64);
     let (drops, dropped) = mpsc::channel(64);
     let (models, models_seen) = watch::channel(Arc::new(names.iter().map(model).collect()));
     let (ready, ready_seen) = watch::channel(true);

@@ -8,8 +8,8 @@ use baton_proto::ids::RequestId;
 use baton_proto::trace::TraceContext;
 use baton_proto::wire::v1::inference_server::Inference;
 use baton_proto::wire::v1::{
-    DetokenizeRequest, DetokenizeResponse, GenerateRequest, GenerateResponse, TokenizeRequest,
-    TokenizeResponse,
+    DetokenizeRequest, DetokenizeResponse, EmbedRequest, EmbedResponse, GenerateRequest,
+    GenerateResponse, TokenizeRequest, TokenizeResponse,
 };
 use tokio::sync::mpsc;
 use tokio::time::Instant;
@@ -102,6 +102,17 @@ impl Inference for Front {
     ) -> Result<Response<DetokenizeResponse>, Status> {
         Ok(Response::new(self.text_of(request.into_inner()).await?))
     }
+
+    async fn embed(
+        &self,
+        request: Request<EmbedRequest>,
+    ) -> Result<Response<EmbedResponse>, Status> {
+        let arrived = Instant::now();
+        let timeout = grpc_timeout(request.metadata());
+        let caller = request.extensions().get::<Caller>().cloned().unwrap_or_default();
+        let embedded = self.embeddings(&caller, request.into_inner(), timeout, arrived).await;
+        Ok(Response::new(embedded?))
+    }
 }
 
 impl Front {
@@ -116,10 +127,7 @@ impl Front {
         arrived: Instant,
     ) -> Result<Started, Refusal> {
         let started = self.start_all(caller, requests, timeout, arrived).await;
-        started.inspect_err(|refusal| {
-            let code = format!("{:?}", refusal.code());
-            metrics::counter!("baton_refused_requests_total", "code" => code).increment(1);
-        })
+        started.inspect_err(count_refused)
     }
 
     async fn start_all(
@@ -222,6 +230,7 @@ impl Front {
                 model: model.name.clone(),
                 tokens: prepared.tokens.as_slice().into(),
                 sampling,
+                embed: None,
                 salt: prepared.salt,
                 standing: prepared.standing,
                 tenant: prepared.tenant.clone(),
@@ -288,6 +297,12 @@ async fn aborted(name: Option<&Named>) {
         Some(name) => name.aborted().await,
         None => std::future::pending().await,
     }
+}
+
+/// A request was not begun.
+pub(super) fn count_refused(refusal: &Refusal) {
+    let code = format!("{:?}", refusal.code());
+    metrics::counter!("baton_refused_requests_total", "code" => code).increment(1);
 }
 
 /// The deadline that a gRPC client sends along: up to eight digits and a unit. One that cannot be

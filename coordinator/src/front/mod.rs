@@ -25,6 +25,7 @@ mod cluster;
 mod continued;
 mod conversation;
 mod details;
+mod embed;
 mod explain;
 mod gateway;
 mod http;
@@ -45,6 +46,8 @@ mod tokens;
 mod trace;
 mod watch;
 
+#[cfg(test)]
+mod embed_tests;
 #[cfg(test)]
 pub(crate) mod fixtures;
 #[cfg(test)]

@@ -95,7 +95,7 @@ pub(crate) fn prepare(
 }
 
 /// An empty priority or tenant is that of all requests that name none.
-fn standing(priority: &str, tenant: &str) -> Result<Standing, Refusal> {
+pub(super) fn standing(priority: &str, tenant: &str) -> Result<Standing, Refusal> {
     let class = match priority {
         "" => Class::default(),
         name => Class::parse(name).ok_or_else(|| {
@@ -221,7 +221,7 @@ fn check_stops(stops: &[String]) -> Result<(), Refusal> {
 
 /// A tenant is a salt of its own, so that nobody learns from the time to the first token what others
 /// have asked; a salt of the request divides the tenant's own cache.
-fn salt(tenant: &str, salt: Option<&str>) -> Result<CacheSalt, Refusal> {
+pub(super) fn salt(tenant: &str, salt: Option<&str>) -> Result<CacheSalt, Refusal> {
     if let Some(salt) = salt.filter(|salt| salt.len() > MAX_SALT_BYTES) {
         let given = salt.len();
         let what = format!("cache_salt's length is {given}; it must be at most {MAX_SALT_BYTES}");

@@ -1,4 +1,4 @@
-//! The span of a completion, with attributes as OpenTelemetry's
+//! The span of a completion or an embedding, with attributes as OpenTelemetry's
 //! [conventions for generative models](https://github.com/open-telemetry/semantic-conventions-genai)
 //! name them. It never holds text.
 
@@ -8,6 +8,8 @@ use baton_proto::sampling::SamplingParams;
 use baton_proto::trace::TraceContext;
 use baton_proto::wire::v1::{FinishReason, Finished};
 use baton_telemetry::{Span, SpanKind, Tracer};
+
+use crate::core::Summary;
 
 /// Ends when it is dropped. Empty, if the completion is not traced.
 pub(crate) struct CompletionSpan(Option<Span>);
@@ -31,6 +33,34 @@ impl CompletionSpan {
             span.set("gen_ai.request.top_p", f64::from(sampling.top_p));
             span
         }))
+    }
+
+    /// A prompt is embedded by `model`, for a client that may have a span of its own.
+    pub(crate) fn begin_embedding(
+        tracer: &Tracer,
+        client: Option<TraceContext>,
+        model: &str,
+    ) -> Self {
+        let (name, began) = (format!("embeddings {model}"), SystemTime::now());
+        Self(tracer.span(name, SpanKind::Server, client, began).map(|mut span| {
+            span.set("gen_ai.operation.name", "embeddings");
+            span.set("gen_ai.provider.name", "baton");
+            span.set("gen_ai.request.model", model.to_owned());
+            span
+        }))
+    }
+
+    /// The embedding is there.
+    pub(crate) fn embedded(&mut self, summary: &Summary, dimensions: usize) {
+        let Some(span) = &mut self.0 else { return };
+        let Summary { usage, timings, placement, .. } = summary;
+        span.set("gen_ai.embeddings.dimension.count", dimensions as i64);
+        span.set("gen_ai.usage.input_tokens", i64::from(usage.prompt_tokens));
+        span.set("gen_ai.usage.cache_read.input_tokens", i64::from(usage.cached_tokens));
+        span.set("baton.queue_seconds", timings.queue.as_secs_f64());
+        span.set("baton.place_seconds", timings.place.as_secs_f64());
+        span.set("baton.decode_node", placement.decode.to_string());
+        span.set("baton.attempts", i64::from(placement.attempts));
     }
 
     /// What nodes are told.

@@ -30,9 +30,9 @@ impl Placer for Placement {
             let retry_after = Duration::from_secs_f64(late / 1000.0);
             return Answer::TooLate { retry_after, decision: self.decision(&job, &choice, now) };
         }
-        if choice.prefill.is_some()
-            && let Some(pool) = self.pools.get_mut(&job.root)
-        {
+        let by_prefill_node =
+            self.node(choice.computing()).is_some_and(|node| node.role == Role::Prefill);
+        if by_prefill_node && let Some(pool) = self.pools.get_mut(&job.root) {
             pool.offer(choice.work.ms, now);
         }
         self.tenants.arrive(job.tenant);
@@ -153,7 +153,9 @@ impl Placer for Placement {
         if let Some(node) = self.keys.of(by).and_then(|key| self.node_mut(key)) {
             node.breaker.succeeded(now);
         }
-        if let Some(pool) = self.pools.get_mut(&root) {
+        if tokens > 0
+            && let Some(pool) = self.pools.get_mut(&root)
+        {
             pool.answered(tokens);
         }
     }

@@ -29,7 +29,7 @@ pub enum LocalPrefill {
 /// Where to, and what that costs.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Choice {
-    /// Who computes the prompt; `None`: the decode node.
+    /// Who computes the prompt; `None`: the other node.
     pub(super) prefill: Option<NodeKey>,
     pub(super) decode: NodeKey,
     /// Who has most of the prompt, and its tokens.
@@ -83,6 +83,7 @@ impl Placement {
             root: model.root,
             demand,
             longest: wanted.longest,
+            embeds: wanted.embeds,
             coming: Coming { chain: wanted.chain.clone(), popular },
             avoid: wanted.avoid.to_vec(),
             class: wanted.standing.class,
@@ -97,7 +98,8 @@ impl Placement {
         }
     }
 
-    /// The cheapest placement of a request; `None` without a decode node. Ties go to the node with
+    /// The cheapest placement of a request; `None` without a decode node, or for an embedding
+    /// without any. Ties go to the node with
     /// the smaller key.
     pub(super) fn choose(&mut self, job: &Job, now: f64) -> Option<Choice> {
         self.look_up(job);
@@ -111,9 +113,13 @@ impl Placement {
     /// The cheapest placement on nodes of the shortlist.
     fn cheapest(&self, job: &Job, now: f64) -> Option<Choice> {
         let pool = self.pools.get(&job.root)?;
-        let source = if self.options.pulls { self.source(job) } else { None };
+        let pulls = self.options.pulls && !job.embeds;
+        let source = if pulls { self.source(job) } else { None };
         let (pulls, handover) = (pool.pulls.at(now), pool.handover.at(now));
         let asked = Asked { job, pool, source, pulls, handover, now };
+        if job.embeds {
+            return self.cheapest_alone(&asked);
+        }
         let (receivers, locals) = self.decoding(&asked);
         let local = locals.first()?;
         let senders = self.computing(&asked);
@@ -137,6 +143,20 @@ impl Placement {
             }
             _ => choice(local, None, local.key, local.cost),
         })
+    }
+
+    /// The cheapest node for a prompt whose KV goes nowhere: a prefill node, if one can take it.
+    fn cheapest_alone(&self, asked: &Asked<'_>) -> Option<Choice> {
+        let senders = self.computing(asked);
+        let locals = match senders.first() {
+            Some(_) => Best::default(),
+            None => self.decoding(asked).1,
+        };
+        let mut others = Others::new(&senders, &locals);
+        senders.all().chain(locals.all()).for_each(|side| others.add_local(&side));
+        let Side { key: decode, cost, work, cached } = senders.first().or(locals.first())?;
+        let (prefill, source, pull) = (None, None, None);
+        Some(Choice { prefill, decode, source, pull, cached, work, cost, others })
     }
 
     /// The best prefill nodes.

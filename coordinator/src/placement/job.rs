@@ -17,6 +17,8 @@ pub(super) struct Job {
     pub(super) root: ModelRoot,
     pub(super) demand: Demand,
     pub(super) longest: usize,
+    /// One node computes it, and its KV goes nowhere.
+    pub(super) embeds: bool,
     /// Its blocks, expected on the node that it waits for.
     pub(super) coming: Coming,
     pub(super) avoid: Vec<NodeRef>,

@@ -42,6 +42,7 @@ impl World {
             geometry: GEOMETRY,
             max_model_len: hello.max_model_len,
             vocab_size: hello.vocab_size,
+            hidden_size: 4,
         };
         let tokens: Vec<u32> = (0..100).map(|token| token + 7 * self.requests as u32).collect();
         let chain = Arc::new(model.root.chain(CacheSalt::default(), &tokens, 4));
@@ -51,6 +52,7 @@ impl World {
             model: &model,
             tokens: tokens.len(),
             longest: 200,
+            embeds: false,
             chain: &chain,
             avoid: &[],
             standing: Standing::default(),

@@ -25,6 +25,7 @@ impl World {
             geometry: GEOMETRY,
             max_model_len: first.max_model_len,
             vocab_size: first.vocab_size,
+            hidden_size: 4,
         };
         let mut world = Self { placement, model, now };
         nodes.iter().for_each(|(name, role)| {
@@ -38,12 +39,17 @@ impl World {
     }
 
     fn place(&mut self, n: u128, deadline: Option<Duration>) -> Answer {
+        self.place_as(n, deadline, false)
+    }
+
+    fn place_as(&mut self, n: u128, deadline: Option<Duration>, embeds: bool) -> Answer {
         let nothing = Arc::default();
         let wanted = Wanted {
             id: id(n),
             model: &self.model,
             tokens: 400,
             longest: 500,
+            embeds,
             chain: &nothing,
             avoid: &[],
             standing: Standing::default(),
@@ -215,4 +221,31 @@ fn those_who_are_due_first_are_placed_anew_wherever_they_wait() {
     }
     all.sort_by(Entry::order);
     assert_eq!(placement.first_due(), all[..REBALANCED]);
+}
+
+#[test]
+fn a_prompt_is_embedded_by_one_prefill_node_or_else_by_any() {
+    let embed = |world: &mut World, n| match world.place_as(n, None, true) {
+        Answer::Go(placed) => placed,
+        other => panic!("{other:?}"),
+    };
+    let mut world = World::new(&[("d", Role::Decode), ("p", Role::Prefill), ("q", Role::Prefill)]);
+    let first = embed(&mut world, 1);
+    assert_eq!((first.prefill, first.pull), (None, None));
+    assert_eq!(first.decode.node, node("p"));
+    let second = embed(&mut world, 2);
+    assert_eq!(second.decode.node, node("q"), "p has work");
+    let reason = second.decision.reason();
+    assert!(reason.ends_with("cached on q"), "{reason}");
+    for (n, name) in [(1, "p"), (2, "q")] {
+        world.placement.ended(&node(name), id(n), world.now);
+    }
+    assert!(world.placement.is_idle());
+    for name in ["p", "q"] {
+        world.report(name, Role::Prefill, true, 1024);
+    }
+    assert_eq!(embed(&mut world, 3).decode.node, node("d"));
+    let mut alone = World::new(&[("p", Role::Prefill)]);
+    assert!(matches!(alone.place(1, None), Answer::NoNodes), "nobody could generate");
+    assert_eq!(embed(&mut alone, 2).decode.node, node("p"));
 }

@@ -201,6 +201,7 @@ impl Sim {
             id,
             model: "demo".to_owned(),
             tokens: prompt.as_slice().into(),
+            embed: None,
             sampling,
             salt: CacheSalt::default(),
             standing: Default::default(),
@@ -243,6 +244,7 @@ impl Sim {
             geometry: GEOMETRY,
             max_model_len: 4096,
             vocab_size: VOCAB,
+            hidden_size: 4,
             total_blocks: 64,
             kv_address: "127.0.0.1:1".to_owned(),
             transports: Vec::new(),
@@ -281,7 +283,7 @@ impl Sim {
                 client.tokens.extend(tokens.iter().map(|token| token.token));
                 assert!(client.oracle().starts_with(&client.tokens), "other tokens");
             }
-            Update::PromptLogprobs(_) => panic!("nobody asked for these"),
+            Update::PromptLogprobs(_) | Update::Embedding(_) => panic!("nobody asked for these"),
             Update::Done(summary) => {
                 assert_eq!(summary.usage.completion_tokens as usize, client.tokens.len());
                 let complete = summary.finish.is_some();

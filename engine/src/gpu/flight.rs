@@ -6,8 +6,10 @@ use baton_kernels::cuda::{
     Buffer, Device, DeviceError, Event, MAX_TOP, Pinned, SamplingOutputs, Slice, Stream,
 };
 use baton_proto::message::Logprobs;
+use half::bf16;
 
 use super::sampling::Answers;
+use crate::pooling::pool;
 use crate::sampler::Sampled;
 
 /// A launched step.
@@ -20,6 +22,8 @@ pub(super) struct Flight {
     pub(super) sampling: Vec<(usize, Option<u32>)>,
     /// Whether layers are told.
     pub(super) watched: bool,
+    /// Chunks whose hidden states are summed, and of how many rows.
+    pub(super) pooling: Vec<(usize, usize)>,
     /// By chunk; they are known at the launch.
     pub(super) prompt_logprobs: Vec<Vec<(u32, Logprobs)>>,
 }
@@ -32,6 +36,8 @@ pub(super) struct Slot {
     /// When keys and values of each layer were written.
     pub(super) layers: Vec<Event>,
     results: Pinned<u32>,
+    /// Hidden states; grows to those of the largest step that wanted some.
+    hidden: Option<Pinned<bf16>>,
 }
 
 impl Slot {
@@ -45,6 +51,7 @@ impl Slot {
             ended: Event::timed(device)?,
             layers: (0..layers).map(|_| Event::new(device)).collect::<Result<_, _>>()?,
             results: Pinned::new(device, rows * ROW_WORDS)?,
+            hidden: None,
         })
     }
 
@@ -52,6 +59,38 @@ impl Slot {
     pub(super) fn took_ms(&self) -> Result<f32, DeviceError> {
         self.ended.synchronize()?;
         self.ended.ms_since(&self.began)
+    }
+
+    /// Copies hidden states to the host.
+    pub(super) fn download_hidden(
+        &mut self,
+        stream: &Stream,
+        values: Slice<'_, bf16>,
+    ) -> Result<(), DeviceError> {
+        if self.hidden.as_ref().is_none_or(|hidden| hidden.len() < values.len()) {
+            self.hidden = Some(Pinned::new(stream.device(), values.len().next_power_of_two())?);
+        }
+        let hidden = self.hidden.as_mut().expect("there is room");
+        stream.download(values, hidden, 0)
+    }
+
+    /// The sums over the hidden states of the step's chunks, once they are here.
+    pub(super) fn pooled(
+        &self,
+        pooling: &[(usize, usize)],
+        width: usize,
+    ) -> Result<Vec<(usize, Vec<f64>)>, DeviceError> {
+        let Some(hidden) = self.hidden.as_ref().filter(|_| !pooling.is_empty()) else {
+            return Ok(Vec::new());
+        };
+        let mut rows = hidden.as_slice()?.chunks(width);
+        let sum = |(chunk, count): &(usize, usize)| {
+            let mut sum = Vec::new();
+            let own = rows.by_ref().take(*count);
+            own.for_each(|row| pool(&mut sum, row.iter().map(|x| x.to_f64())));
+            (*chunk, sum)
+        };
+        Ok(pooling.iter().map(sum).collect())
     }
 
     /// What the rows of the step sampled, once they are here.

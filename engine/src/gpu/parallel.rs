@@ -138,6 +138,10 @@ impl Executor for ParallelModel {
         self.config.vocab_size
     }
 
+    fn hidden_size(&self) -> usize {
+        self.config.hidden
+    }
+
     fn max_model_len(&self) -> usize {
         self.ranks[0].max_model_len()
     }

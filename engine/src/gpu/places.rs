@@ -50,7 +50,8 @@ pub(super) struct Places {
     pub(super) tables: Range<usize>,
     /// Long chunks.
     pub(super) long: Vec<LongRuns>,
-    /// Rows whose logits are wanted: first those that sample. None: every row, in order.
+    /// Rows of which something is wanted: first those that sample, last those whose hidden states
+    /// are summed. None: the logits of every row, in order.
     pub(super) wanted: Option<Range<usize>>,
     pub(super) sampling: sampling::Places,
 }
@@ -178,7 +179,8 @@ fn pack_long(
     packed
 }
 
-/// Rows that sample, then rows of prompts whose log-probabilities are wanted.
+/// Rows that sample, then rows of prompts whose log-probabilities are wanted, then those whose
+/// hidden states are.
 fn wanted(rows: &Rows, step: &Step<'_>) -> Vec<u32> {
     let sampling = rows.sampling.iter().map(|index| last(rows, step, *index));
     let scored = step.chunks.iter().enumerate().filter_map(|(index, chunk)| {
@@ -186,5 +188,9 @@ fn wanted(rows: &Rows, step: &Step<'_>) -> Vec<u32> {
         let first = rows.first[index] + wanted.first_row;
         Some(first..first + wanted.tokens.len())
     });
-    sampling.chain(scored.flatten()).map(|row| row as u32).collect()
+    let pooled = rows.pooling.iter().flat_map(|(index, count)| {
+        let end = last(rows, step, *index) + 1;
+        end - count..end
+    });
+    sampling.chain(scored.flatten()).chain(pooled).map(|row| row as u32).collect()
 }

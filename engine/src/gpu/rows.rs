@@ -13,6 +13,8 @@ pub(super) struct Rows {
     pub(super) count: usize,
     /// Chunks that sample.
     pub(super) sampling: Vec<usize>,
+    /// Chunks whose hidden states are summed, and of how many rows at their ends.
+    pub(super) pooling: Vec<(usize, usize)>,
 }
 
 impl Rows {
@@ -21,6 +23,7 @@ impl Rows {
         for (index, chunk) in step.chunks.iter().enumerate() {
             rows.first.push(rows.count);
             rows.count += chunk.input.rows();
+            rows.pooling.extend(chunk.pool_from.map(|first| (index, chunk.input.rows() - first)));
             if chunk.sample.is_some() {
                 rows.sampling.push(index);
             }

@@ -45,6 +45,10 @@ impl Executor for GpuModel {
         self.config.vocab_size
     }
 
+    fn hidden_size(&self) -> usize {
+        self.config.hidden
+    }
+
     fn max_model_len(&self) -> usize {
         self.max_model_len
     }
@@ -116,10 +120,14 @@ impl GpuModel {
         let mut outcome = Outcome {
             sampled: vec![None; flight.chunks],
             prompt_logprobs: flight.prompt_logprobs,
+            pooled: vec![Vec::new(); flight.chunks],
             took: Duration::from_secs_f64(f64::from(slot.took_ms()?.max(0.0)) / 1e3),
         };
         for (chunk, sampled) in slot.sampled(&flight.sampling)? {
             outcome.sampled[chunk] = Some(sampled);
+        }
+        for (chunk, sum) in slot.pooled(&flight.pooling, self.config.hidden)? {
+            outcome.pooled[chunk] = sum;
         }
         Ok(outcome)
     }
@@ -148,6 +156,7 @@ impl GpuModel {
             let logprobs = sampling.iter().any(|(_, top)| top.is_some());
             let to = &mut self.slots[slot];
             self.results.download(&self.stream, to, sampling.len(), logprobs)?;
+            self.download_hidden(&rows, &places, slot)?;
         }
         self.slots[slot].ended.record(&self.stream)?;
 
@@ -156,8 +165,15 @@ impl GpuModel {
             self.sampled[*index] = Some(row as u32);
         }
         self.launched += 1;
-        let (chunks, watched) = (step.chunks.len(), step.watched);
-        self.flights.push_back(Flight { slot, chunks, sampling, watched, prompt_logprobs });
+        let (chunks, watched, pooling) = (step.chunks.len(), step.watched, rows.pooling);
+        self.flights.push_back(Flight {
+            slot,
+            chunks,
+            sampling,
+            watched,
+            pooling,
+            prompt_logprobs,
+        });
         Ok(())
     }
 
@@ -232,6 +248,20 @@ impl GpuModel {
         let found = scoring.run(&self.pass(), step, count);
         self.scoring = scoring;
         found
+    }
+
+    /// Copies the hidden states that are to be summed, the last of the wanted rows, to the host.
+    fn download_hidden(
+        &mut self,
+        rows: &Rows,
+        places: &Places,
+        slot: usize,
+    ) -> Result<(), DeviceError> {
+        let count: usize = rows.pooling.iter().map(|(_, count)| count).sum();
+        let Some(wanted) = places.wanted.as_ref().filter(|_| count > 0) else { return Ok(()) };
+        let (buffer, end) = (&self.activations.wanted, wanted.len());
+        let hidden = buffer.first(end).slice((end - count) * buffer.width..end * buffer.width);
+        self.slots[slot].download_hidden(&self.stream, hidden)
     }
 
     fn pass(&self) -> Pass<'_> {

@@ -136,6 +136,7 @@ fn rehearse(
             pending: 0,
             allowed: None,
         }),
+        pool_from: None,
     };
     let step = Step { chunks: vec![chunk; sequences], watched: false };
     // SAFETY: nobody else has the cache yet, whose first block is the only one that is used. All

@@ -16,7 +16,7 @@ use super::rows::Rows;
 use crate::config::ModelConfig;
 use crate::forward::{Chunk, Forward};
 
-/// Rows of logits computed at a time, so that the log-probabilities of a long prompt need no
+/// Rows that are told of at a time, so that the log-probabilities of a long prompt need no
 /// buffer of its length.
 const LOGIT_ROWS: usize = 64;
 
@@ -98,6 +98,10 @@ impl Forward for Model {
         self.config.vocab_size
     }
 
+    fn hidden_size(&self) -> usize {
+        self.config.hidden
+    }
+
     fn max_model_len(&self) -> usize {
         self.max_model_len
     }
@@ -107,7 +111,7 @@ impl Forward for Model {
         chunks: &[Chunk<'_>],
         kv: &KvStore,
         after_layer: &mut dyn FnMut(usize) -> ControlFlow<()>,
-        logits: &mut dyn FnMut(usize, &mut [f32]),
+        each: &mut dyn FnMut(usize, &mut [f32]),
     ) -> ControlFlow<()> {
         let context = &Context { config: &self.config, pool: &self.pool, kv, chunks };
         let scratch = &mut self.scratch;
@@ -125,7 +129,7 @@ impl Forward for Model {
             unsafe { scratch.attend(context, index, layer) };
             scratch.feed_forward(context, layer);
         }
-        scratch.score(context, &self.norm, &self.head, logits);
+        scratch.tell(context, &self.norm, &self.head, each);
         ControlFlow::Continue(())
     }
 }
@@ -170,7 +174,7 @@ impl Scratch {
         unsafe { cpu::write_kv(pool, kv, layer, &self.rows.kv, qkv, (k, v)) };
     }
 
-    /// Drops the rows whose logits nobody wants: past the last layer's keys and values, nothing
+    /// Drops the rows of which nobody wants anything: past the last layer's keys and values, nothing
     /// reads them.
     fn keep_wanted(&mut self, context: &Context<'_>) {
         let (hidden, width) = (context.config.hidden, Parts::of(context.config).width);
@@ -221,8 +225,8 @@ impl Scratch {
         cpu::add(pool, stream, update);
     }
 
-    /// Logits of all rows left, some at a time.
-    fn score(
+    /// Hidden states or logits of all rows left, some at a time.
+    fn tell(
         &mut self,
         context: &Context<'_>,
         norm: &[f32],
@@ -230,16 +234,22 @@ impl Scratch {
         each: &mut dyn FnMut(usize, &mut [f32]),
     ) {
         let Context { config, pool, .. } = *context;
-        let stream = &self.stream[..self.rows.len() * config.hidden];
-        for (slice, stream) in stream.chunks(LOGIT_ROWS * config.hidden).enumerate() {
+        let alike = self.rows.hidden.chunk_by(|one, next| one == next);
+        let mut first = 0;
+        for rows in alike.flat_map(|rows| rows.chunks(LOGIT_ROWS)) {
+            let end = first + rows.len();
+            let stream = &self.stream[first * config.hidden..end * config.hidden];
             let normed = sized(&mut self.normed, stream.len());
             cpu::rms_norm(pool, stream, norm, config.norm_eps, normed);
-            let rows = stream.len() / config.hidden;
-            let logits = sized(&mut self.logits, rows * config.vocab_size);
-            cpu::matmul(pool, normed, head, logits);
-            for (row, logits) in logits.chunks_mut(config.vocab_size).enumerate() {
-                each(slice * LOGIT_ROWS + row, logits);
-            }
+            let (values, width) = if rows[0] {
+                (normed, config.hidden)
+            } else {
+                let logits = sized(&mut self.logits, rows.len() * config.vocab_size);
+                cpu::matmul(pool, normed, head, logits);
+                (logits, config.vocab_size)
+            };
+            (first..).zip(values.chunks_mut(width)).for_each(|(row, values)| each(row, values));
+            first = end;
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use baton_kernels::cpu::KvRow;
 
-use crate::forward::{Chunk, Wanted};
+use crate::forward::Chunk;
 
 /// Where each row of a batch comes from and goes to.
 #[derive(Default)]
@@ -13,8 +13,10 @@ pub(super) struct Rows {
     pub(super) chunks: Vec<usize>,
     /// Where each row's key and value go.
     pub(super) kv: Vec<KvRow>,
-    /// Rows whose logits are wanted.
+    /// Rows of which something is wanted.
     pub(super) wanted: Vec<usize>,
+    /// Of each of these: it is the hidden state, and not logits.
+    pub(super) hidden: Vec<bool>,
 }
 
 impl Rows {
@@ -33,12 +35,9 @@ impl Rows {
                     slot: (position % block_tokens) as u32,
                 });
             }
-            let end = self.tokens.len();
-            match chunk.logits {
-                Wanted::None => {}
-                Wanted::Last => self.wanted.push(end - 1),
-                Wanted::All => self.wanted.extend(first..end),
-            }
+            let wanted = chunk.wanted.rows(chunk.tokens.len());
+            self.wanted.extend(wanted.map(|row| first + row));
+            self.hidden.resize(self.wanted.len(), chunk.wanted.is_hidden());
         }
     }
 
@@ -64,5 +63,6 @@ impl Rows {
         self.chunks.clear();
         self.kv.clear();
         self.wanted.clear();
+        self.hidden.clear();
     }
 }

@@ -2,10 +2,13 @@
 
 use std::time::Duration;
 
-use baton_proto::message::{Logprobs, TokenEvent};
+use baton_proto::message::{Logprobs, Retry, TokenEvent};
 
 use super::{Event, Plan, PlannedChunk, Scheduler};
 use crate::events::Kind;
+#[cfg(doc)]
+use crate::executor::StepChunk;
+use crate::pooling::{embedding, pool};
 use crate::sampler::Sampled;
 
 /// The results of a computed plan.
@@ -16,6 +19,9 @@ pub struct Outcome {
     pub sampled: Vec<Option<Sampled>>,
     /// For every chunk, log-probabilities of the prompt that follow those which its sequence has.
     pub prompt_logprobs: Vec<Vec<(u32, Logprobs)>>,
+    /// For every chunk, the sum over the hidden states that it [pools](StepChunk::pool_from);
+    /// otherwise empty.
+    pub pooled: Vec<Vec<f64>>,
     /// How long the step took.
     pub took: Duration,
 }
@@ -30,16 +36,19 @@ impl Scheduler {
         self.land();
         let mut tokens = Vec::with_capacity(plan.chunks.len());
         let mut over = Vec::new();
-        let results = outcome.sampled.into_iter().zip(outcome.prompt_logprobs);
+        let results = outcome.sampled.into_iter().zip(outcome.prompt_logprobs).zip(outcome.pooled);
         assert_eq!(plan.chunks.len(), results.len(), "an outcome has an entry per chunk");
         let per_token = outcome.took.div_f64(plan.tokens().max(1) as f64);
-        for (chunk, (sampled, prompt_logprobs)) in plan.chunks.iter().zip(results) {
+        for (chunk, ((sampled, prompt_logprobs), pooled)) in plan.chunks.iter().zip(results) {
             // Sequences share a step; what the others computed is not this one's time.
             let share = per_token.mul_f64(chunk.tokens as f64);
             if self.is_over(chunk) {
                 continue;
             }
             self.computed(chunk, prompt_logprobs, share);
+            if chunk.wanted.is_hidden() {
+                self.pooled(chunk, pooled);
+            }
             if chunk.samples {
                 let sampled = sampled.expect("a chunk that samples has a token");
                 let token = self.sampled(chunk, sampled);
@@ -75,6 +84,24 @@ impl Scheduler {
             }
         }
         self.cache_full_blocks(chunk.number);
+    }
+
+    /// Hidden states of an embedding came; with the last ones it ends.
+    fn pooled(&mut self, chunk: &PlannedChunk, sum: Vec<f64>) {
+        let sequence = self.sequences.get_mut(&chunk.number).expect("planned sequences are here");
+        let Kind::Embed(pooling) = sequence.kind else { return };
+        pool(&mut sequence.pooled, sum.into_iter());
+        let tokens = sequence.tokens.len();
+        if chunk.end() < tokens {
+            return;
+        }
+        let Some(values) = embedding(pooling, &sequence.pooled, tokens) else {
+            let reason = "the embedding has elements that are not finite".to_owned();
+            return self.fail(chunk.number, reason, Retry::Never);
+        };
+        let prefill = sequence.prefill;
+        self.events.push(Event::Embedded { id: chunk.id, values, prefill });
+        self.end(chunk.number);
     }
 
     fn sampled(&mut self, chunk: &PlannedChunk, sampled: Sampled) -> TokenEvent {

@@ -34,8 +34,8 @@ pub struct PlannedChunk {
     pub pending: Option<usize>,
     /// How many tokens.
     pub tokens: usize,
-    /// Rows whose logits are needed.
-    pub logits: Wanted,
+    /// What is needed of its rows.
+    pub wanted: Wanted,
     /// A token is sampled from the last row.
     pub samples: bool,
     /// The sequence generates; otherwise the chunk is a part of its prompt.
@@ -139,6 +139,7 @@ impl Scheduler {
         let sequence = self.sequences.get_mut(&number).expect("running sequences are here");
         release_blocks(&mut self.cache, sequence);
         (sequence.computed, sequence.planned, sequence.cached_blocks) = (0, 0, 0);
+        sequence.pooled.clear();
         sequence.phase = Phase::Waiting;
         // Until it is admitted again all its tokens count as a prompt to compute.
         sequence.admitted_tokens = sequence.tokens.len();
@@ -213,7 +214,7 @@ impl Scheduler {
     /// Sequences that may each need one more block soon.
     pub(super) fn growing(&self) -> usize {
         let admitted = self.running.iter().chain(&self.importing);
-        admitted.filter(|number| self.sequences[number].kind != Kind::Export).count()
+        admitted.filter(|number| self.sequences[number].grows()).count()
     }
 
     /// Tells the first admission of a sequence, and leases its blocks if it is for a transfer.
@@ -224,15 +225,16 @@ impl Scheduler {
         }
         let Sequence { id, kind, cached_blocks, arrived, .. } = *sequence;
         let lease = match kind {
-            Kind::Local => Vec::new(),
-            _ => sequence.blocks.clone(),
+            Kind::Local | Kind::Embed(_) => None,
+            _ => Some(sequence.blocks.clone()),
         };
-        if kind != Kind::Local {
-            for &block in &lease {
+        if let Some(lease) = &lease {
+            for &block in lease {
                 self.cache.retain(block, User::Transfer);
             }
             self.leases.insert(id, Lease { blocks: lease.clone(), ended: false });
         }
+        let lease = lease.unwrap_or_default();
         let queued = now.saturating_duration_since(arrived);
         self.events.push(Event::Admitted { id, kind, lease, cached_blocks, queued });
     }
@@ -255,15 +257,17 @@ fn plan_prefill(plan: &mut Plan, budget: &mut usize, number: u64, sequence: &Seq
 
 fn planned(number: u64, sequence: &Sequence, tokens: usize) -> PlannedChunk {
     let (start, end) = (sequence.planned, sequence.planned + tokens);
-    let samples = end == sequence.length();
+    let pools = sequence.pools_from(start, end);
+    let samples = end == sequence.length() && !sequence.embeds();
     let pending = (sequence.pending > 0).then_some(sequence.chunk);
     // The row of a position has the log-probabilities of the next one.
     let prompt_rows = sequence.prompt_logprobs.is_some() && start + 1 < sequence.prompt_tokens;
-    let logits = match (prompt_rows, samples) {
-        (true, _) => Wanted::All,
-        (false, true) => Wanted::Last,
-        (false, false) => Wanted::None,
+    let wanted = match (pools, prompt_rows, samples) {
+        (Some(first), ..) => Wanted::Hidden(first),
+        (None, true, _) => Wanted::All,
+        (None, false, true) => Wanted::Last,
+        (None, false, false) => Wanted::None,
     };
     let decode = sequence.decoding();
-    PlannedChunk { id: sequence.id, number, start, pending, tokens, logits, samples, decode }
+    PlannedChunk { id: sequence.id, number, start, pending, tokens, wanted, samples, decode }
 }

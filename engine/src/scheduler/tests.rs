@@ -1,5 +1,6 @@
 use std::collections::{BTreeMap, BTreeSet};
 
+use baton_proto::embedding::Pooling;
 use baton_proto::hash::CacheSalt;
 use baton_proto::ids::RequestId;
 use baton_proto::message::NodeFinish;
@@ -7,6 +8,7 @@ use baton_proto::sampling::SamplingParams;
 use proptest::prelude::*;
 
 use super::*;
+use crate::forward::Wanted;
 use crate::sampler::Sampled;
 
 const BLOCK_TOKENS: usize = 4;
@@ -109,11 +111,12 @@ impl Rig {
     }
 
     fn finish(&mut self) {
-        let (plan, tokens) = self.device.finish();
+        let (plan, (tokens, pooled)) = self.device.finish();
         let sampled = |token: Option<u32>| token.map(|token| Sampled { token, logprobs: None });
         let outcome = Outcome {
             sampled: tokens.into_iter().map(sampled).collect(),
             prompt_logprobs: vec![Vec::new(); plan.chunks.len()],
+            pooled,
             took: Duration::from_millis(1),
         };
         self.scheduler.complete(&plan, outcome);
@@ -135,6 +138,14 @@ impl Rig {
         tokens.iter().map(|token| token.token).collect()
     }
 
+    fn embeddings(&self, id: TransferId) -> Vec<&[f32]> {
+        let embedded = self.events.iter().filter_map(|event| match event {
+            Event::Embedded { id: its, values, .. } if *its == id => Some(&values[..]),
+            _ => None,
+        });
+        embedded.collect()
+    }
+
     fn ends(&self, id: TransferId) -> usize {
         let ends = |event: &&Event| match event {
             Event::Ended { id: ended } | Event::Failed { id: ended, .. } => *ended == id,
@@ -145,6 +156,7 @@ impl Rig {
 }
 
 mod device;
+mod embed;
 mod guided;
 mod pull;
 mod random;

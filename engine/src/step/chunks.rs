@@ -1,6 +1,7 @@
 //! What a device is told of a planned chunk.
 
 use crate::executor::{Input, PromptLogprobs, Sample, StepChunk};
+use crate::forward::Wanted;
 use crate::scheduler::{PlannedChunk, Scheduler};
 use crate::sequence::Sequence;
 
@@ -23,6 +24,10 @@ pub(super) fn step_chunk<'a>(scheduler: &'a Scheduler, planned: &PlannedChunk) -
         blocks: &sequence.blocks,
         prompt_logprobs: prompt_logprobs(sequence, planned),
         sample: planned.samples.then_some(sample),
+        pool_from: match planned.wanted {
+            Wanted::Hidden(first) => Some(first),
+            _ => None,
+        },
     }
 }
 

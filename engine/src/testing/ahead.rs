@@ -38,6 +38,7 @@ struct Owned {
     prompt_logprobs: Option<(usize, Vec<u32>, usize)>,
     sample: Option<(SamplingParams, Vec<u32>, Vec<u32>)>,
     allowed: Option<TokenMask>,
+    pool_from: Option<usize>,
 }
 
 impl<F: Forward> Ahead<F> {
@@ -60,6 +61,10 @@ impl<F: Forward> Executor for Ahead<F> {
 
     fn vocab_size(&self) -> usize {
         self.inner.vocab_size()
+    }
+
+    fn hidden_size(&self) -> usize {
+        self.inner.hidden_size()
     }
 
     fn max_model_len(&self) -> usize {
@@ -132,6 +137,7 @@ impl Owned {
             prompt_logprobs: chunk.prompt_logprobs.map(prompt_logprobs),
             sample: chunk.sample.map(sample),
             allowed: chunk.sample.and_then(|sample| sample.allowed.cloned()),
+            pool_from: chunk.pool_from,
         }
     }
 
@@ -154,6 +160,7 @@ impl Owned {
                 pending: 0,
                 allowed: self.allowed.as_ref(),
             }),
+            pool_from: self.pool_from,
         }
     }
 }

@@ -161,6 +161,10 @@ impl Executor for Behind {
         self.executor.vocab_size()
     }
 
+    fn hidden_size(&self) -> usize {
+        self.executor.hidden_size()
+    }
+
     fn max_model_len(&self) -> usize {
         self.executor.max_model_len()
     }

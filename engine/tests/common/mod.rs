@@ -89,7 +89,7 @@ impl Runner {
         (0..self.blocks_per_sequence).map(|i| (i * self.sequences + sequence) as u32).collect()
     }
 
-    /// Runs one step; the wanted rows' logits, in order.
+    /// Runs one step; the wanted rows' logits or hidden states, in order.
     pub fn step(&mut self, parts: &[Part<'_>]) -> Vec<Vec<f32>> {
         let blocks: Vec<_> = parts.iter().map(|part| self.blocks(part.sequence)).collect();
         let chunks: Vec<_> = std::iter::zip(parts, &blocks)
@@ -97,7 +97,7 @@ impl Runner {
                 tokens: part.tokens,
                 start: part.start,
                 blocks,
-                logits: part.wanted,
+                wanted: part.wanted,
             })
             .collect();
         let (mut layers, mut rows) = (Vec::new(), Vec::new());

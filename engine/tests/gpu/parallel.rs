@@ -70,6 +70,7 @@ fn a_device_that_fails_ends_the_steps_of_all() {
         blocks: &blocks,
         prompt_logprobs: None,
         sample: None,
+        pool_from: None,
     };
     gpus.launch(&Step { chunks: vec![chunk], watched: false });
     fail_streams(&devices[7]);

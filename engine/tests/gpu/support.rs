@@ -238,6 +238,7 @@ impl Gpu {
                 blocks: &tables[i],
                 prompt_logprobs: None,
                 sample: Some(Sample { params, prompt, output, pending, allowed: None }),
+                pool_from: None,
             }
         });
         let chunks = chunks.collect();
@@ -262,6 +263,7 @@ impl Gpu {
                 blocks: &blocks,
                 prompt_logprobs: Some(PromptLogprobs { first_row: 0, tokens: next, top: 1 }),
                 sample: None::<Sample<'_>>,
+                pool_from: None,
             };
             self.launch(&Step { chunks: vec![chunk], watched: false });
             let outcome = self.finish();

@@ -1,5 +1,6 @@
 //! The engine as its users see it, with a model whose tokens depend on every KV byte it reads.
 
+mod embedding;
 mod grammar;
 mod staged;
 mod support;

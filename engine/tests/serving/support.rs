@@ -342,6 +342,10 @@ impl Executor for Failing {
         self.inner.vocab_size()
     }
 
+    fn hidden_size(&self) -> usize {
+        self.inner.hidden_size()
+    }
+
     fn max_model_len(&self) -> usize {
         self.inner.max_model_len()
     }

@@ -81,6 +81,15 @@ pub enum Input {
         /// `(token, its log-probabilities)`.
         tokens: Vec<(u32, Logprobs)>,
     },
+    /// Engine: the embedding of a prompt.
+    Embedded {
+        /// The job.
+        id: TransferId,
+        /// The vector.
+        values: Vec<f32>,
+        /// Time spent computing the prompt.
+        prefill: Duration,
+    },
     /// Engine: the job ended without a result, or was not even taken.
     Failed {
         /// The job.

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::{InvalidMessage, bytes16, invalid, job_id, pull_id, required, role, transfer_id};
+use crate::embedding::Pooling;
 use crate::grammar::Grammar;
 use crate::hash::CacheSalt;
 use crate::message::{Command, Job, Pull};
@@ -180,6 +181,35 @@ fn decode(message: wire::Decode) -> Result<Command, InvalidMessage> {
     Ok(Command::Decode { job, prefill: message.prefill.map(TryInto::try_into).transpose()?, pull })
 }
 
+fn embed(message: wire::Embed) -> Result<Command, InvalidMessage> {
+    let Ok(pooling) = wire::Pooling::try_from(message.pooling) else {
+        return invalid(format!("embed.pooling is {}", message.pooling));
+    };
+    let job: Job = required(message.job, "embed.job")?.try_into()?;
+    if job.prompt_tokens < job.tokens.len() {
+        return invalid("embed.job has output");
+    }
+    Ok(Command::Embed { job, pooling: pooling.into() })
+}
+
+impl From<Pooling> for wire::Pooling {
+    fn from(pooling: Pooling) -> Self {
+        match pooling {
+            Pooling::Last => Self::Last,
+            Pooling::Mean => Self::Mean,
+        }
+    }
+}
+
+impl From<wire::Pooling> for Pooling {
+    fn from(pooling: wire::Pooling) -> Self {
+        match pooling {
+            wire::Pooling::Last => Self::Last,
+            wire::Pooling::Mean => Self::Mean,
+        }
+    }
+}
+
 fn serve(message: wire::Serve) -> Result<Command, InvalidMessage> {
     if message.tokens.is_empty() {
         return invalid("serve.tokens is empty");
@@ -204,6 +234,10 @@ impl From<Command> for wire::ToNode {
                 job: Some(job.into()),
                 prefill: prefill.map(Into::into),
                 pull: pull.map(Into::into),
+            }),
+            Command::Embed { job, pooling } => Down::Embed(wire::Embed {
+                job: Some(job.into()),
+                pooling: wire::Pooling::from(pooling).into(),
             }),
             Command::Serve { id, tokens, salt, to } => Down::Serve(wire::Serve {
                 id: Some(id.into()),
@@ -230,6 +264,7 @@ impl TryFrom<wire::ToNode> for Command {
             Down::Welcome(_) => invalid("a second welcome"),
             Down::Prefill(message) => prefill(message),
             Down::Decode(message) => decode(message),
+            Down::Embed(message) => embed(message),
             Down::Serve(message) => serve(message),
             Down::Cancel(cancel) => Ok(Self::Cancel(transfer_id(cancel.id)?)),
             Down::SendSnapshot(_) => Ok(Self::SendSnapshot),

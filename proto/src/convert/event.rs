@@ -4,6 +4,7 @@ use super::{
     InvalidMessage, as_ms, bytes16, duration_ms, hash_bytes, hashes, invalid, job_id, required,
     role, transfer_id,
 };
+use crate::embedding::MAX_HIDDEN_SIZE;
 use crate::hash::ModelRoot;
 use crate::ids::Epoch;
 use crate::message::{
@@ -28,6 +29,7 @@ impl From<Hello> for wire::FromNode {
             kv_address: hello.kv_address,
             transports: hello.transports,
             price: hello.price,
+            hidden_size: hello.hidden_size,
         };
         Self { message: Some(Up::Hello(hello)) }
     }
@@ -50,6 +52,9 @@ impl TryFrom<wire::FromNode> for Hello {
         if hello.vocab_size == 0 || hello.max_model_len == 0 {
             return invalid("hello.vocab_size and hello.max_model_len must be above 0");
         }
+        if !(1..=MAX_HIDDEN_SIZE).contains(&hello.hidden_size) {
+            return invalid(format!("hello.hidden_size must be from 1 to {MAX_HIDDEN_SIZE}"));
+        }
         Ok(Self {
             role: role(&hello.role, "hello.role")?,
             epoch: Epoch(hello.epoch),
@@ -62,6 +67,7 @@ impl TryFrom<wire::FromNode> for Hello {
             kv_address: hello.kv_address,
             transports: hello.transports,
             price: price(hello.price)?,
+            hidden_size: hello.hidden_size,
         })
     }
 }
@@ -213,6 +219,18 @@ impl TryFrom<wire::Report> for Report {
     }
 }
 
+/// Whether there are as many as the model's hidden states have is the coordinator's to know.
+fn embedding(values: Vec<f32>) -> Result<Vec<f32>, InvalidMessage> {
+    let count = values.len();
+    if count == 0 || count > MAX_HIDDEN_SIZE as usize {
+        return invalid(format!("embedded.values has {count}; most are {MAX_HIDDEN_SIZE}"));
+    }
+    match values.iter().find(|value| !value.is_finite()) {
+        Some(value) => invalid(format!("embedded.values contains {value}")),
+        None => Ok(values),
+    }
+}
+
 impl From<NodeEvent> for wire::FromNode {
     fn from(event: NodeEvent) -> Self {
         let message = match event {
@@ -240,6 +258,11 @@ impl From<NodeEvent> for wire::FromNode {
                     .collect();
                 Up::PromptLogprobs(wire::PromptLogprobs { id: Some(id.into()), tokens })
             }
+            NodeEvent::Embedded { id, values, prefill } => Up::Embedded(wire::Embedded {
+                id: Some(id.into()),
+                values,
+                prefill_ms: as_ms(prefill),
+            }),
             NodeEvent::Transferred { id, hidden, exposed, bytes, blocks } => {
                 Up::Transferred(wire::Transferred {
                     id: Some(id.into()),
@@ -296,6 +319,11 @@ impl TryFrom<wire::FromNode> for NodeEvent {
                     .into_iter()
                     .map(|t| Ok((t.token, required(t.logprobs, "prompt.logprobs")?.into())))
                     .collect::<Result<_, InvalidMessage>>()?,
+            },
+            Up::Embedded(embedded) => Self::Embedded {
+                id: job_id(embedded.id)?,
+                values: embedding(embedded.values)?,
+                prefill: duration_ms(embedded.prefill_ms, "embedded.prefill_ms")?,
             },
             Up::Transferred(done) => Self::Transferred {
                 id: transfer_id(done.id)?,

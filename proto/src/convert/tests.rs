@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::*;
+use crate::embedding::{MAX_HIDDEN_SIZE, Pooling};
 use crate::grammar::Grammar;
 use crate::hash::{CacheSalt, ModelRoot};
 use crate::message::{
@@ -29,6 +30,11 @@ fn job() -> Job {
         deadline: Some(Duration::from_millis(1500)),
         trace: Some(TraceContext { trace: 1 << 90, span: 7, sampled: true }),
     }
+}
+
+/// A job without output.
+fn prompt() -> Job {
+    Job { prompt_tokens: 3, ..job() }
 }
 
 fn guided(grammar: Grammar) -> Command {
@@ -57,6 +63,8 @@ fn commands_survive_the_wire() {
             prefill: None,
             pull: None,
         },
+        Command::Embed { job: prompt(), pooling: Pooling::Last },
+        Command::Embed { job: prompt(), pooling: Pooling::Mean },
         Command::Serve { id: job().id.pull(), tokens: vec![5], salt: job().salt, to: peer() },
         Command::Serve { id: job().id.pull(), tokens: vec![5], salt: CacheSalt(None), to: peer() },
         guided(Grammar::JsonSchema("{}".into())),
@@ -110,6 +118,7 @@ fn events_survive_the_wire() {
             token,
         ]),
         NodeEvent::PromptLogprobs { id, tokens: vec![(8, logprobs)] },
+        NodeEvent::Embedded { id, values: vec![0.5, -2.0], prefill: Duration::from_millis(9) },
         NodeEvent::Transferred {
             id,
             hidden: Duration::from_millis(8),
@@ -150,6 +159,7 @@ fn introduction(price: f64) -> Hello {
         geometry,
         max_model_len: 64,
         vocab_size: 1000,
+        hidden_size: 16,
         total_blocks: 10,
         kv_address: "127.0.0.1:1".to_owned(),
         transports: vec!["quic".to_owned()],
@@ -168,6 +178,36 @@ fn an_introduction_survives_the_wire_and_its_price_is_checked() {
         let error = received(wrong).unwrap_err().to_string();
         assert!(error.contains("hello.price is"), "{error}");
     }
+}
+
+#[test]
+fn an_embedding_has_a_size_and_finite_numbers() {
+    let received = |values| {
+        let embedded = wire::Embedded { id: Some(job().id.into()), values, prefill_ms: 1.0 };
+        let message = wire::FromNode { message: Some(Up::Embedded(embedded)) };
+        NodeEvent::try_from(message).map(|_| ()).map_err(|error| error.to_string())
+    };
+    assert_eq!(received(vec![1.0; MAX_HIDDEN_SIZE as usize]), Ok(()));
+    for (wrong, why) in [
+        (Vec::new(), "embedded.values has 0; most are 65536"),
+        (vec![1.0; MAX_HIDDEN_SIZE as usize + 1], "embedded.values has 65537; most are 65536"),
+        (vec![1.0, f32::NAN], "embedded.values contains NaN"),
+    ] {
+        assert_eq!(received(wrong), Err(format!("invalid message: {why}")));
+    }
+    for hidden_size in [0, MAX_HIDDEN_SIZE + 1] {
+        let hello = Hello { hidden_size, ..introduction(1.0) };
+        let error = Hello::try_from(wire::FromNode::from(hello)).unwrap_err().to_string();
+        assert!(error.contains("hello.hidden_size"), "{error}");
+    }
+}
+
+#[test]
+fn only_a_prompt_is_embedded() {
+    use wire::to_node::Message as Down;
+    let embed = |job: Job, pooling| Down::Embed(wire::Embed { job: Some(job.into()), pooling });
+    assert!(refused(embed(job(), 0)).contains("embed.job has output"));
+    assert!(refused(embed(prompt(), 2)).contains("embed.pooling is 2"));
 }
 
 fn refused(message: wire::to_node::Message) -> String {

@@ -4,10 +4,11 @@ use std::time::{Duration, Instant};
 
 use baton_coordinator::core::{RequestError, SubmitError, Update};
 use baton_coordinator::placement::Standing;
+use baton_proto::embedding::Pooling;
 use baton_proto::message::NodeFinish;
 use baton_proto::sampling::SamplingParams;
 
-use super::memory::Oracle;
+use super::memory::{HIDDEN_SIZE, Oracle};
 
 /// What a client does of its own accord.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -27,6 +28,8 @@ pub(crate) enum Plan {
 pub(crate) struct Question {
     pub(crate) prompt: Vec<u32>,
     pub(crate) sampling: SamplingParams,
+    /// It wants an embedding, and no tokens.
+    pub(crate) embed: Option<Pooling>,
     pub(crate) standing: Standing,
     pub(crate) deadline: Option<Duration>,
     pub(crate) plan: Plan,
@@ -49,6 +52,7 @@ pub(crate) enum Ended {
 pub(crate) struct Client {
     pub(crate) question: Question,
     pub(crate) expected: Vec<u32>,
+    expected_embedding: Vec<f32>,
     pub(crate) asked: Instant,
     /// Submissions so far, each with an id of its own.
     pub(crate) submissions: u32,
@@ -56,6 +60,7 @@ pub(crate) struct Client {
     pub(crate) coordinator: Option<usize>,
     pub(crate) tokens: Vec<u32>,
     heard_logprobs: bool,
+    heard_embedding: bool,
     /// It has told the coordinator that it wants no more.
     pub(crate) leaving: bool,
     pub(crate) ended: Option<Ended>,
@@ -88,7 +93,7 @@ impl Client {
         max_model_len: usize,
         now: Instant,
     ) -> Self {
-        question.prompt.iter().for_each(|&token| oracle.push(token));
+        let expected_embedding = embedding(&question, &mut oracle);
         let (mut expected, sampling) = (Vec::new(), &question.sampling);
         loop {
             let token = oracle.next();
@@ -105,11 +110,13 @@ impl Client {
         Self {
             question,
             expected,
+            expected_embedding,
             asked: now,
             submissions: 0,
             coordinator: None,
             tokens: Vec::new(),
             heard_logprobs: false,
+            heard_embedding: false,
             leaving: false,
             ended: None,
             first_token: None,
@@ -124,7 +131,7 @@ impl Client {
         self.submissions += 1;
         self.coordinator = Some(coordinator);
         self.tokens.clear();
-        (self.heard_logprobs, self.first_token) = (false, None);
+        (self.heard_logprobs, self.heard_embedding, self.first_token) = (false, false, None);
     }
 
     /// The request was not accepted.
@@ -180,6 +187,16 @@ impl Client {
                 let tokens: Vec<u32> = logprobs.iter().map(|(token, _)| *token).collect();
                 assert_eq!(tokens, self.question.prompt[1..], "log-probabilities of the prompt");
                 Reaction::None
+            }
+            Update::Embedding(values) => {
+                assert!(!std::mem::replace(&mut self.heard_embedding, true), "embedded twice");
+                assert_eq!(values, self.expected_embedding, "the embedding of the prompt");
+                Reaction::None
+            }
+            Update::Done(summary) if self.question.embed.is_some() => {
+                assert!(self.heard_embedding && self.tokens.is_empty(), "an embedding, no tokens");
+                self.summary = Some(summary);
+                self.end(Ended::Complete)
             }
             Update::Done(summary) => {
                 let complete = summary.finish.is_some();
@@ -237,6 +254,24 @@ impl Client {
             Plan::LeaveAt(count) if have >= count && !self.leaving => Reaction::Leave,
             Plan::SatisfiedAt(count) if have >= count && !self.leaving => Reaction::Satisfied,
             _ => Reaction::None,
+        }
+    }
+}
+
+/// Shows the prompt to the oracle; what its embedding is, if one is wanted.
+fn embedding(question: &Question, oracle: &mut Oracle) -> Vec<f32> {
+    let mut sum = [0.0; HIDDEN_SIZE];
+    for &token in &question.prompt {
+        oracle.push(token);
+        for (sum, value) in sum.iter_mut().zip(oracle.hidden()) {
+            *sum += f64::from(value);
+        }
+    }
+    match question.embed {
+        None => Vec::new(),
+        Some(Pooling::Last) => oracle.hidden().to_vec(),
+        Some(Pooling::Mean) => {
+            sum.iter().map(|sum| (sum / question.prompt.len() as f64) as f32).collect()
         }
     }
 }

@@ -274,7 +274,7 @@ impl Engine {
         let layers = self.info.geometry.layers as usize;
         for event in events {
             if let Event::Admitted { id, kind, lease, cached_blocks, .. } = &event
-                && *kind != Kind::Local
+                && !matches!(kind, Kind::Local | Kind::Embed(_))
             {
                 let reads = matches!(kind, Kind::Export | Kind::Serve);
                 let readable = if reads { *cached_blocks } else { 0 };

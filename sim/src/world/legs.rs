@@ -18,7 +18,9 @@ impl Legs {
     /// The coordinator sends `command`.
     pub(crate) fn sent(&mut self, node: usize, epoch: Epoch, command: &Command) {
         match command {
-            Command::Prefill { job, .. } | Command::Decode { job, .. } => {
+            Command::Prefill { job, .. }
+            | Command::Decode { job, .. }
+            | Command::Embed { job, .. } => {
                 let new = self.open.insert((job.id, node, epoch));
                 assert!(new, "{} is sent to node {node} twice", job.id);
                 if matches!(command, Command::Decode { .. }) {
@@ -35,7 +37,9 @@ impl Legs {
     /// The coordinator is about to hear `event`.
     pub(crate) fn hears(&mut self, node: usize, epoch: Epoch, event: &NodeEvent) {
         match event {
-            NodeEvent::Failed { id, .. } | NodeEvent::Transferred { id, .. } => {
+            NodeEvent::Failed { id, .. }
+            | NodeEvent::Transferred { id, .. }
+            | NodeEvent::Embedded { id, .. } => {
                 self.open.remove(&(*id, node, epoch));
             }
             NodeEvent::Tokens(tokens) => {

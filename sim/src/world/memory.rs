@@ -132,10 +132,23 @@ impl Oracle {
         self.last_row = row;
     }
 
+    /// The hidden state of the last token.
+    pub(crate) fn hidden(&self) -> [f32; HIDDEN_SIZE] {
+        hidden(self.last_row)
+    }
+
     /// What comes next.
     pub(crate) fn next(&self) -> u32 {
         next_token(self.last_row, self.vocab)
     }
+}
+
+/// Elements of a hidden state.
+pub(crate) const HIDDEN_SIZE: usize = 2;
+
+/// The hidden state of a token: small whole numbers, so that sums of them are exact.
+pub(crate) fn hidden(row: u64) -> [f32; HIDDEN_SIZE] {
+    [(row & 0xffff) as f32, (row >> 16 & 0xffff) as f32]
 }
 
 /// A request's tokens when nobody says which.

@@ -388,15 +388,25 @@ impl World {
         }
         let coordinator = up[self.net.random.usize(..up.len())];
         client.ask(coordinator);
-        let Question { prompt, sampling, standing, .. } = client.question.clone();
+        let Question { prompt, sampling, embed, standing, .. } = client.question.clone();
         let salt = CacheSalt::default();
         let chain = self.root.chain(salt, &prompt, self.block_tokens);
         let id = request_id(number, client.submissions);
         let model = "demo".to_owned();
         let tokens = prompt.into();
         let (tenant, trace) = Default::default();
-        let request =
-            NewRequest { id, model, tokens, sampling, salt, standing, tenant, deadline, trace };
+        let request = NewRequest {
+            id,
+            model,
+            tokens,
+            sampling,
+            embed,
+            salt,
+            standing,
+            tenant,
+            deadline,
+            trace,
+        };
         let process = self.coordinators[coordinator].as_mut().expect("it is up");
         let (result, updates) = process.submit(number, request, chain, &mut self.net);
         if let Err(error) = result {

@@ -114,6 +114,7 @@ impl Node {
             geometry: info.geometry,
             max_model_len: info.max_model_len as u32,
             vocab_size: info.vocab_size as u32,
+            hidden_size: info.hidden_size as u32,
             total_blocks: info.kv_blocks as u64,
             kv_address: format!("node-{}:1", self.index),
             transports: vec!["quic".to_owned()],
@@ -235,7 +236,9 @@ impl Node {
     fn watch(&mut self, wire: WireId, command: &Command) {
         match command {
             _ if !self.spec.watched => {}
-            Command::Prefill { job, .. } | Command::Decode { job, .. } => {
+            Command::Prefill { job, .. }
+            | Command::Decode { job, .. }
+            | Command::Embed { job, .. } => {
                 self.owners.entry(job.id).or_insert(wire);
             }
             Command::Cancel(id) if self.owners.get(id) == Some(&wire) => {
@@ -262,6 +265,9 @@ impl Node {
                 News::Event(Told::Tokens(tokens)) => Input::Tokens(tokens),
                 News::Event(Told::PromptLogprobs { id, tokens }) => {
                     Input::PromptLogprobs { id, tokens }
+                }
+                News::Event(Told::Embedded { id, values, prefill }) => {
+                    Input::Embedded { id, values, prefill }
                 }
                 News::Event(Told::Failed { id, reason, retry }) => {
                     Input::Failed { id, reason, retry }

@@ -9,6 +9,7 @@ use baton_coordinator::requests::Limits as RequestLimits;
 use baton_engine::EngineInfo;
 use baton_engine::scheduler::Limits;
 use baton_kvtransfer::Timing;
+use baton_proto::embedding::Pooling;
 use baton_proto::geometry::{KvDtype, KvGeometry};
 use baton_proto::hash::ModelRoot;
 use baton_proto::ids::Role;
@@ -18,7 +19,7 @@ use fastrand::Rng;
 use super::client::{Client, Ended, Plan, Question};
 use super::faults::Fault;
 use super::log::{Log, Logging};
-use super::memory::{Oracle, made_up_tokens};
+use super::memory::{HIDDEN_SIZE, Oracle, made_up_tokens};
 use super::net::{Net, Party, Quality};
 use super::node::NodeSpec;
 use super::{Device, Meddling, World};
@@ -154,6 +155,7 @@ impl Scenario {
             root: ModelRoot::new(&[7; 32], &geometry),
             geometry,
             vocab_size,
+            hidden_size: HIDDEN_SIZE,
             max_model_len,
             kv_blocks,
         };
@@ -280,7 +282,11 @@ impl Scenario {
         let deadline = (dice.u32(..12) == 0).then(|| millis(dice, 10.0, 8000.0));
         let class = one_of(dice, &Class::ALL);
         let standing = Standing { class, tenant: TenantId(dice.u64(..4)) };
-        Question { prompt, sampling, standing, deadline, plan }
+        let pooling = one_of(dice, &[Pooling::Last, Pooling::Mean]);
+        let embed = (dice.u32(..8) == 0).then_some(pooling);
+        let of_embedding = SamplingParams { max_tokens: 1, ..SamplingParams::default() };
+        let sampling = if embed.is_some() { of_embedding } else { sampling };
+        Question { prompt, sampling, embed, standing, deadline, plan }
     }
 
     /// Returns how many.

@@ -3,7 +3,6 @@
 use std::time::Duration;
 
 use baton_coordinator::control::Options;
-use baton_coordinator::placement::Standing;
 use baton_coordinator::requests::Limits as RequestLimits;
 use baton_engine::EngineInfo;
 use baton_engine::scheduler::Limits;
@@ -15,7 +14,7 @@ use baton_proto::sampling::SamplingParams;
 
 use super::client::{Client, Plan, Question};
 use super::log::{Log, Logging};
-use super::memory::{Oracle, made_up_tokens};
+use super::memory::{HIDDEN_SIZE, Oracle, made_up_tokens};
 use super::net::{Net, Quality};
 use super::node::NodeSpec;
 use super::{Device, Meddling, World};
@@ -143,6 +142,7 @@ fn world(settings: &Settings, block_tokens: u32, room: usize) -> World {
         root: ModelRoot::new(&[7; 32], &geometry),
         geometry,
         vocab_size,
+        hidden_size: HIDDEN_SIZE,
         max_model_len: room,
         kv_blocks,
     };
@@ -188,5 +188,6 @@ fn question(asked: &Request, block_tokens: u32) -> Question {
     // What nobody shares begins with the time of its arrival.
     prompt.extend(made_up_tokens(asked.arrival_ms.to_bits(), left, VOCAB));
     let sampling = SamplingParams { max_tokens: asked.output_tokens, ..SamplingParams::default() };
-    Question { prompt, sampling, standing: Standing::default(), deadline: None, plan: Plan::Stay }
+    let (standing, embed, deadline) = Default::default();
+    Question { prompt, sampling, embed, standing, deadline, plan: Plan::Stay }
 }

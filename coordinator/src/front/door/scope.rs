@@ -6,7 +6,7 @@ use serde::Deserialize;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Scope {
-    /// Generating text, and what clients do around it.
+    /// Generating text, embedding it, and what clients do around it.
     Generate,
     /// Looking at the cluster: its nodes, caches, metrics, and all tenants' requests without their
     /// text.
@@ -99,6 +99,7 @@ mod tests {
             ("/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo", Key),
             ("/baton.v1.Inference/Generate", generate),
             ("/vllm.grpc.engine.VllmEngine/Abort", generate),
+            ("/baton.v1.Inference/Embed", generate),
             ("/baton.v1.Cluster/GetStatus", view),
             ("/baton.v1.Cluster/ListNodes", view),
             ("/baton.v1.Cluster/SetRole", operate),
@@ -118,6 +119,7 @@ mod tests {
             ("/metrics", view),
             ("/v1/models", Key),
             ("/v1/chat/completions", generate),
+            ("/v1/embeddings", generate),
             ("/v1/unheard/of", generate),
             ("/tokenize", generate),
         ] {

@@ -111,29 +111,38 @@ const DEFAULT_MAX_TOKENS: u32 = 16;
 
 /// A text, a list of token ids, or a list of either.
 fn prompts(fields: &mut Fields, per_prompt: usize) -> Result<Vec<Input>, ApiError> {
-    let value = fields.take("prompt").ok_or_else(|| ApiError::missing("prompt"))?;
+    let most = MAX_COMPLETIONS / per_prompt;
+    several(fields, "prompt", most, &format!("at most {most} with n = {per_prompt}"))
+}
+
+/// The same as the parameter `name`; `limit` says how many they may be.
+pub(super) fn several(
+    fields: &mut Fields,
+    name: &str,
+    most: usize,
+    limit: &str,
+) -> Result<Vec<Input>, ApiError> {
+    let value = fields.take(name).ok_or_else(|| ApiError::missing(name))?;
     let Value::Array(list) = value else {
-        return Ok(vec![one_prompt("prompt", value)?]);
+        return Ok(vec![one_prompt(name, value)?]);
     };
     if list.is_empty() {
-        return Err(ApiError::invalid("prompt", "prompt is empty"));
+        return Err(ApiError::invalid(name, format!("{name} is empty")));
     }
     if list[0].is_number() {
-        return Ok(vec![one_prompt("prompt", Value::Array(list))?]);
+        return Ok(vec![one_prompt(name, Value::Array(list))?]);
     }
-    let most = MAX_COMPLETIONS / per_prompt;
     if list.len() > most {
-        let limit = format!("at most {most} with n = {per_prompt}");
-        return Err(ApiError::value("prompt", format_args!("{} prompts", list.len()), &limit));
+        return Err(ApiError::value(name, format_args!("{} prompts", list.len()), limit));
     }
     let kind = list[0].is_string();
     let one = |(at, value): (usize, Value)| {
-        let name = format!("prompt[{at}]");
+        let place = format!("{name}[{at}]");
         if value.is_string() != kind {
-            let what = "prompt mixes texts and lists of token ids; send two requests";
-            return Err(ApiError::invalid(&name, what));
+            let what = format!("{name} mixes texts and lists of token ids; send two requests");
+            return Err(ApiError::invalid(&place, what));
         }
-        one_prompt(&name, value)
+        one_prompt(&place, value)
     };
     list.into_iter().enumerate().map(one).collect()
 }

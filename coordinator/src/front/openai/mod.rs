@@ -20,6 +20,7 @@ mod chat;
 mod chat_reply;
 mod completions;
 mod completions_reply;
+mod embeddings;
 mod logprobs;
 mod models;
 mod reply;
@@ -44,6 +45,7 @@ where
     Router::new()
         .route("/v1/chat/completions", post(chat::create))
         .route("/v1/completions", post(completions::create))
+        .route("/v1/embeddings", post(embeddings::create))
         .route("/v1/models", get(models::list))
         .route("/v1/models/{*name}", get(models::retrieve))
         .route("/tokenize", post(tokenize::tokenize))

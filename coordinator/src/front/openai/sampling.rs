@@ -12,7 +12,7 @@ use crate::front::structured::json as structured;
 pub(crate) const MAX_LOGPROBS: u32 = baton_proto::sampling::MAX_LOGPROBS;
 
 /// Labels that clients put on requests; they mean nothing to the answer.
-const LABELS: [&str; 4] = ["user", "metadata", "safety_identifier", "prompt_cache_key"];
+pub(super) const LABELS: [&str; 4] = ["user", "metadata", "safety_identifier", "prompt_cache_key"];
 
 /// How the client wants its answer.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -140,7 +140,7 @@ fn structured_output(fields: &mut Fields) -> Result<Option<StructuredOutput>, Ap
     Ok(wanted.pop())
 }
 
-fn cache_salt(fields: &mut Fields) -> Result<Option<String>, ApiError> {
+pub(super) fn cache_salt(fields: &mut Fields) -> Result<Option<String>, ApiError> {
     match fields.string("cache_salt")? {
         Some(salt) if salt.is_empty() => {
             Err(ApiError::invalid("cache_salt", "cache_salt is empty"))
@@ -150,7 +150,7 @@ fn cache_salt(fields: &mut Fields) -> Result<Option<String>, ApiError> {
 }
 
 /// A class by name or, as in vLLM, a number: the lower, the earlier.
-fn priority(fields: &mut Fields) -> Result<String, ApiError> {
+pub(super) fn priority(fields: &mut Fields) -> Result<String, ApiError> {
     match fields.take("priority") {
         None => Ok(String::new()),
         Some(Value::String(class)) => Ok(class),

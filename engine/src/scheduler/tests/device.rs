@@ -2,8 +2,9 @@
 //! is not written yet, or is overwritten too late, changes what is sampled.
 
 use std::collections::VecDeque;
+use std::ops::Range;
 
-use super::{BLOCK_TOKENS, Plan, PlannedChunk, Scheduler, next_token};
+use super::{BLOCK_TOKENS, Plan, PlannedChunk, Scheduler, Wanted, next_token};
 
 /// What nobody has written as a token.
 pub(super) const GARBAGE: u32 = 99;
@@ -22,7 +23,16 @@ pub(super) struct Step {
     plan: Plan,
     /// Of each chunk: the tokens that are known, and its blocks.
     inputs: Vec<(Vec<u32>, Vec<u32>)>,
-    sampled: Option<Vec<Option<u32>>>,
+    results: Option<Results>,
+}
+
+/// By chunk: what it sampled, and the sum of what it pools.
+type Results = (Vec<Option<u32>>, Vec<Vec<f64>>);
+
+/// The hidden state of a token is what follows it and a one; this is the sum over some.
+pub(super) fn pool(rows: Range<usize>, tokens: &[u32]) -> Vec<f64> {
+    let count = rows.len() as f64;
+    vec![rows.map(|row| f64::from(next_token(&tokens[..=row]))).sum(), count]
 }
 
 impl Device {
@@ -41,24 +51,24 @@ impl Device {
             (known, sequence.blocks.clone())
         };
         let inputs = plan.chunks.iter().map(input).collect();
-        let mut step = Step { plan: plan.clone(), inputs, sampled: None };
+        let mut step = Step { plan: plan.clone(), inputs, results: None };
         if !self.lazy {
             self.compute(&mut step);
         }
         self.flying.push_back(step);
     }
 
-    /// The oldest step and what it sampled.
-    pub(super) fn finish(&mut self) -> (Plan, Vec<Option<u32>>) {
+    /// The oldest step and its results.
+    pub(super) fn finish(&mut self) -> (Plan, Results) {
         let mut step = self.flying.pop_front().unwrap();
-        if step.sampled.is_none() {
+        if step.results.is_none() {
             self.compute(&mut step);
         }
-        (step.plan, step.sampled.unwrap())
+        (step.plan, step.results.unwrap())
     }
 
     fn compute(&mut self, step: &mut Step) {
-        let mut sampled = Vec::new();
+        let (mut sampled, mut pooled) = (Vec::new(), Vec::new());
         for (chunk, (tokens, blocks)) in step.plan.chunks.iter().zip(&step.inputs) {
             let pending = chunk.pending.map(|before| self.sampled[before].unwrap());
             for (i, token) in tokens.iter().copied().chain(pending).enumerate() {
@@ -66,9 +76,13 @@ impl Device {
             }
             let seen: Vec<u32> = (0..chunk.end()).map(|at| *self.slot(blocks, at)).collect();
             sampled.push(chunk.samples.then(|| next_token(&seen)));
+            pooled.push(match chunk.wanted {
+                Wanted::Hidden(first) => pool(chunk.start + first..seen.len(), &seen),
+                _ => Vec::new(),
+            });
         }
         self.sampled.clone_from(&sampled);
-        step.sampled = Some(sampled);
+        step.results = Some((sampled, pooled));
     }
 
     /// Where the token at a position of a sequence lies.

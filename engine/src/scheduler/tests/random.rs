@@ -28,6 +28,8 @@ fn op() -> impl Strategy<Value = Op> {
         2 => Just(Kind::Local),
         2 => Just(Kind::Export),
         2 => Just(Kind::Import),
+        1 => Just(Kind::Embed(Pooling::Last)),
+        1 => Just(Kind::Embed(Pooling::Mean)),
         1 => Just(Kind::Serve),
         1 => Just(Kind::Fetch),
     ];
@@ -56,7 +58,7 @@ fn op() -> impl Strategy<Value = Op> {
 struct World {
     rig: Rig,
     prompts: BTreeMap<TransferId, (Vec<u32>, Kind)>,
-    /// Of jobs that are to be served whole: how many tokens they have.
+    /// Of jobs that are to be served whole: how many tokens they generate.
     lengths: BTreeMap<TransferId, usize>,
     leased: BTreeMap<TransferId, Lent>,
     seen: usize,
@@ -79,6 +81,9 @@ impl World {
                 let end_at = all.iter().position(|token| Some(*token) == end);
                 if kind == Kind::Local && deadline.is_none() {
                     self.lengths.insert(id(n), end_at.map_or(all.len(), |at| at + 1));
+                }
+                if matches!(kind, Kind::Embed(_)) && deadline.is_none() {
+                    self.lengths.insert(id(n), 0);
                 }
                 self.prompts.insert(id(n), (prompt.clone(), kind));
                 let deadline = deadline.map(Duration::from_millis);
@@ -174,7 +179,7 @@ impl World {
             let Event::Admitted { id, kind, lease, cached_blocks, .. } = event else { continue };
             let tokens = self.prompts[id].0.len();
             let (covered, cached) = match kind {
-                Kind::Local => continue,
+                Kind::Local | Kind::Embed(_) => continue,
                 Kind::Export | Kind::Import => (tokens.div_ceil(BLOCK_TOKENS), 0..=tokens),
                 Kind::Serve => (tokens / BLOCK_TOKENS, lease.len()..=lease.len()),
                 Kind::Fetch => (tokens / BLOCK_TOKENS, 0..=lease.len() - 1),
@@ -227,6 +232,14 @@ impl World {
             }
             let whole = self.lengths.get(id);
             assert!(whole.is_none_or(|length| told.len() == *length), "{id} is cut off or goes on");
+            let embedded = self.rig.embeddings(*id);
+            if let Kind::Embed(pooling) = kind {
+                let right = embed::expected(prompt, *pooling);
+                assert!(told.is_empty() && embedded.iter().all(|values| *values == right), "{id}");
+                assert!(embedded.len() <= 1 && embedded.len() >= usize::from(whole.is_some()));
+            } else {
+                assert!(embedded.is_empty(), "nobody asked for it");
+            }
             if matches!(kind, Kind::Serve | Kind::Fetch) {
                 assert!(told.is_empty(), "a pull computes nothing");
             }

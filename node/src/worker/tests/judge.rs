@@ -14,6 +14,7 @@ impl World {
             NodeEvent::Failed { id: ended, .. } | NodeEvent::Transferred { id: ended, .. } => {
                 *ended == id
             }
+            NodeEvent::Embedded { id: ended, .. } => *ended == id,
             NodeEvent::Tokens(tokens) => tokens.iter().any(|t| {
                 // The end of an export is that of its transfer.
                 t.id == id && t.finish.is_some() && !self.exported(id)

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use baton_proto::embedding::Pooling;
 use baton_proto::hash::CacheSalt;
 use baton_proto::ids::{Epoch, RequestId, TransferId};
 use baton_proto::message::{Command, Job, Peer, Pull};
@@ -54,6 +55,12 @@ pub(super) enum Operation {
         tokens: u32,
         pull: Option<usize>,
     },
+    Embed {
+        stream: u64,
+        seed: u32,
+        length: usize,
+        pooling: Pooling,
+    },
     Serve {
         stream: u64,
         seed: u32,
@@ -88,6 +95,10 @@ pub(super) fn operation() -> impl Strategy<Value = Operation> {
         }),
         2 => (shape(), 1..8_u32, pull()).prop_map(|((stream, seed, length), tokens, pull)| {
             Operation::Local { stream, seed, length, tokens, pull }
+        }),
+        1 => (shape(), any::<bool>()).prop_map(|((stream, seed, length), mean)| {
+            let pooling = if mean { Pooling::Mean } else { Pooling::Last };
+            Operation::Embed { stream, seed, length, pooling }
         }),
         1 => shape().prop_map(|(stream, seed, length)| Operation::Serve { stream, seed, length }),
         2 => (prop::option::weighted(0.2, 1..4_u64), any::<usize>(), prop::bool::weighted(0.3))
@@ -126,6 +137,10 @@ impl World {
             Operation::Local { stream, seed, length, tokens, pull } => {
                 let (job, pull) = (job(next, seed, length, tokens), pulled(pull, length));
                 self.command(stream, Command::Decode { job, prefill: None, pull });
+            }
+            Operation::Embed { stream, seed, length, pooling } => {
+                let job = job(next, seed, length, 1);
+                self.command(stream, Command::Embed { job, pooling });
             }
             Operation::Serve { stream, seed, length } => {
                 let Job { tokens, salt, .. } = job(next, seed, length, 1);

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use baton_engine::Kind;
 use baton_engine::sampler::Sampled;
-use baton_engine::scheduler::{Event, Limits, Outcome, Scheduler};
+use baton_engine::scheduler::{Event, Limits, Outcome, PlannedChunk, Scheduler};
 use baton_kvtransfer::{ReceiveError, SendError, Sent, Transport};
 use baton_proto::geometry::{KvDtype, KvGeometry};
 use baton_proto::hash::ModelRoot;
@@ -94,7 +94,9 @@ impl World {
     pub(super) fn command(&mut self, stream: u64, command: Command) {
         let stream = StreamId(stream);
         let new = match &command {
-            Command::Prefill { job, .. } | Command::Decode { job, .. } => Some(job.id),
+            Command::Prefill { job, .. }
+            | Command::Decode { job, .. }
+            | Command::Embed { job, .. } => Some(job.id),
             Command::Serve { id, .. } => Some(*id),
             _ => None,
         };
@@ -207,6 +209,7 @@ impl World {
         let outcome = Outcome {
             sampled: sampled.collect(),
             prompt_logprobs: vec![Vec::new(); plan.chunks.len()],
+            pooled: plan.chunks.iter().map(pooled).collect(),
             took: Duration::from_millis(1),
         };
         self.scheduler.complete(&plan, outcome);
@@ -221,11 +224,13 @@ impl World {
         for event in self.scheduler.take_events() {
             let input = match event {
                 Event::Admitted { id, kind, cached_blocks, queued, .. } => {
-                    self.lease = (kind != Kind::Local).then_some(id);
+                    let alone = matches!(kind, Kind::Local | Kind::Embed(_));
+                    self.lease = (!alone).then_some(id);
                     Input::Admitted { id, cached_blocks: cached_blocks as u32, queued }
                 }
                 Event::Tokens(tokens) => Input::Tokens(tokens),
                 Event::PromptLogprobs { id, tokens } => Input::PromptLogprobs { id, tokens },
+                Event::Embedded { id, values, prefill } => Input::Embedded { id, values, prefill },
                 Event::Failed { id, reason, retry } => Input::Failed { id, reason, retry },
                 Event::Ended { id } => Input::Ended(id),
             };
@@ -306,4 +311,10 @@ impl World {
         }
         panic!("it does not come to an end: {:?}", self.worker);
     }
+}
+
+/// The sum over a chunk's hidden states, of which each is a one.
+fn pooled(chunk: &PlannedChunk) -> Vec<f64> {
+    let rows = chunk.wanted.rows(chunk.tokens).len();
+    if chunk.wanted.is_hidden() { vec![rows as f64] } else { Vec::new() }
 }

@@ -127,6 +127,7 @@ impl State {
             geometry,
             max_model_len: u32::MAX,
             vocab_size: 1,
+            hidden_size: 4,
         };
         // Without decode nodes an ideal one stands for them.
         let ideal = settings.decode_nodes == 0;
@@ -167,6 +168,7 @@ impl State {
             geometry: self.model.geometry,
             max_model_len: u32::MAX,
             vocab_size: 1,
+            hidden_size: 4,
             total_blocks,
             kv_address: name.to_string(),
             transports: Vec::new(),
@@ -199,6 +201,7 @@ impl State {
             model: &self.model,
             tokens: asked.input_tokens as usize,
             longest: u32::MAX as usize,
+            embeds: false,
             chain: &chain,
             avoid: &[],
             standing: Standing::default(),

@@ -10,7 +10,7 @@ use baton_proto::ids::TransferId;
 use baton_proto::message::Logprobs;
 
 use super::{Device, Engine, News};
-use crate::world::memory::{embed, next_token};
+use crate::world::memory::{HIDDEN_SIZE, embed, hidden, next_token};
 
 /// A step on the device.
 pub(super) struct Step {
@@ -106,6 +106,7 @@ impl Engine {
         let outcome = Outcome {
             sampled: sampled.collect(),
             prompt_logprobs: self.prompt_logprobs(&step),
+            pooled: step.plan.chunks.iter().zip(&step.rows).map(pooled).collect(),
             took: step.took,
         };
         let decode = step.plan.chunks.iter().filter(|chunk| chunk.decode).count();
@@ -119,7 +120,7 @@ impl Engine {
         let of_chunk = |(chunk, rows): (&PlannedChunk, &Vec<u64>)| {
             let sequence = self.scheduler.sequence(chunk);
             let Some(before) = &sequence.prompt_logprobs else { return Vec::new() };
-            if chunk.logits != Wanted::All {
+            if chunk.wanted != Wanted::All {
                 return Vec::new();
             }
             let first = (before.len() + 1).max(chunk.start + 1);
@@ -133,4 +134,16 @@ impl Engine {
         };
         step.plan.chunks.iter().zip(&step.rows).map(of_chunk).collect()
     }
+}
+
+/// The sum over a chunk's hidden states.
+fn pooled((chunk, rows): (&PlannedChunk, &Vec<u64>)) -> Vec<f64> {
+    if !chunk.wanted.is_hidden() {
+        return Vec::new();
+    }
+    let mut sum = vec![0.0; HIDDEN_SIZE];
+    for row in &rows[chunk.wanted.rows(rows.len())] {
+        sum.iter_mut().zip(hidden(*row)).for_each(|(sum, value)| *sum += f64::from(value));
+    }
+    sum
 }

@@ -191,6 +191,7 @@ pub(super) fn hello(node: usize, model: &str, total_blocks: u64) -> Hello {
         geometry: geometry(),
         max_model_len: 1 << 24,
         vocab_size: 1 << 16,
+        hidden_size: 4,
         total_blocks,
         kv_address: "127.0.0.1:1".to_owned(),
         transports: vec!["quic".to_owned()],

@@ -269,6 +269,7 @@ fn arrival(samples: &[(Vec<Segment>, usize)], tokens: &[u32], number: u64) -> Ar
         id: RequestId(number.into()),
         model: MODEL.to_owned(),
         tokens: tokens[..chain.len() * BLOCK_TOKENS as usize].into(),
+        embed: None,
         sampling: SamplingParams { max_tokens: 2, ..SamplingParams::default() },
         salt: CacheSalt::default(),
         standing: Standing::default(),
