@@ -103,6 +103,10 @@ impl Caller {
         let mut last = None;
         loop {
             let result = self.call(&mut client).await.map_err(|error| error.to_string());
+            if result.is_err() {
+                // The next connection is made with the certificate that counts by then.
+                client = self::client(&self.identity, &address)?;
+            }
             let pause = if result.is_ok() { INTERVAL } else { PAUSE };
             // Each change is told once.
             if last.as_ref() != Some(&result) {

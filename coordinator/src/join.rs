@@ -3,6 +3,7 @@
 
 use std::future::Future;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::time::Duration;
 
 use baton_identity::{Identity, peer_node_id};
@@ -11,14 +12,16 @@ use baton_proto::message::{Hello, NodeEvent};
 use baton_proto::wire::node::join_server::{Join, JoinServer};
 use baton_proto::wire::node::{FromNode, ToNode, Welcome, to_node};
 use baton_proto::wire::peer::peers_server::PeersServer;
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, mpsc, oneshot};
+use tokio_rustls::TlsAcceptor;
+use tokio_rustls::server::TlsStream;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_stream::{Stream, StreamExt};
-use tonic::transport::server::TcpIncoming;
-use tonic::transport::{Certificate, Server, ServerTlsConfig};
+use tonic::transport::Server;
 use tonic::{Request, Response, Status, Streaming};
 
+use crate::accept::{self, Incoming};
 use crate::cluster::LinkId;
 use crate::core::Core;
 use crate::driver::{FromLink, Link};
@@ -35,6 +38,8 @@ const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(1);
 const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(2);
 /// For the TLS handshake, and again for the hello.
 const GREETING_TIMEOUT: Duration = Duration::from_secs(5);
+/// Handshakes at once.
+const MAX_HANDSHAKES: usize = 1024;
 /// A node needs one.
 const MAX_STREAMS_PER_CONNECTION: u32 = 4;
 /// Hashes that the driver takes at once, so that no request waits long for a large cache's news.
@@ -52,28 +57,46 @@ pub(crate) async fn serve(
     driver: mpsc::Sender<FromLink>,
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), tonic::transport::Error> {
-    let own = tonic::transport::Identity::from_pem(identity.cert_pem(), identity.key_pem());
-    let tls = ServerTlsConfig::new()
-        .identity(own)
-        .client_ca_root(Certificate::from_pem(identity.ca_pem()))
-        .timeout(GREETING_TIMEOUT);
     let max_outbox = requests.saturating_mul(OUTBOX_PER_REQUEST).min(Semaphore::MAX_PERMITS);
     let exchange = Exchange { name: identity.node_id().clone(), core, driver: driver.clone() };
     let exchange = PeersServer::new(exchange).max_decoding_message_size(MAX_SHARE_BYTES);
     let service = Service { name: identity.node_id().clone(), max_outbox, driver };
     let service = JoinServer::new(service).max_decoding_message_size(MAX_MESSAGE_BYTES);
     Server::builder()
-        .tls_config(tls)?
         .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
         .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
         .max_concurrent_streams(MAX_STREAMS_PER_CONNECTION)
         .add_service(service)
         .add_service(exchange)
-        .serve_with_incoming_shutdown(
-            TcpIncoming::from(listener).with_nodelay(Some(true)),
-            shutdown,
-        )
+        .serve_with_incoming_shutdown(members(listener, identity), shutdown)
         .await
+}
+
+/// Connections of members of the cluster, with the certificate that this one has by then.
+fn members(listener: TcpListener, identity: &Identity) -> Incoming<TlsStream<TcpStream>> {
+    let tls = TlsAcceptor::from(Arc::new(identity.rustls_server(&[b"h2"])));
+    let places = Arc::new(Semaphore::new(MAX_HANDSHAKES));
+    accept::connections(listener, move |stream, address| {
+        let place = places.clone().try_acquire_owned().ok();
+        if place.is_none() {
+            tracing::warn!(%address, "too many TLS handshakes at once: connection refused");
+        }
+        let (place, tls) = (place?, tls.clone());
+        Some(async move {
+            // Commands are small and each is wanted at once.
+            let greeted = stream.set_nodelay(true).map(|()| tls.accept(stream));
+            let greeted = tokio::time::timeout(GREETING_TIMEOUT, async { greeted?.await }).await;
+            drop(place);
+            let failed = |error: &dyn std::fmt::Display| tracing::debug!(%address, %error, "TLS");
+            match greeted {
+                Ok(greeted) => greeted.inspect_err(|error| failed(error)).ok(),
+                Err(late) => {
+                    failed(&late);
+                    None
+                }
+            }
+        })
+    })
 }
 
 struct Service {

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
+use std::path::Path;
 
 use baton_identity::{COORDINATOR_SERVER_NAME, ClusterCa, Part};
 use baton_proto::hash::{BlockHash, CacheSalt};
@@ -11,8 +12,11 @@ use baton_proto::sampling::SamplingParams;
 use baton_proto::wire::node::join_client::JoinClient;
 use tempfile::TempDir;
 use tokio::net::TcpStream;
+use tokio_rustls::TlsConnector;
+use tokio_rustls::rustls::pki_types::pem::PemObject;
+use tokio_rustls::rustls::pki_types::{CertificateDer, ServerName};
 use tokio_stream::StreamExt;
-use tonic::transport::{ClientTlsConfig, Endpoint};
+use tonic::transport::{Certificate, ClientTlsConfig, Endpoint};
 
 use super::*;
 use crate::control::Options;
@@ -37,6 +41,7 @@ struct World {
     ca: ClusterCa,
     core: Core,
     address: SocketAddr,
+    identity: Identity,
 }
 
 impl World {
@@ -46,8 +51,8 @@ impl World {
         let (core, links) = drive();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
-        let world = Self { dir, ca, core: core.clone(), address };
-        let identity = world.issue(Part::Coordinator, "c", "c");
+        let identity = issue(&ca, dir.path(), Part::Coordinator, "c", "c");
+        let world = Self { dir, ca, core: core.clone(), address, identity: identity.clone() };
         tokio::spawn(async move {
             serve(listener, &identity, REQUESTS, core, links, std::future::pending())
                 .await
@@ -57,11 +62,7 @@ impl World {
     }
 
     fn issue(&self, part: Part, name: &str, folder: &str) -> Identity {
-        let dir = self.dir.path().join(folder);
-        if !dir.exists() {
-            self.ca.issue(part, &node(name), &["127.0.0.1"], &dir).unwrap();
-        }
-        Identity::load(&dir).unwrap()
+        issue(&self.ca, self.dir.path(), part, name, folder)
     }
 
     async fn join(&self, name: &str, hello: Hello) -> Result<Node, Status> {
@@ -88,6 +89,14 @@ impl World {
         };
         self.core.submit(request).await.unwrap()
     }
+}
+
+fn issue(ca: &ClusterCa, dir: &Path, part: Part, name: &str, folder: &str) -> Identity {
+    let dir = dir.join(folder);
+    if !dir.exists() {
+        ca.issue(part, &node(name), &["127.0.0.1"], &dir).unwrap();
+    }
+    Identity::load(&dir).unwrap()
 }
 
 /// A joined node; dropping it closes its connection.
@@ -128,6 +137,40 @@ async fn a_node_is_who_its_certificate_says() {
     let identity = world.issue(Part::Coordinator, "c2", "c2");
     let error = dial(&identity, world.address, hello(Role::Decode, 1)).await.unwrap_err();
     assert_eq!(error.code(), tonic::Code::PermissionDenied);
+}
+
+/// What is presented to a node that connects now.
+async fn presented(identity: &Identity, address: SocketAddr) -> Vec<u8> {
+    let tls = TlsConnector::from(Arc::new(identity.rustls_client(&[b"h2"])));
+    let name = ServerName::try_from(COORDINATOR_SERVER_NAME).unwrap();
+    let stream = TcpStream::connect(address).await.unwrap();
+    let stream = tls.connect(name, stream).await.unwrap();
+    stream.get_ref().1.peer_certificates().unwrap()[0].to_vec()
+}
+
+fn certificate(identity: &Identity) -> Vec<u8> {
+    CertificateDer::from_pem_slice(identity.cert_pem().as_bytes()).unwrap().to_vec()
+}
+
+#[tokio::test]
+async fn a_renewed_certificate_is_for_new_connections() {
+    let world = World::start().await;
+    let mut d = world.join("d", hello(Role::Decode, 1)).await.unwrap();
+    let n = world.issue(Part::Node, "n", "n");
+    let old = certificate(&world.identity);
+    assert_eq!(presented(&n, world.address).await, old);
+
+    let renewed = world.issue(Part::Coordinator, "c", "renewed");
+    world.identity.reload(&world.dir.path().join("renewed")).unwrap();
+    assert_ne!(certificate(&renewed), old);
+    assert_eq!(presented(&n, world.address).await, certificate(&renewed));
+
+    // Another member's does not count, and a connection from before goes on.
+    world.issue(Part::Coordinator, "other", "other");
+    assert!(world.identity.reload(&world.dir.path().join("other")).is_err());
+    assert_eq!(presented(&n, world.address).await, certificate(&renewed));
+    let _updates = world.submit().await;
+    assert!(matches!(d.command().await, Command::Decode { .. }));
 }
 
 #[tokio::test]

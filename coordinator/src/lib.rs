@@ -22,6 +22,7 @@ pub mod roles;
 pub mod server;
 pub mod settings;
 
+mod accept;
 mod block_map;
 mod exchange;
 mod join;

@@ -7,7 +7,7 @@ use baton_coordinator::config::Config;
 use baton_coordinator::core::Core;
 use baton_coordinator::server::{Coordinator, install_metrics};
 use baton_coordinator::settings::Settings;
-use baton_telemetry::start_logging;
+use baton_telemetry::{start_logging, systemd};
 use sd_notify::NotifyState;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
@@ -36,17 +36,17 @@ async fn run(config: &Config) -> Result<(), Box<dyn std::error::Error>> {
     let mut stop = Stop::new()?;
     let mut hang_up = signal(SignalKind::hangup())?;
     let mut coordinator = Coordinator::start(config, install_metrics()?).await?;
-    let entrance = coordinator.entrance().clone();
+    let reload = coordinator.reload();
     let reloading = async {
         while hang_up.recv().await.is_some() {
-            entrance.reload();
+            systemd::reloading(|| reload.reload());
         }
     };
     let Coordinator { grpc, http, cluster, .. } = &coordinator;
     // Whoever started this process with free ports reads them here.
     writeln!(std::io::stdout(), "ready grpc={grpc} http={http} cluster={cluster}")?;
     let serving = format!("gRPC at {grpc}, HTTP at {http}, nodes at {cluster}");
-    tell_systemd(&[NotifyState::Ready, NotifyState::Status(&serving)]);
+    systemd::tell(&[NotifyState::Ready, NotifyState::Status(&serving)]);
     let core = coordinator.core().clone();
     tokio::select! {
         why = coordinator.broken() => return Err(why.into()),
@@ -55,7 +55,7 @@ async fn run(config: &Config) -> Result<(), Box<dyn std::error::Error>> {
         () = stop.requested() => {}
     }
     tracing::info!("draining: taking nothing new, finishing what runs");
-    tell_systemd(&[NotifyState::Stopping, NotifyState::Status("draining")]);
+    systemd::tell(&[NotifyState::Stopping, NotifyState::Status("draining")]);
     tokio::select! {
         () = coordinator.drain() => {}
         () = tokio::time::sleep(config.drain_timeout) => tracing::warn!("not drained in time"),
@@ -72,14 +72,7 @@ async fn watch(core: &Core) {
     loop {
         interval.tick().await;
         core.status().await;
-        tell_systemd(&[NotifyState::Watchdog]);
-    }
-}
-
-/// See sd_notify(3). Without systemd nothing happens.
-fn tell_systemd(state: &[NotifyState<'_>]) {
-    if let Err(error) = sd_notify::notify(state) {
-        tracing::warn!(%error, "systemd is not told");
+        systemd::tell(&[NotifyState::Watchdog]);
     }
 }
 

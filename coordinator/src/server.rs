@@ -2,6 +2,7 @@
 
 use std::io;
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use baton_identity::{ClientPortError, Identity};
@@ -70,11 +71,31 @@ pub struct Coordinator {
     pub cluster: SocketAddr,
     core: Core,
     front: Front,
-    entrance: Entrance,
+    reload: Reload,
     /// True once clients are taken no more.
     closing: watch::Sender<bool>,
     servers: JoinSet<Result<(), String>>,
     nodes: JoinSet<Result<(), String>>,
+}
+
+/// What a coordinator can read again while it runs. Cheap to clone.
+#[derive(Clone)]
+pub struct Reload {
+    folder: PathBuf,
+    identity: Identity,
+    entrance: Entrance,
+}
+
+impl Reload {
+    /// Reads certificates, keys and API keys again, for connections and requests from now on, and says
+    /// in the log what came of it. What cannot be used changes nothing.
+    pub fn reload(&self) {
+        match self.identity.reload(&self.folder) {
+            Ok(()) => tracing::info!("identity read again"),
+            Err(error) => tracing::error!(%error, "the identity stays as it is"),
+        }
+        self.entrance.reload();
+    }
 }
 
 impl Coordinator {
@@ -126,13 +147,15 @@ impl Coordinator {
                 exchanging.await.map_err(|e| e.to_string())
             });
         }
+        let folder = config.identity.clone();
+        let reload = Reload { folder, identity: identity.clone(), entrance };
         let own = core.clone();
         nodes.spawn(async move {
             let never = std::future::pending();
             let served = join::serve(cluster_listener, &identity, requests, own, links, never);
             served.await.map_err(|e| e.to_string())
         });
-        Ok(Self { grpc, http, cluster, core, front, entrance, closing, servers, nodes })
+        Ok(Self { grpc, http, cluster, core, front, reload, closing, servers, nodes })
     }
 
     /// The handle to its core.
@@ -141,10 +164,10 @@ impl Coordinator {
         &self.core
     }
 
-    /// What clients pass through: its keys and its certificate can be read again.
+    /// What reads its files again.
     #[must_use]
-    pub fn entrance(&self) -> &Entrance {
-        &self.entrance
+    pub fn reload(&self) -> Reload {
+        self.reload.clone()
     }
 
     /// Waits until a server ends by itself, which it should not; says why.

@@ -8,7 +8,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use baton_identity::{Identity, Part};
 use baton_kvtransfer::{BindError, Endpoint, Timing};
 use baton_proto::ids::{NodeId, Role};
-use baton_telemetry::{Tracer, start_logging};
+use baton_telemetry::{Tracer, start_logging, systemd};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
@@ -104,7 +104,7 @@ async fn run(config: Config, role: Role) -> Result<(), StartError> {
     let watch = supervisor::watch(node.engine.clone());
     let renewed = async {
         while hangup.recv().await.is_some() {
-            supervisor::reloading(|| reload(&identity, &dir));
+            systemd::reloading(|| reload(&identity, &dir));
         }
     };
     let stopped = async {

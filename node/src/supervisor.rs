@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use baton_engine::Engine;
+use baton_telemetry::systemd::tell;
 use sd_notify::NotifyState;
 
 /// Loading is given up if nothing was heard of it for so long.
@@ -24,15 +25,6 @@ pub(crate) fn draining(timeout: Duration) {
     tell(&[NotifyState::Stopping, NotifyState::Status(&format!("draining, at most {timeout:?}"))]);
 }
 
-/// The node loads again what can change while it runs.
-pub(crate) fn reloading(work: impl FnOnce()) {
-    // In one message with the time, as Type=notify-reload wants it.
-    let now = NotifyState::monotonic_usec_now().expect("Linux has a monotonic clock");
-    tell(&[NotifyState::Reloading, now]);
-    work();
-    tell(&[NotifyState::Ready]);
-}
-
 /// Vouches for the engine as often as the unit's `WatchdogSec` asks, while its thread goes on: one
 /// that hangs in a step ends the process, and other nodes take over its requests.
 pub(crate) async fn watch(engine: Engine) {
@@ -48,11 +40,5 @@ pub(crate) async fn watch(engine: Engine) {
             tell(&[NotifyState::Watchdog]);
             engine.nudge();
         }
-    }
-}
-
-fn tell(state: &[NotifyState<'_>]) {
-    if let Err(error) = sd_notify::notify(state) {
-        tracing::warn!(%error, "systemd is not told");
     }
 }

@@ -1,26 +1,20 @@
 //! Accepting connections: places, TLS, and how long both may take.
 
-use std::io;
 use std::net::SocketAddr;
 use std::time::Duration;
 
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::mpsc;
 use tokio_rustls::TlsAcceptor;
-use tokio_stream::wrappers::ReceiverStream;
 
 use super::Door;
 use super::bodies::{BodyMemory, MAX_BODIES_BYTES};
 use super::connection::Connection;
 use super::room::{Place, Room};
 use super::tls::{Protocol, Tls};
+use crate::accept::{self, Incoming};
 
 /// Default of how many connections there may be.
 pub(crate) const MAX_CONNECTIONS: usize = 4096;
-/// When the process has no file descriptors left, waiting is all that helps.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
-/// Connections that wait to be served.
-const WAITING_CONNECTIONS: usize = 64;
 
 /// How long clients are waited for.
 #[derive(Clone, Copy, Debug)]
@@ -60,9 +54,6 @@ pub struct Entrance {
     pub(crate) patience: Patience,
 }
 
-/// New connections, ready to be served; dropping it closes the port.
-pub(crate) type Incoming = ReceiverStream<io::Result<Connection>>;
-
 impl Entrance {
     /// An entrance through `door`; plaintext without `tls`.
     #[must_use]
@@ -99,45 +90,23 @@ impl Entrance {
     }
 
     /// Begins to accept connections.
-    pub(crate) fn incoming(&self, listener: TcpListener, protocol: Protocol) -> Incoming {
-        let (sender, connections) = mpsc::channel(WAITING_CONNECTIONS);
-        tokio::spawn(self.clone().accept(listener, protocol, sender));
-        ReceiverStream::new(connections)
-    }
-
-    async fn accept(
-        self,
+    pub(crate) fn incoming(
+        &self,
         listener: TcpListener,
         protocol: Protocol,
-        connections: mpsc::Sender<io::Result<Connection>>,
-    ) {
-        loop {
-            let accepted = tokio::select! {
-                accepted = listener.accept() => accepted,
-                () = connections.closed() => return,
-            };
-            let (stream, address) = match accepted {
-                Ok(accepted) => accepted,
-                Err(error) => {
-                    tracing::warn!(%error, "cannot accept a connection");
-                    tokio::time::sleep(ACCEPT_PAUSE).await;
-                    continue;
-                }
-            };
-            let Some(place) = self.room.enter(address.ip()) else {
+    ) -> Incoming<Connection> {
+        let Self { tls, room, patience, .. } = self.clone();
+        accept::connections(listener, move |stream, address| {
+            let Some(place) = room.enter(address.ip()) else {
                 refused(address, "too many connections");
-                continue;
+                return None;
             };
-            let acceptor = self.tls.as_ref().map(|tls| tls.acceptor(protocol));
-            let (patience, connections) = (self.patience, connections.clone());
-            tokio::spawn(async move {
-                match greet(stream, place, acceptor, patience).await {
-                    // Whoever serves them may have stopped.
-                    Ok(connection) => drop(connections.send(Ok(connection)).await),
-                    Err(why) => refused(address, &why),
-                }
-            });
-        }
+            let acceptor = tls.as_ref().map(|tls| tls.acceptor(protocol));
+            Some(async move {
+                let greeted = greet(stream, place, acceptor, patience).await;
+                greeted.map_err(|why| refused(address, &why)).ok()
+            })
+        })
     }
 }
 
