@@ -2,9 +2,10 @@
 
 use std::process::Command;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use baton_proto::wire::v1::{GetStatusRequest, Placement};
+use baton_proto::wire::v1::generate_request::Input;
+use baton_proto::wire::v1::{GetCacheRequest, GetStatusRequest, Placement};
 use baton_tests::{Answer, Chance, PATIENCE, TestCluster, daemons, options, request};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
@@ -142,4 +143,35 @@ async fn roles_and_drains_change_under_load_without_a_failed_request() {
     let status = load.cluster.operator().get_status(GetStatusRequest {}).await;
     assert_eq!(status.unwrap().into_inner().requests_failed, 0);
     assert_eq!(load.cluster.idle().await.len(), 4);
+}
+
+#[tokio::test]
+async fn a_tenants_cache_is_seen_by_its_name() {
+    let cluster = TestCluster::start(options(0, 1)).await;
+    let prefix = "The quick brown fox jumps over the lazy dog, and then it does so again. ";
+    let mut wanted = request(Vec::new(), 4);
+    wanted.input = Some(Input::Prompt(prefix.to_owned()));
+    wanted.tenant = "acme".to_owned();
+    cluster.complete(wanted).await.unwrap();
+    cluster.idle().await;
+    let matched = async |tenant: Option<&str>, cache_salt: Option<&str>| {
+        let query = GetCacheRequest {
+            prefix: Some(prefix.to_owned()),
+            tenant: tenant.map(str::to_owned),
+            cache_salt: cache_salt.map(str::to_owned),
+            ..Default::default()
+        };
+        let cache = cluster.operator().get_cache(query).await.unwrap().into_inner();
+        cache.nodes[0].matched_tokens
+    };
+    // What is cached is told a little later than the request ends.
+    let seen = async {
+        while matched(Some("acme"), None).await == 0 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, seen).await.expect("the tenant's cache is seen");
+    assert_eq!(matched(None, None).await, 0);
+    assert_eq!(matched(Some("other"), None).await, 0);
+    assert_eq!(matched(Some("acme"), Some("salt")).await, 0);
 }

@@ -17,6 +17,15 @@ pub(crate) struct CacheArgs {
     /// Show how much of this prompt each node holds
     #[arg(long, value_name = "TEXT")]
     prefix: Option<String>,
+    /// Whose prompt: tenants share no cache [default: the API key's tenant; without keys nobody's]
+    #[arg(long, value_name = "NAME", requires = "prefix")]
+    tenant: Option<String>,
+    /// The `cache_salt` of the requests meant
+    #[arg(long, value_name = "SALT", requires = "prefix")]
+    cache_salt: Option<String>,
+    /// Whose model [default: the only one]
+    #[arg(long, default_value = "", hide_default_value = true, requires = "prefix")]
+    model: String,
     #[command(flatten)]
     target: Target,
     #[command(flatten)]
@@ -29,7 +38,14 @@ pub(crate) async fn run(args: CacheArgs) -> Result<(), CommandError> {
 }
 
 async fn show(args: &CacheArgs) -> Result<String, CommandError> {
-    let request = GetCacheRequest { node: args.node.clone(), prefix: args.prefix.clone() };
+    let CacheArgs { node, prefix, tenant, cache_salt, model, .. } = args;
+    let request = GetCacheRequest {
+        node: node.clone(),
+        prefix: prefix.clone(),
+        tenant: tenant.clone(),
+        cache_salt: cache_salt.clone(),
+        model: model.clone(),
+    };
     let response = args.target.cluster().await?.get_cache(request).await;
     let cache = response.map_err(|status| explain(&status))?.into_inner();
     Ok(if args.output.is_json() { as_json(&cache) } else { as_text(&cache, args.prefix.is_some()) })

@@ -2,7 +2,6 @@
 
 use std::time::{Instant, SystemTime};
 
-use baton_proto::hash::CacheSalt;
 use baton_proto::ids::{NodeId, Role};
 use baton_proto::wire::v1::cluster_server::Cluster;
 use baton_proto::wire::v1::{
@@ -13,8 +12,10 @@ use baton_proto::wire::v1::{
 };
 use tonic::{Code, Request, Response, Status};
 
+use super::door::Caller;
+use super::door::scope::Scope;
 use super::refusal::Refusal;
-use super::{Front, explain, watch};
+use super::{Front, explain, prepare, watch};
 use crate::core::{CacheQuery, NodeView, SubmitError};
 use crate::history::{FindError, IdPrefix};
 use crate::orders::{Order, OrderError};
@@ -66,14 +67,19 @@ impl Cluster for Front {
         &self,
         request: Request<GetCacheRequest>,
     ) -> Result<Response<GetCacheResponse>, Status> {
-        let request = request.into_inner();
-        let node = request.node.map(parse_node).transpose()?;
-        let prompt = match request.prefix {
-            Some(prefix) => Some(self.tokens_of_only_model(prefix).await?),
+        let caller = request.extensions().get::<Caller>().cloned().unwrap_or_default();
+        let GetCacheRequest { node, prefix, tenant, cache_salt, model } = request.into_inner();
+        let node = node.map(parse_node).transpose()?;
+        let prompt = match prefix {
+            Some(prefix) => {
+                let tenant = tenant_of(&caller, tenant.as_deref())?;
+                let salt = prepare::salt(tenant, cache_salt.as_deref())?;
+                let (model, tokens) = self.prefix_tokens(&model, prefix).await?;
+                Some((model, salt, tokens))
+            }
             None => None,
         };
-        let prefix_tokens = prompt.as_ref().map_or(0, |(_, tokens)| tokens.len() as u32);
-        let prompt = prompt.map(|(model, tokens)| (model, CacheSalt::default(), tokens));
+        let prefix_tokens = prompt.as_ref().map_or(0, |(.., tokens)| tokens.len() as u32);
         let cache = self.core.cache(CacheQuery { node: node.clone(), prompt }).await;
         if let Some(node) = node.filter(|_| cache.nodes.is_empty()) {
             return Err(Status::not_found(format!("node {node} has not joined")));
@@ -174,13 +180,30 @@ impl Front {
         })
     }
 
-    /// The request names no model.
-    async fn tokens_of_only_model(&self, text: String) -> Result<(String, Vec<u32>), Refusal> {
-        let model = self.models.get("")?.clone();
+    /// The name of the model, which is empty for the only one, and the text's tokens.
+    async fn prefix_tokens(
+        &self,
+        model: &str,
+        text: String,
+    ) -> Result<(String, Vec<u32>), Refusal> {
+        let model = self.models.get(model)?.clone();
         let name = model.name.clone();
         let tokens = tokio::task::spawn_blocking(move || model.tokenizer.encode(&text, true));
         let tokens = tokens.await.map_err(|_| SubmitError::ShuttingDown)??;
         Ok((name, tokens))
+    }
+}
+
+/// Whose cache is asked about. Whether a prompt is in it tells what its tenant has asked, so who may
+/// only look sees no other's.
+fn tenant_of<'a>(caller: &'a Caller, asked: Option<&'a str>) -> Result<&'a str, Status> {
+    match (caller.tenant(), asked) {
+        (own, None) => Ok(own.unwrap_or_default()),
+        (Some(own), Some(tenant)) if own != tenant && !caller.may(Scope::Operate) => {
+            let why = format!("the key is {own}'s; another tenant's cache needs scope \"operate\"");
+            Err(Status::permission_denied(why))
+        }
+        (_, Some(tenant)) => Ok(tenant),
     }
 }
 

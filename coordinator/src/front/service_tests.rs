@@ -27,11 +27,11 @@ async fn operators_see_the_cluster() {
     assert_eq!((blocks.block_tokens, blocks.bytes_per_block), (4, 1024));
 
     let prefix = "The code of Kestrel is";
-    let query = GetCacheRequest { node: None, prefix: Some(prefix.into()) };
+    let query = GetCacheRequest { prefix: Some(prefix.into()), ..Default::default() };
     let cache = client.get_cache(query).await.unwrap().into_inner();
     assert_eq!(cache.prefix_tokens as usize, tokenizer().encode(prefix, true).unwrap().len());
     for (node, code) in [("d1", Code::NotFound), ("D 1", Code::InvalidArgument)] {
-        let query = GetCacheRequest { node: Some(node.into()), prefix: None };
+        let query = GetCacheRequest { node: Some(node.into()), ..Default::default() };
         assert_eq!(client.get_cache(query).await.unwrap_err().code(), code);
     }
 }

@@ -9,6 +9,7 @@ use baton_proto::wire::v1::GenerateRequest;
 use super::Door;
 use super::keys::Key;
 use super::quota::Exceeded;
+use super::scope::Scope;
 use crate::front::names::{MAX_NAME_BYTES, Name};
 use crate::front::refusal::Refusal;
 
@@ -54,6 +55,11 @@ impl Caller {
         }
         let tenant = self.tenant().unwrap_or(&request.tenant).into();
         Ok(Some(Name { tenant, text, content }))
+    }
+
+    /// Whether the key has this scope; without keys everybody has it.
+    pub(crate) fn may(&self, scope: Scope) -> bool {
+        self.key.as_ref().is_none_or(|(_, key)| key.scopes.contains(&scope))
     }
 
     /// Begins a request, before anything is done for it.

@@ -9,7 +9,8 @@ use baton_proto::wire::v1::cluster_client::ClusterClient;
 use baton_proto::wire::v1::generate_request::Input;
 use baton_proto::wire::v1::inference_client::InferenceClient;
 use baton_proto::wire::v1::{
-    DrainRequest, GenerateRequest, GenerateResponse, GetStatusRequest, ListNodesRequest,
+    DrainRequest, GenerateRequest, GenerateResponse, GetCacheRequest, GetStatusRequest,
+    ListNodesRequest,
 };
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -186,6 +187,30 @@ async fn a_key_decides_whose_requests_they_are() {
     assert_eq!(asked[0].salt, CacheSalt::of(Some("acme"), None));
     for (at, one) in asked.iter().enumerate() {
         assert!(asked[at + 1..].iter().all(|other| one.salt != other.salt));
+    }
+}
+
+#[tokio::test]
+async fn who_may_only_look_sees_no_other_tenants_cache() {
+    let mut keys = Keys::new();
+    let viewer = keys.add("viewer", "acme", &[Scope::View], "");
+    let operator = keys.add("operator", "acme", &[Scope::View, Scope::Operate], "");
+    let played = start(behind(&keys.path()), answer).await;
+    let mut client = ClusterClient::new(played.channel());
+    let acme = Some("acme");
+    for (key, tenant, allowed) in [
+        (&viewer, None, true),
+        (&viewer, acme, true),
+        (&viewer, Some("other"), false),
+        (&viewer, Some(""), false),
+        (&operator, Some("other"), true),
+    ] {
+        let prefix = Some("Hello".to_owned());
+        let tenant = tenant.map(str::to_owned);
+        let query = GetCacheRequest { prefix, tenant: tenant.clone(), ..Default::default() };
+        let code = client.get_cache(with_key(key, query)).await.map_err(|error| error.code());
+        let wanted = if allowed { Ok(()) } else { Err(Code::PermissionDenied) };
+        assert_eq!(code.map(drop), wanted, "{tenant:?}");
     }
 }
 
