@@ -30,6 +30,22 @@ async fn scrape(address: SocketAddr) -> String {
     text
 }
 
+/// All that series whose names begin so have, one value each.
+fn sum_of(text: &str, series: &str) -> f64 {
+    let lines = text.lines().filter(|line| line.starts_with(series));
+    lines.map(|line| line.rsplit(' ').next().unwrap().parse::<f64>().unwrap()).sum()
+}
+
+fn assert_phases_add_up(text: &str) {
+    let phases = sum_of(text, "baton_request_phase_seconds_sum{");
+    let requests = sum_of(text, "baton_request_seconds_sum");
+    assert!(requests > 0.0 && (phases / requests - 1.0).abs() < 1e-6, "{phases} of {requests} s");
+    for term in ["queue", "prefill", "first_token", "transfer"] {
+        let count = format!("baton_prediction_ratio_count{{term=\"{term}\"}}");
+        assert_eq!(sum_of(text, &count), 1.0, "{term}");
+    }
+}
+
 #[tokio::test]
 async fn what_dashboard_and_alerts_ask_for_is_exported() {
     let never = ClusterOptions { local_prefill: Some("never".into()), ..options(1, 1) };
@@ -40,6 +56,7 @@ async fn what_dashboard_and_alerts_ask_for_is_exported() {
     for &address in cluster.cluster.metrics() {
         exported.extend(names(&scrape(address).await));
     }
+    assert_phases_add_up(&scrape(cluster.cluster.http()).await);
     let deploy = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy");
     for file in ["grafana/baton.json", "prometheus/alerts.yml"] {
         let asked = names(&std::fs::read_to_string(deploy.join(file)).unwrap());

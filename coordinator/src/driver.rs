@@ -51,13 +51,21 @@ pub(crate) struct Link {
     pub(crate) _open: oneshot::Sender<()>,
 }
 
+/// Who waits for a request's updates.
+#[derive(Debug)]
+struct Client {
+    updates: mpsc::Sender<Update>,
+    /// When it was last told of tokens.
+    told_at: Option<Instant>,
+}
+
 /// The task that owns the coordinator's state.
 #[derive(Debug)]
 pub(crate) struct Driver {
     control: Control,
     links: HashMap<NodeId, (LinkId, Epoch, Link)>,
     next_link: u64,
-    clients: HashMap<RequestId, mpsc::Sender<Update>>,
+    clients: HashMap<RequestId, Client>,
     from_links: mpsc::Receiver<FromLink>,
     asks: mpsc::Receiver<Ask>,
     dropped: mpsc::Receiver<RequestId>,
@@ -176,7 +184,7 @@ impl Driver {
                 };
                 match &result {
                     Ok(()) => {
-                        self.clients.insert(id, updates);
+                        self.clients.insert(id, Client { updates, told_at: None });
                         self.control.placed_in(id, arrived.elapsed());
                     }
                     Err(error) => metrics::refused(error),
@@ -254,15 +262,24 @@ impl Driver {
     }
 
     fn tell_client(&mut self, id: RequestId, update: Update) {
-        metrics::update(&update);
+        let mut client = self.clients.get_mut(&id);
+        let mut since_last = None;
+        if let (Update::Tokens(_), Some(client)) = (&update, &mut client) {
+            let now = Instant::now();
+            let told_at = client.told_at.replace(now);
+            since_last = told_at.map(|told_at| now.saturating_duration_since(told_at));
+        }
+        metrics::update(&update, since_last);
         let ended = matches!(update, Update::Done(_) | Update::Failed(_));
         if let Update::Failed(error) = &update {
             tracing::info!(request = %id, %error, "failed");
         }
-        let client = if ended { self.clients.remove(&id) } else { self.clients.get(&id).cloned() };
         if let Some(client) = client {
             // Closed: its cancellation is under way. Never full, see `Core::submit`.
-            let _ = client.try_send(update);
+            let _ = client.updates.try_send(update);
+        }
+        if ended {
+            self.clients.remove(&id);
         }
     }
 

@@ -82,7 +82,10 @@ fn place(request: &mut Request, avoid: &[NodeRef], arrives: bool, cx: &mut Conte
             request.idle_since = None;
             request.phase = Phase::Held;
         }
-        Answer::NoNodes => return Start::NoNodes,
+        Answer::NoNodes(decision) => {
+            request.decision = Some(decision);
+            return Start::NoNodes;
+        }
         Answer::TooLate { retry_after, decision } => {
             request.decision = Some(decision);
             return Start::TooLate { retry_after };

@@ -7,6 +7,7 @@ use metrics::{counter, describe_counter, describe_gauge, describe_histogram, gau
 use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder, PrometheusHandle};
 
 use crate::core::{RequestError, StatusView, SubmitError, Summary, Timings, Update};
+use crate::decision::Outcome;
 
 /// Upper bounds of buckets. Per output token: a GPU's decode step takes 2 to 8 ms.
 const PER_TOKEN: [f64; 26] = [
@@ -28,6 +29,11 @@ const SHORT: [f64; 18] = [
     0.00005, 0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0,
     2.5, 5.0, 10.0, 60.0,
 ];
+/// What something took, relative to what was predicted.
+const RATIOS: [f64; 15] =
+    [0.1, 0.2, 0.33, 0.5, 0.67, 0.8, 0.9, 1.1, 1.25, 1.5, 2.0, 3.0, 5.0, 10.0, 100.0];
+/// Times below this count as this in such a ratio: how far off a microsecond was is nobody's concern.
+const LEAST_IN_RATIO: Duration = Duration::from_millis(1);
 const TOKENS: [f64; 21] = [
     1.0,
     2.0,
@@ -58,6 +64,8 @@ pub(crate) fn install() -> Result<PrometheusHandle, BuildError> {
     let handle = PrometheusBuilder::new()
         .set_buckets_for_metric(name("baton_time_per_output_token_seconds"), &PER_TOKEN)?
         .set_buckets_for_metric(name("vllm:request_time_per_output_token_seconds"), &PER_TOKEN)?
+        .set_buckets_for_metric(name("baton_inter_token_latency_seconds"), &PER_TOKEN)?
+        .set_buckets_for_metric(name("vllm:inter_token_latency_seconds"), &PER_TOKEN)?
         .set_buckets_for_metric(name("baton_time_to_first_token_seconds"), &FIRST_TOKEN)?
         .set_buckets_for_metric(name("vllm:time_to_first_token_seconds"), &FIRST_TOKEN)?
         .set_buckets_for_metric(name("baton_request_phase_seconds"), &FIRST_TOKEN)?
@@ -66,6 +74,7 @@ pub(crate) fn install() -> Result<PrometheusHandle, BuildError> {
         .set_buckets_for_metric(name("vllm:e2e_request_latency_seconds"), &REQUEST)?
         .set_buckets_for_metric(Matcher::Suffix("_seconds".into()), &SHORT)?
         .set_buckets_for_metric(Matcher::Suffix("_tokens".into()), &TOKENS)?
+        .set_buckets_for_metric(Matcher::Suffix("_ratio".into()), &RATIOS)?
         .install_recorder()?;
     describe();
     Ok(handle)
@@ -89,6 +98,10 @@ fn describe() {
         "baton_time_per_output_token_seconds",
         "Mean gap between a request's tokens"
     );
+    describe_histogram!(
+        "baton_inter_token_latency_seconds",
+        "From one token of a request to its next"
+    );
     describe_histogram!("baton_request_seconds", "Arrival to last token");
     describe_histogram!("baton_embedding_seconds", "Arrival to embedding");
     describe_histogram!("baton_request_phase_seconds", "Phases of a request; they add up to it");
@@ -99,6 +112,16 @@ fn describe() {
     );
     describe_histogram!("baton_transfer_exposed_seconds", "KV transfer after the first token");
     describe_counter!("baton_transfer_bytes_total", "KV that prefill nodes sent");
+    describe_histogram!(
+        "baton_prediction_error_seconds",
+        "How far off a term of the chosen placement's predicted cost was, either way"
+    );
+    describe_histogram!(
+        "baton_prediction_ratio",
+        "What a term took, relative to its prediction; less than a millisecond counts as one"
+    );
+    describe_counter!("baton_refused_connections_total", "Clients' connections not taken");
+    describe_counter!("baton_refused_requests_total", "Requests refused at the door, by code");
     describe_gauge!("baton_requests_active", "Requests that are not over");
     describe_gauge!("baton_requests_waiting", "Of these, those that wait for their turn on a node");
     describe_gauge!("baton_nodes", "Joined nodes by role");
@@ -108,10 +131,16 @@ fn describe() {
     describe_gauge!("baton_build_info", "1; the version is a label");
 }
 
-/// News of a request.
-pub(crate) fn update(update: &Update) {
+/// News of a request. `since_last`: since its previous tokens, if these are not its first.
+pub(crate) fn update(update: &Update, since_last: Option<Duration>) {
     match update {
         Update::Tokens(tokens) => {
+            if let Some(gap) = since_last {
+                // What comes together is as if it had come evenly.
+                let (each, count) = (gap / tokens.len().max(1) as u32, tokens.len());
+                histogram!("baton_inter_token_latency_seconds").record_many(each, count);
+                histogram!("vllm:inter_token_latency_seconds").record_many(each, count);
+            }
             counter!("baton_output_tokens_total").increment(tokens.len() as u64);
             counter!("vllm:generation_tokens_total").increment(tokens.len() as u64);
         }
@@ -135,8 +164,6 @@ pub(crate) fn update(update: &Update) {
 fn done(summary: &Summary) {
     counter!("baton_requests_total", "outcome" => "done").increment(1);
     counter!("vllm:request_success_total").increment(1);
-    let retries = summary.placement.attempts.saturating_sub(1);
-    counter!("baton_retries_total").increment(retries.into());
     let usage = summary.usage;
     let computed = usage.prompt_tokens.saturating_sub(usage.cached_tokens);
     counter!("baton_prompt_tokens_total", "source" => "computed").increment(computed.into());
@@ -153,6 +180,20 @@ fn done(summary: &Summary) {
     counter!("baton_placements_total", "prefill" => way).increment(1);
     histogram!("baton_output_tokens").record(usage.completion_tokens);
     times(&summary.timings, usage.completion_tokens);
+    summary.outcomes.iter().for_each(outcome);
+}
+
+/// How good a prediction was, if that is known.
+fn outcome(outcome: &Outcome) {
+    let Outcome { term, predicted, took } = *outcome;
+    let Some(took) = took else { return };
+    histogram!("baton_prediction_error_seconds", "term" => term.as_str())
+        .record(took.abs_diff(predicted));
+    histogram!("baton_prediction_ratio", "term" => term.as_str()).record(ratio(took, predicted));
+}
+
+fn ratio(took: Duration, predicted: Duration) -> f64 {
+    took.max(LEAST_IN_RATIO).as_secs_f64() / predicted.max(LEAST_IN_RATIO).as_secs_f64()
 }
 
 fn times(times: &Timings, output_tokens: u32) {
@@ -177,12 +218,21 @@ fn times(times: &Timings, output_tokens: u32) {
 /// The phases of a request, which add up to its duration. `other`: on the way between coordinator
 /// and nodes, and the nodes of attempts that failed.
 fn phases(times: &Timings) -> [(&'static str, Duration); 5] {
-    let known = times.queue + times.place + times.prefill;
+    let mut left = times.first_token;
+    // Clocks of several machines, and waiting for the driver, which is a part of both `place` and
+    // `queue`, may make them longer than the whole.
+    let mut part = |time: Duration| {
+        let part = time.min(left);
+        left -= part;
+        part
+    };
+    let (place, prefill) = (part(times.place), part(times.prefill));
+    let queue = part(times.queue);
     [
-        ("queue", times.queue),
-        ("place", times.place),
-        ("prefill", times.prefill),
-        ("other", times.first_token.saturating_sub(known)),
+        ("queue", queue),
+        ("place", place),
+        ("prefill", prefill),
+        ("other", left),
         ("decode", times.total.saturating_sub(times.first_token)),
     ]
 }
@@ -206,6 +256,7 @@ pub(crate) fn refused(error: &SubmitError) {
 /// What is there now.
 pub(crate) fn gauges(status: &StatusView, index_blocks: u64) {
     let running = status.requests_active.saturating_sub(status.requests_waiting);
+    counter!("baton_retries_total").absolute(status.requests_retried);
     gauge!("baton_requests_active").set(status.requests_active as f64);
     gauge!("baton_requests_waiting").set(status.requests_waiting as f64);
     gauge!("vllm:num_requests_running").set(running as f64);
@@ -233,7 +284,19 @@ mod tests {
             total: ms(100),
             ..Timings::default()
         };
-        let sum: Duration = phases(&times).iter().map(|(_, took)| *took).sum();
-        assert_eq!(sum, times.total);
+        let slow_clock = Timings { prefill: ms(38), ..times };
+        for times in [times, slow_clock] {
+            let sum: Duration = phases(&times).iter().map(|(_, took)| *took).sum();
+            assert_eq!(sum, times.total, "{times:?}");
+        }
+        assert_eq!(phases(&times).map(|(_, took)| took), [5, 1, 30, 4, 60].map(ms));
+    }
+
+    #[test]
+    fn small_times_are_no_large_ratios() {
+        let us = Duration::from_micros;
+        assert_eq!(ratio(us(3), us(900)), 1.0);
+        assert_eq!(ratio(us(2000), us(0)), 2.0);
+        assert_eq!(ratio(us(10_000), us(40_000)), 0.25);
     }
 }

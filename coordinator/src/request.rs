@@ -381,9 +381,13 @@ impl Request {
         };
         let placement = self.placement.clone();
         let (prefill, decode) = placement.expect("what has tokens or is stopped was on nodes");
-        let reason = self.decision.as_ref().map(Decision::reason).unwrap_or_default();
+        let timings = self.timings(now);
+        let (reason, outcomes) = match &self.decision {
+            Some(decision) => (decision.reason(), decision.outcomes(&timings, self.held)),
+            None => Default::default(),
+        };
         let placement = PlacementInfo { prefill, decode, reason, attempts: self.attempt };
-        Summary { finish, usage: self.usage(), timings: self.timings(now), placement }
+        Summary { finish, usage: self.usage(), timings, placement, outcomes }
     }
 
     fn usage(&self) -> Usage {

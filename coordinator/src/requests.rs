@@ -94,8 +94,8 @@ pub enum Answer {
     Go(Placed),
     /// It waits for its turn, which [`Requests::turn`] brings; this is how it would go now.
     Held(Decision),
-    /// No node can take it.
-    NoNodes,
+    /// No node can take it; this is why.
+    NoNodes(Decision),
     /// It would not be answered in time.
     TooLate {
         /// When it might.

@@ -41,15 +41,27 @@ fn decision(prefill: Option<&Peer>, decode: &Peer) -> Decision {
         cached: 0,
         cost: Cost::default(),
     };
-    let at = Instant::now();
-    Decision { at, tokens: 5, prefill_nodes: 1, decode_nodes: 1, considered: vec![considered] }
+    Decision { prefill_nodes: 1, decode_nodes: 1, considered: vec![considered], ..nowhere() }
+}
+
+fn nowhere() -> Decision {
+    Decision {
+        at: Instant::now(),
+        tokens: 5,
+        prefill_nodes: 0,
+        decode_nodes: 0,
+        considered: Vec::new(),
+        left_out: Vec::new(),
+        more_left_out: 0,
+        of_other_models: 0,
+    }
 }
 
 impl Placer for Script {
     fn place(&mut self, wanted: &Wanted<'_>, _: Instant) -> Answer {
         self.avoided = wanted.avoid.to_vec();
         let next = self.next.pop_front().unwrap_or(Some((Some("p"), "d")));
-        let Some((prefill, decode)) = next else { return Answer::NoNodes };
+        let Some((prefill, decode)) = next else { return Answer::NoNodes(nowhere()) };
         let peer = |name: &str| Peer {
             node: node(name),
             epoch: Epoch(1),

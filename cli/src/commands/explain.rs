@@ -1,7 +1,7 @@
 //! `baton explain`: why a request went where it went, and what came of the prediction.
 
 use baton_proto::wire::v1::{
-    Candidate, Cost, Decision, ExplainRequest, ExplainResponse, RequestInfo,
+    Candidate, Cost, Decision, ExplainRequest, ExplainResponse, Outcome, RequestInfo,
 };
 use serde_json::{Value, json};
 
@@ -45,6 +45,11 @@ fn as_json(explained: &ExplainResponse) -> String {
             "ahead_ms": turn.ahead_ms,
             "behind": turn.behind,
         })),
+        "outcomes": explained.outcomes.iter().map(|outcome| json!({
+            "term": outcome.term,
+            "predicted_ms": outcome.predicted_ms,
+            "took_ms": outcome.took_ms,
+        })).collect::<Value>(),
     })
     .to_string()
 }
@@ -76,6 +81,12 @@ fn decision_json(decision: &Decision) -> Value {
         "reason": decision.reason,
         "at_ms": decision.at_ms,
         "candidates": decision.candidates.iter().map(candidate).collect::<Value>(),
+        "left_out": decision.left_out.iter().map(|left_out| json!({
+            "node": left_out.node,
+            "why": left_out.why,
+        })).collect::<Value>(),
+        "more_left_out": decision.more_left_out,
+        "of_other_models": decision.of_other_models,
     })
 }
 
@@ -91,9 +102,36 @@ fn as_text(explained: &ExplainResponse) -> String {
         text += &format!("waits     for {node}: {ahead} before it ({ms}), {behind} behind it\n");
     }
     match &explained.decision {
-        Some(decision) => text + &candidates(decision) + &outcome(&request, decision),
-        None => text + "placed    no node could take it\n",
+        Some(decision) => text + &placed(decision) + &outcome(&request, &explained.outcomes),
+        None => text + "placed    not at all\n",
     }
+}
+
+fn placed(decision: &Decision) -> String {
+    let left_out = left_out(decision);
+    if decision.candidates.is_empty() {
+        return format!("placed    no node could take it\n{left_out}");
+    }
+    candidates(decision, &left_out)
+}
+
+/// Who was not compared, in a line; nothing if everybody was.
+fn left_out(decision: &Decision) -> String {
+    let reason = |why: &str| match why {
+        "failed_it" => "failed it before".to_owned(),
+        other => other.replace('_', " "),
+    };
+    let named = decision.left_out.iter();
+    let mut parts: Vec<String> =
+        named.map(|left_out| format!("{} ({})", left_out.node, reason(&left_out.why))).collect();
+    let mut count = |count: u32, what: &str| {
+        if count > 0 {
+            parts.push(format!("{count} {what}"));
+        }
+    };
+    count(decision.more_left_out, "more");
+    count(decision.of_other_models, "of other models");
+    if parts.is_empty() { String::new() } else { format!("left out  {}\n", parts.join(", ")) }
 }
 
 fn facts(request: &RequestInfo) -> String {
@@ -122,7 +160,7 @@ fn facts(request: &RequestInfo) -> String {
     )
 }
 
-fn candidates(decision: &Decision) -> String {
+fn candidates(decision: &Decision, left_out: &str) -> String {
     let Decision { prefill_nodes_compared, decode_nodes_compared, reason, at_ms, .. } = decision;
     let head = [
         "", "PREFILL", "DECODE", "CACHED", "queue", "pull", "prefill", "transfer", "decode",
@@ -131,7 +169,7 @@ fn candidates(decision: &Decision) -> String {
     let rows: Vec<_> = decision.candidates.iter().enumerate().map(|(at, c)| row(at, c)).collect();
     format!(
         "placed    {} after it arrived, of {prefill_nodes_compared} prefill and \
-         {decode_nodes_compared} decode nodes\nwhy       {reason}\n\n{}",
+         {decode_nodes_compared} decode nodes\nwhy       {reason}\n{left_out}\n{}",
         time(*at_ms),
         table(&head, &rows)
     )
@@ -159,31 +197,17 @@ fn row(at: usize, candidate: &Candidate) -> Vec<String> {
 }
 
 /// What was predicted when it was placed, beside what it took.
-fn outcome(request: &RequestInfo, decision: &Decision) -> String {
-    let Some(candidate) = decision.candidates.first().filter(|_| request.attempts > 0) else {
+fn outcome(request: &RequestInfo, outcomes: &[Outcome]) -> String {
+    if outcomes.is_empty() {
         return String::new();
-    };
-    let (cost, took) = (candidate.cost.unwrap_or_default(), request.timings.unwrap_or_default());
-    let ms = |ms: f64| format!("{ms:.1}");
-    let mut rows = Vec::new();
-    let mut row = |what: &str, predicted: f64, actual: f64, known: bool| {
-        let actual = if known { ms(actual) } else { "-".to_owned() };
-        rows.push(vec![what.to_owned(), ms(predicted), actual]);
-    };
-    let has_token = took.ttft_ms > 0.0;
-    let queued_there = (took.queue_ms - request.held_ms).max(0.0);
-    row("queue on the node", cost.queue_ms, queued_there, took.queue_ms > 0.0 || has_token);
-    row("prefill", cost.prefill_ms, took.prefill_ms, has_token);
-    let first_token = cost.queue_ms + cost.pull_ms + cost.prefill_ms;
-    row("to the first token", first_token, took.ttft_ms - decision.at_ms, has_token);
-    if !candidate.prefill_node.is_empty() {
-        row(
-            "transfer not hidden",
-            cost.transfer_ms,
-            took.transfer_exposed_ms,
-            took.transfer_bytes > 0,
-        );
     }
+    let ms = |ms: f64| format!("{ms:.1}");
+    let row = |outcome: &Outcome| {
+        let took = outcome.took_ms.map_or("-".to_owned(), ms);
+        vec![in_words(&outcome.term).to_owned(), ms(outcome.predicted_ms), took]
+    };
+    let rows: Vec<_> = outcomes.iter().map(row).collect();
+    let took = request.timings.unwrap_or_default();
     let mut text = format!("\n{}", table(&["ms", "PREDICTED", "TOOK"], &rows));
     text += &format!("waited here for its turn: {}\n", time(request.held_ms));
     if took.transfer_bytes > 0 {
@@ -193,9 +217,18 @@ fn outcome(request: &RequestInfo, decision: &Decision) -> String {
     if runs(request) { text } else { text + &format!("in all: {}\n", time(took.total_ms)) }
 }
 
+fn in_words(term: &str) -> &str {
+    match term {
+        "queue" => "queue on the node",
+        "first_token" => "to the first token",
+        "transfer" => "transfer not hidden",
+        other => other,
+    }
+}
+
 #[cfg(test)]
 mod tests {
-    use baton_proto::wire::v1::{Timings, Turn, Usage};
+    use baton_proto::wire::v1::{LeftOut, Timings, Turn, Usage};
 
     use super::*;
 
@@ -251,9 +284,23 @@ mod tests {
             reason: "remote: 13.0 ms, 64% cached on p; local would be 23.3 ms".to_owned(),
             at_ms: 4.0,
             candidates: vec![candidate("p", "d", remote), pulls],
+            left_out: vec![LeftOut { node: "e".to_owned(), why: "failed_it".to_owned() }],
+            more_left_out: 2,
+            of_other_models: 0,
         };
         let (request, decision) = (Some(request), Some(decision));
-        ExplainResponse { request, decision, ..ExplainResponse::default() }
+        let outcome = |term: &str, predicted_ms, took_ms| Outcome {
+            term: term.to_owned(),
+            predicted_ms,
+            took_ms,
+        };
+        let outcomes = vec![
+            outcome("queue", 1.0, Some(2.0)),
+            outcome("prefill", 10.0, Some(11.0)),
+            outcome("first_token", 11.0, Some(13.5)),
+            outcome("transfer", 2.0, None),
+        ];
+        ExplainResponse { request, decision, outcomes, ..ExplainResponse::default() }
     }
 
     #[test]
@@ -266,6 +313,7 @@ nodes     p > d, 1 attempt
 tokens    100 of the prompt, 64 of them cached; 7 generated
 placed    4 ms after it arrived, of 1 prefill and 2 decode nodes
 why       remote: 13.0 ms, 64% cached on p; local would be 23.3 ms
+left out  e (failed it before), 2 more
 
    PREFILL     DECODE  CACHED         queue  pull  prefill  transfer  decode  harm  TOTAL ms
 >  p           d       64             1.0    0.0   10.0     2.0       0.0     0.0   13.0
@@ -275,7 +323,7 @@ ms                   PREDICTED  TOOK
 queue on the node    1.0        2.0
 prefill              10.0       11.0
 to the first token   11.0       13.5
-transfer not hidden  2.0        1.5
+transfer not hidden  2.0        -
 waited here for its turn: 4 ms
 KV moved: 2.0 KiB, 9 ms of it behind the prefill
 in all: 250 ms
@@ -289,6 +337,7 @@ in all: 250 ms
         let request = waits.request.as_mut().expect("there is one");
         (request.attempts, request.ended_ms) = (0, None);
         request.phase = "queued".to_owned();
+        waits.outcomes.clear();
         let turn = Turn { node: "p".to_owned(), ahead: 3, ahead_ms: 1200.0, behind: 1 };
         waits.turn = Some(turn);
         let text = as_text(&waits);
@@ -302,6 +351,13 @@ in all: 250 ms
         request.ended_ms = Some(1000);
         let text = as_text(&refused);
         assert!(text.contains("phase     refused after 250 ms, 1.0 s ago: nobody\n"), "{text}");
-        assert!(text.ends_with("placed    no node could take it\n"), "{text}");
+        assert!(text.ends_with("placed    not at all\n"), "{text}");
+
+        let left_out = vec![LeftOut { node: "d".to_owned(), why: "too_small".to_owned() }];
+        refused.decision = Some(Decision { left_out, of_other_models: 3, ..Decision::default() });
+        let text = as_text(&refused);
+        let wanted =
+            "placed    no node could take it\nleft out  d (too small), 3 of other models\n";
+        assert!(text.ends_with(wanted), "{text}");
     }
 }

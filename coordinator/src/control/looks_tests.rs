@@ -85,7 +85,7 @@ fn who_waits_sees_for_whom_and_behind_how_many() {
     assert!(waits.ahead_ms > 0.0);
     let decision = record.decision.unwrap();
     assert_eq!((decision.tokens, decision.decode_nodes), (100, 1));
-    assert_eq!(decision.chosen().decode, node("d"));
+    assert_eq!(decision.chosen().unwrap().decode, node("d"));
     assert_eq!((record.view.stage, &*record.view.tenant), (Stage::Queued, "acme"));
     assert_eq!(world.explain(1).waits, None);
 }

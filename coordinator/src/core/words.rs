@@ -11,6 +11,7 @@ use baton_proto::message::{Logprobs, NodeFinish};
 use baton_proto::sampling::SamplingParams;
 use baton_proto::trace::TraceContext;
 
+use crate::decision::Outcome;
 use crate::placement::Standing;
 
 /// A model that joined nodes serve.
@@ -173,6 +174,8 @@ pub struct Summary {
     pub timings: Timings,
     /// Nodes of the last attempt.
     pub placement: PlacementInfo,
+    /// What was predicted when they were chosen, and what came of it.
+    pub outcomes: Vec<Outcome>,
 }
 
 /// Tokens of a request.

@@ -7,7 +7,7 @@ use baton_proto::wire::v1;
 
 use crate::alerts::Alert;
 use crate::core::Explained;
-use crate::decision::{Considered, Decision};
+use crate::decision::{Considered, Decision, Outcome, Why};
 use crate::history::{self, Recent, Record, RequestView};
 use crate::placement::WaitsFor;
 use crate::placement::cost::Cost;
@@ -15,11 +15,14 @@ use crate::requests::Totals;
 
 pub(super) fn response(explained: Explained, now: Instant) -> v1::ExplainResponse {
     let Explained { record: Record { view, decision: how, failures }, waits } = explained;
+    let run = how.as_ref().filter(|_| view.attempts > 0);
+    let outcomes = run.map(|how| how.outcomes(&view.timings, view.held)).unwrap_or_default();
     v1::ExplainResponse {
         request: Some(request(&view, now)),
         decision: how.map(|how| decision(&how, view.arrived)),
         failures,
         turn: waits.as_ref().map(turn),
+        outcomes: outcomes.into_iter().map(outcome).collect(),
     }
 }
 
@@ -63,6 +66,21 @@ fn decision(how: &Decision, arrived: Instant) -> v1::Decision {
         reason: how.reason(),
         at_ms: ms(how.at.saturating_duration_since(arrived)),
         candidates: how.considered.iter().map(candidate).collect(),
+        left_out: how.left_out.iter().map(left_out).collect(),
+        more_left_out: how.more_left_out as u32,
+        of_other_models: how.of_other_models as u32,
+    }
+}
+
+fn left_out((node, why): &(NodeId, Why)) -> v1::LeftOut {
+    v1::LeftOut { node: node.to_string(), why: why.as_str().to_owned() }
+}
+
+fn outcome(outcome: Outcome) -> v1::Outcome {
+    v1::Outcome {
+        term: outcome.term.as_str().to_owned(),
+        predicted_ms: ms(outcome.predicted),
+        took_ms: outcome.took.map(ms),
     }
 }
 

@@ -294,5 +294,6 @@ pub(crate) fn done(finish: Option<NodeFinish>) -> Update {
             reason: "cheapest".to_owned(),
             attempts: 1,
         },
+        outcomes: Vec::new(),
     })
 }

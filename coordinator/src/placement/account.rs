@@ -15,8 +15,9 @@ impl Placer for Placement {
     fn place(&mut self, wanted: &Wanted<'_>, now: Instant) -> Answer {
         let now = self.ms(now);
         let job = self.job(wanted);
-        let Some(choice) = self.choose(&job, now) else {
-            return Answer::NoNodes;
+        let choice = match self.choose(&job, now) {
+            Ok(choice) => choice,
+            Err(left_out) => return Answer::NoNodes(self.no_decision(&job, &left_out, now)),
         };
         let first_token = now + choice.cost.first_token();
         // Who can wait does, in the end; who cannot must not push out those who were there before.

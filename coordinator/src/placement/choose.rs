@@ -7,11 +7,13 @@ use super::best::{Best, Side};
 use super::cost::{self, Candidate, Cost, Demand, Prefill, Source};
 use super::expected::Coming;
 use super::job::Job;
+use super::left_out::LeftOut;
 use super::links::Speeds;
 use super::node::Node;
 use super::others::Others;
 use super::pool::Pool;
 use super::queue::Entry;
+use crate::decision::Why;
 use crate::index::NodeKey;
 use crate::requests::Wanted;
 
@@ -98,21 +100,21 @@ impl Placement {
         }
     }
 
-    /// The cheapest placement of a request; `None` without a decode node, or for an embedding
-    /// without any. Ties go to the node with
-    /// the smaller key.
-    pub(super) fn choose(&mut self, job: &Job, now: f64) -> Option<Choice> {
+    /// The cheapest placement of a request. Without a decode node, or for an embedding without any,
+    /// who could not take it. Ties go to the node with the smaller key.
+    pub(super) fn choose(&mut self, job: &Job, now: f64) -> Result<Choice, LeftOut> {
         self.look_up(job);
         let some = self.cheapest(job, now);
-        if some.is_some() || !self.shortlist.look_at_all() {
+        if some.is_ok() || !self.shortlist.look_at_all() {
             return some;
         }
         self.cheapest(job, now)
     }
 
     /// The cheapest placement on nodes of the shortlist.
-    fn cheapest(&self, job: &Job, now: f64) -> Option<Choice> {
-        let pool = self.pools.get(&job.root)?;
+    fn cheapest(&self, job: &Job, now: f64) -> Result<Choice, LeftOut> {
+        let mut left_out = LeftOut::default();
+        let Some(pool) = self.pools.get(&job.root) else { return Err(left_out) };
         let pulls = self.options.pulls && !job.embeds;
         let source = if pulls { self.source(job) } else { None };
         let (pulls, handover) = (pool.pulls.at(now), pool.handover.at(now));
@@ -120,10 +122,10 @@ impl Placement {
         if job.embeds {
             return self.cheapest_alone(&asked);
         }
-        let (receivers, locals) = self.decoding(&asked);
-        let local = locals.first()?;
-        let senders = self.computing(&asked);
-        let mut others = Others::new(&senders, &receivers);
+        let (receivers, locals) = self.decoding(&asked, &mut left_out);
+        let Some(local) = locals.first() else { return Err(left_out) };
+        let senders = self.computing(&asked, &mut left_out);
+        let mut others = Others::new(&senders, &receivers, left_out);
         locals.all().for_each(|side| others.add_local(&side));
         let remote = self.cheapest_pair(&asked, &senders, &receivers, &mut others);
         let never = self.options.local_prefill == LocalPrefill::Never;
@@ -137,7 +139,7 @@ impl Placement {
             cost,
             others,
         };
-        Some(match remote {
+        Ok(match remote {
             Some((p, d, cost)) if never || cost.total() < local.cost.total() => {
                 choice(p, Some(p.key), d.key, cost)
             }
@@ -146,25 +148,33 @@ impl Placement {
     }
 
     /// The cheapest node for a prompt whose KV goes nowhere: a prefill node, if one can take it.
-    fn cheapest_alone(&self, asked: &Asked<'_>) -> Option<Choice> {
-        let senders = self.computing(asked);
+    fn cheapest_alone(&self, asked: &Asked<'_>) -> Result<Choice, LeftOut> {
+        let mut left_out = LeftOut::default();
+        let senders = self.computing(asked, &mut left_out);
         let locals = match senders.first() {
             Some(_) => Best::default(),
-            None => self.decoding(asked).1,
+            None => self.decoding(asked, &mut left_out).1,
         };
-        let mut others = Others::new(&senders, &locals);
+        let mut others = Others::new(&senders, &locals, left_out);
         senders.all().chain(locals.all()).for_each(|side| others.add_local(&side));
-        let Side { key: decode, cost, work, cached } = senders.first().or(locals.first())?;
+        let best = senders.first().or(locals.first()).ok_or(left_out)?;
+        let Side { key: decode, cost, work, cached } = best;
         let (prefill, source, pull) = (None, None, None);
-        Some(Choice { prefill, decode, source, pull, cached, work, cost, others })
+        Ok(Choice { prefill, decode, source, pull, cached, work, cost, others })
     }
 
     /// The best prefill nodes.
-    fn computing(&self, asked: &Asked<'_>) -> Best {
+    fn computing(&self, asked: &Asked<'_>, left_out: &mut LeftOut) -> Best {
         let mut best = Best::default();
         let scarcity = asked.pool.scarcity(asked.now);
-        for key in self.shortlist.of(&asked.pool.prefill) {
-            let Some((mut candidate, node)) = self.candidate(key, asked) else { continue };
+        for (key, node) in self.looked_at(&asked.pool.prefill) {
+            let mut candidate = match self.candidate(key, node, asked) {
+                Ok(candidate) => candidate,
+                Err(why) => {
+                    left_out.add(key, why);
+                    continue;
+                }
+            };
             let work = self.queued(asked, node, key, &mut candidate);
             let cost = cost::computing(&candidate, &work, scarcity);
             best.offer(Side { key, cost, work, cached: candidate.cached });
@@ -174,12 +184,22 @@ impl Placement {
 
     /// The best decode nodes, to receive the prompt's KV and to compute the prompt themselves; those
     /// with room for it, if there are any.
-    fn decoding(&self, asked: &Asked<'_>) -> (Best, Best) {
+    fn decoding(&self, asked: &Asked<'_>, left_out: &mut LeftOut) -> (Best, Best) {
         let [mut roomy, mut full] = <[(Best, Best); 2]>::default();
+        let mut without_room = LeftOut::default();
         let demand = &asked.job.demand;
-        for key in self.shortlist.of(&asked.pool.decode) {
-            let Some((mut candidate, node)) = self.candidate(key, asked) else { continue };
+        for (key, node) in self.looked_at(&asked.pool.decode) {
+            let mut candidate = match self.candidate(key, node, asked) {
+                Ok(candidate) => candidate,
+                Err(why) => {
+                    left_out.add(key, why);
+                    continue;
+                }
+            };
             let fits = candidate.room >= demand.blocks;
+            if !fits {
+                without_room.add(key, Why::Full);
+            }
             let (receivers, locals) = if fits { &mut roomy } else { &mut full };
             let cached = candidate.cached;
             // The link is counted with the pair.
@@ -189,7 +209,19 @@ impl Placement {
             let cost = cost::local(demand, &candidate, &mut work);
             locals.offer(Side { key, cost, work, cached });
         }
-        if roomy.0.first().is_some() { roomy } else { full }
+        if roomy.0.first().is_none() {
+            return full;
+        }
+        left_out.add_all(&without_room);
+        roomy
+    }
+
+    /// Those of `nodes` that are on the shortlist.
+    fn looked_at<'a>(
+        &'a self,
+        nodes: &'a [NodeKey],
+    ) -> impl Iterator<Item = (NodeKey, &'a Node)> + 'a {
+        self.shortlist.of(nodes).filter_map(|key| Some((key, self.node(key)?)))
     }
 
     /// Finds out what the nodes have of the request's blocks.
@@ -222,18 +254,22 @@ impl Placement {
     }
 
     /// A node in numbers, if it may take the request.
-    fn candidate(&self, key: NodeKey, asked: &Asked<'_>) -> Option<(Candidate, &Node)> {
-        let (node, job) = (self.node(key)?, asked.job);
-        let avoided =
-            || job.avoid.iter().any(|avoid| avoid.epoch == node.epoch && avoid.node == node.id);
-        // A node with less room would end the output earlier than the others.
-        if node.max_model_len < job.longest || !node.breaker.admits(asked.now) || avoided() {
-            return None;
+    fn candidate(&self, key: NodeKey, node: &Node, asked: &Asked<'_>) -> Result<Candidate, Why> {
+        let job = asked.job;
+        // It would end the output earlier than the others.
+        if node.max_model_len < job.longest {
+            return Err(Why::TooSmall);
+        }
+        if !node.breaker.admits(asked.now) {
+            return Err(Why::Failing);
+        }
+        if job.avoid.iter().any(|avoid| avoid.epoch == node.epoch && avoid.node == node.id) {
+            return Err(Why::FailedIt);
         }
         let blocks = self.cached.of(key, &self.matches);
         let cached = (blocks * node.block_tokens).min(job.demand.tokens.saturating_sub(1));
         let typical = &asked.pool.typical[node.role as usize];
-        Some((node.candidate(cached, typical, asked.now), node))
+        Ok(node.candidate(cached, typical, asked.now))
     }
 
     /// How a node would compute the prompt, with the place in its queue added to the candidate.

@@ -45,7 +45,7 @@ impl Placement {
             let next = node.queue.next(&self.shares, &self.tenants, now)?.request;
             let (mut job, _) = self.take(next)?;
             job.turn = Some(key);
-            let Some(choice) = self.choose(&job, now) else {
+            let Ok(choice) = self.choose(&job, now) else {
                 self.tenants.leave(job.tenant);
                 return Some(Turn::Again(next));
             };
@@ -106,8 +106,8 @@ impl Placement {
         for entry in self.first_due() {
             let Some((job, _)) = self.take(entry.request) else { continue };
             match self.choose(&job, now) {
-                Some(choice) => self.hold(job, &choice),
-                None => {
+                Ok(choice) => self.hold(job, &choice),
+                Err(_) => {
                     self.tenants.leave(job.tenant);
                     self.displaced.push_back(entry.request);
                 }

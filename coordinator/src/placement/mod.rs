@@ -30,6 +30,7 @@ mod dispatch;
 mod expected;
 pub mod fit;
 mod job;
+mod left_out;
 mod links;
 mod load;
 mod looks;
@@ -307,14 +308,15 @@ impl Placement {
         let Some(pool) = self.pools.get_mut(&root) else { return };
         pool.prefill.clear();
         pool.decode.clear();
+        pool.draining.clear();
         for (at, node) in self.nodes.iter().enumerate() {
-            let Some(node) = node.as_ref().filter(|n| n.root == root && !n.draining) else {
-                continue;
+            let Some(node) = node.as_ref().filter(|n| n.root == root) else { continue };
+            let nodes = match node.role {
+                _ if node.draining => &mut pool.draining,
+                Role::Prefill => &mut pool.prefill,
+                Role::Decode => &mut pool.decode,
             };
-            match node.role {
-                Role::Prefill => pool.prefill.push(NodeKey(at as u32)),
-                Role::Decode => pool.decode.push(NodeKey(at as u32)),
-            }
+            nodes.push(NodeKey(at as u32));
         }
     }
 

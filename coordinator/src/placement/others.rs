@@ -1,6 +1,7 @@
 //! The cheapest few of the placements that were compared for one request, so that a decision can be
 //! explained. Fixed in size: every decision makes one.
 
+use baton_proto::ids::NodeId;
 use smallvec::SmallVec;
 
 use super::Placement;
@@ -8,7 +9,9 @@ use super::best::{Best, Side};
 use super::choose::Choice;
 use super::cost::Cost;
 use super::job::Job;
-use crate::decision::{Considered, Decision, MOST_CONSIDERED};
+use super::left_out::LeftOut;
+use super::pool::Pool;
+use crate::decision::{Considered, Decision, MOST_CONSIDERED, MOST_LEFT_OUT, Why};
 use crate::index::NodeKey;
 
 /// Pairs that are kept, and single nodes.
@@ -33,12 +36,14 @@ pub(super) struct Others {
     decode_nodes: usize,
     pairs: [Option<Other>; PAIRS],
     locals: [Option<Other>; LOCALS],
+    left_out: LeftOut,
 }
 
 impl Others {
-    pub(super) fn new(senders: &Best, receivers: &Best) -> Self {
+    pub(super) fn new(senders: &Best, receivers: &Best, left_out: LeftOut) -> Self {
         let (prefill_nodes, decode_nodes) = (senders.offered(), receivers.offered());
-        Self { prefill_nodes, decode_nodes, pairs: [None; PAIRS], locals: [None; LOCALS] }
+        let (pairs, locals) = ([None; PAIRS], [None; LOCALS]);
+        Self { prefill_nodes, decode_nodes, pairs, locals, left_out }
     }
 
     /// A decode node by itself; the cheapest come first.
@@ -79,21 +84,44 @@ impl Others {
 impl Placement {
     /// The choice with names, as it is to be remembered.
     pub(super) fn decision(&self, job: &Job, choice: &Choice, now: f64) -> Decision {
-        let named = |key| self.node(key).expect("a node that was compared is joined").id.clone();
+        let source = choice.source.map(|(key, tokens)| (self.name(key), tokens));
         let considered = |other: &Other| Considered {
-            prefill: other.prefill.map(named),
-            decode: named(other.decode),
-            pull: choice.source.filter(|_| other.pulls).map(|(key, tokens)| (named(key), tokens)),
+            prefill: other.prefill.map(|key| self.name(key)),
+            decode: self.name(other.decode),
+            pull: source.clone().filter(|_| other.pulls),
             cached: other.cached,
             cost: other.cost,
         };
         let others = &choice.others;
         Decision {
-            at: self.instant(now),
-            tokens: job.demand.tokens,
             prefill_nodes: others.prefill_nodes,
             decode_nodes: others.decode_nodes,
             considered: others.in_order(choice).into_iter().map(considered).collect(),
+            ..self.no_decision(job, &others.left_out, now)
         }
+    }
+
+    /// The same where there was no choice.
+    pub(super) fn no_decision(&self, job: &Job, left_out: &LeftOut, now: f64) -> Decision {
+        let pool = self.pools.get(&job.root);
+        let draining = pool.map_or(&[][..], |pool| &pool.draining);
+        let all = left_out.iter().chain(draining.iter().map(|&key| (key, Why::Draining)));
+        let named: Vec<_> =
+            all.take(MOST_LEFT_OUT).map(|(key, why)| (self.name(key), why)).collect();
+        let joined: usize = self.pools.values().map(Pool::len).sum();
+        Decision {
+            at: self.instant(now),
+            tokens: job.demand.tokens,
+            prefill_nodes: 0,
+            decode_nodes: 0,
+            considered: Vec::new(),
+            more_left_out: left_out.count() + draining.len() - named.len(),
+            left_out: named,
+            of_other_models: joined - pool.map_or(0, Pool::len),
+        }
+    }
+
+    fn name(&self, key: NodeKey) -> NodeId {
+        self.node(key).expect("a node that was looked at is joined").id.clone()
     }
 }

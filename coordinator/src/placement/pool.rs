@@ -26,6 +26,8 @@ const HANDOVER_MS_PER_BYTE: f64 = 2e-8;
 pub(super) struct Pool {
     pub(super) prefill: Vec<NodeKey>,
     pub(super) decode: Vec<NodeKey>,
+    /// Of either role: they take nothing.
+    pub(super) draining: Vec<NodeKey>,
     /// Prefills on all prefill nodes, and on all decode nodes, which compute prompts between steps.
     pub(super) typical: [Fit; 2],
     pub(super) popular: Popular,
@@ -46,6 +48,7 @@ impl Default for Pool {
         Self {
             prefill: Vec::new(),
             decode: Vec::new(),
+            draining: Vec::new(),
             typical: std::array::from_fn(|_| Fit::new(PREFILL_PRIOR)),
             popular: Popular::default(),
             output: FIRST_OUTPUT,
@@ -59,6 +62,11 @@ impl Default for Pool {
 }
 
 impl Pool {
+    /// Nodes that are joined.
+    pub(super) fn len(&self) -> usize {
+        self.prefill.len() + self.decode.len() + self.draining.len()
+    }
+
     /// So much prefill time was placed on prefill nodes.
     pub(super) fn offer(&mut self, ms: f64, now: f64) {
         self.offered_ms = self.offered_ms * self.fading(now) + ms;

@@ -6,6 +6,7 @@ use baton_proto::message::BlockCounts;
 
 use super::*;
 use crate::core::ModelInfo;
+use crate::decision::{MOST_LEFT_OUT, Why};
 use crate::requests::{Answer, Placer, Wanted};
 use crate::testing::{GEOMETRY, hello, node};
 
@@ -108,7 +109,42 @@ fn a_draining_node_gets_nothing() {
         world.end(n, &placed, 50);
     }
     world.report("e", Role::Decode, true, 1024);
-    assert!(matches!(world.place(9, None), Answer::NoNodes));
+    assert!(matches!(world.place(9, None), Answer::NoNodes(_)));
+}
+
+#[test]
+fn who_is_left_out_is_named_with_the_reason() {
+    let mut world =
+        World::new(&[("p", Role::Prefill), ("d", Role::Decode), ("full", Role::Decode)]);
+    let now = world.now;
+    let other = Hello { root: ModelRoot([9; 16]), ..hello(Role::Decode, 1) };
+    world.placement.join(&node("other"), &other, now);
+    let small = Hello { max_model_len: 400, ..hello(Role::Prefill, 1) };
+    world.placement.join(&node("small"), &small, now);
+    for n in 0..MOST_LEFT_OUT {
+        let name = format!("drained-{n}");
+        world.placement.join(&node(&name), &hello(Role::Prefill, 1), now);
+        world.report(&name, Role::Prefill, true, 1024);
+    }
+    world.wait(1000);
+    world.report("full", Role::Decode, false, 3);
+    world.report("d", Role::Decode, false, 1024);
+    (0..5).for_each(|_| world.placement.failed(&node("p"), world.now));
+
+    let decision = world.go(1).decision;
+    let found: Vec<_> = decision.left_out.iter().map(|(id, why)| (id.as_str(), *why)).collect();
+    let wanted = [("full", Why::Full), ("p", Why::Failing), ("small", Why::TooSmall)];
+    assert_eq!(found[..3], wanted);
+    assert!(found[3..].iter().all(|(_, why)| *why == Why::Draining), "{found:?}");
+    assert_eq!((found.len(), decision.more_left_out), (MOST_LEFT_OUT, 3));
+    assert_eq!((decision.prefill_nodes, decision.of_other_models), (0, 1));
+
+    // Where nobody is left, that is all that there is to say.
+    world.report("d", Role::Decode, true, 1024);
+    world.placement.leave(&node("full"));
+    let Answer::NoNodes(decision) = world.place(2, None) else { panic!("somebody takes it") };
+    assert!(decision.considered.is_empty());
+    assert!(decision.left_out.contains(&(node("d"), Why::Draining)), "{decision:?}");
 }
 
 #[test]
@@ -168,12 +204,12 @@ fn a_key_that_is_used_again_has_no_old_transfers() {
 fn a_decode_node_that_answers_again_is_trusted_again() {
     let mut world = World::new(&[("p", Role::Prefill), ("d", Role::Decode)]);
     (0..5).for_each(|_| world.placement.failed(&node("d"), world.now));
-    assert!(matches!(world.place(1, None), Answer::NoNodes));
+    assert!(matches!(world.place(1, None), Answer::NoNodes(_)));
     world.wait(1001);
     world.go(2);
     let (root, now) = (world.model.root, world.now);
     world.placement.answered(&node("d"), root, 9, now);
-    assert!(!matches!(world.place(3, None), Answer::NoNodes));
+    assert!(!matches!(world.place(3, None), Answer::NoNodes(_)));
 }
 
 /// Who computes a prompt: `p0` or `p1`, idle and equal but for their prices.
@@ -246,6 +282,6 @@ fn a_prompt_is_embedded_by_one_prefill_node_or_else_by_any() {
     }
     assert_eq!(embed(&mut world, 3).decode.node, node("d"));
     let mut alone = World::new(&[("p", Role::Prefill)]);
-    assert!(matches!(alone.place(1, None), Answer::NoNodes), "nobody could generate");
+    assert!(matches!(alone.place(1, None), Answer::NoNodes(_)), "nobody could generate");
     assert_eq!(embed(&mut alone, 2).decode.node, node("p"));
 }

@@ -67,7 +67,7 @@ impl Policy for Baton {
                 Admission::Taken
             }
             Answer::Held(_) => Admission::Taken,
-            Answer::NoNodes | Answer::TooLate { .. } => Admission::Refused,
+            Answer::NoNodes(_) | Answer::TooLate { .. } => Admission::Refused,
         }
     }
 
@@ -88,7 +88,7 @@ impl Policy for Baton {
                             return Some(state.dispatch(request, &placed, cluster));
                         }
                         Answer::Held(_) => {}
-                        Answer::NoNodes | Answer::TooLate { .. } => {
+                        Answer::NoNodes(_) | Answer::TooLate { .. } => {
                             return Some(Decision::Refuse(request));
                         }
                     }
