@@ -10,7 +10,7 @@ use x509_parser::certificate::X509Certificate;
 use x509_parser::extensions::GeneralName;
 
 use crate::files::{self, FileError, NODE_CERT};
-use crate::name::{self, Part};
+use crate::name::{self, Part, PeerError};
 
 /// What a member's certificate says of it. Nothing is verified here; see
 /// [`Identity::load`](crate::Identity::load).
@@ -32,13 +32,17 @@ impl CertificateFacts {
     /// Reads `node.pem` in an identity's folder.
     pub fn read(dir: &Path) -> Result<Self, FileError> {
         let path = dir.join(NODE_CERT);
-        let wrong = |what: String| FileError::new(&path, what);
         let pem = files::read(&path)?;
         let certificate = CertificateDer::from_pem_slice(pem.as_bytes())
-            .map_err(|_| wrong("no certificate in PEM form".to_owned()))?;
-        let (name, part) = name::peer(&certificate).map_err(|error| wrong(error.to_string()))?;
-        let (_, parsed) = x509_parser::parse_x509_certificate(&certificate)
-            .map_err(|error| wrong(error.to_string()))?;
+            .map_err(|_| FileError::new(&path, "no certificate in PEM form"))?;
+        Self::of(&certificate).map_err(|error| FileError::new(&path, error))
+    }
+
+    /// What this certificate says.
+    pub fn of(certificate: &CertificateDer<'_>) -> Result<Self, PeerError> {
+        let (name, part) = name::peer(certificate)?;
+        let (_, parsed) =
+            x509_parser::parse_x509_certificate(certificate).map_err(|_| PeerError::Malformed)?;
         let validity = parsed.validity();
         Ok(Self {
             name,

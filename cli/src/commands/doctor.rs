@@ -3,12 +3,13 @@
 mod certificates;
 mod cluster;
 mod gpu;
+mod handshake;
 mod machine;
 mod report;
 
 use std::path::{Path, PathBuf};
 
-use baton_identity::Part;
+use baton_identity::{Identity, Part};
 
 use super::check::{self, Daemon};
 use super::{CommandError, Failed};
@@ -42,8 +43,8 @@ pub(crate) async fn run(args: DoctorArgs) -> Result<(), CommandError> {
     match &args.file {
         None => findings.push(cluster::coordinator(&args.target).await),
         Some(file) => match args.daemon.unwrap_or_else(|| check::guess(file)) {
-            Daemon::Coordinator => coordinator(file, &mut findings),
-            Daemon::Node => node(file, &args, &mut findings),
+            Daemon::Coordinator => coordinator(file, &mut findings).await,
+            Daemon::Node => node(file, &args, &mut findings).await,
         },
     }
     if args.file.is_none() && !args.no_gpu {
@@ -60,7 +61,7 @@ pub(crate) async fn run(args: DoctorArgs) -> Result<(), CommandError> {
     }
 }
 
-fn coordinator(file: &Path, findings: &mut Vec<Finding>) {
+async fn coordinator(file: &Path, findings: &mut Vec<Finding>) {
     let read = baton_coordinator::settings::Settings::from_file(file)
         .and_then(baton_coordinator::config::Config::try_from);
     let config = match read {
@@ -72,13 +73,13 @@ fn coordinator(file: &Path, findings: &mut Vec<Finding>) {
     let ports =
         [("cluster_listen", config.cluster_listen), ("grpc", config.grpc), ("http", config.http)];
     findings.extend(ports.map(|(key, address)| machine::tcp_port(key, address)));
-    findings.extend(config.peers.iter().map(|peer| cluster::reachable("peers", peer)));
+    meet("peers", &config.peers, &config.identity, findings).await;
     for (_, folder) in &config.models {
         findings.push(machine::readable(&folder.join("tokenizer.json")));
     }
 }
 
-fn node(file: &Path, args: &DoctorArgs, findings: &mut Vec<Finding>) {
+async fn node(file: &Path, args: &DoctorArgs, findings: &mut Vec<Finding>) {
     let read = baton_node::settings::Settings::from_file(file)
         .and_then(baton_node::config::Config::try_from);
     let config = match read {
@@ -88,7 +89,11 @@ fn node(file: &Path, args: &DoctorArgs, findings: &mut Vec<Finding>) {
     findings.push(report::good_file(file, "a node's"));
     findings.extend(certificates::findings(&config.identity, Part::Node));
     findings.push(machine::udp_port("kv_listen", config.kv_listen));
-    findings.extend(config.coordinators.iter().map(|at| cluster::reachable("coordinator", at)));
+    meet("coordinator", &config.coordinators, &config.identity, findings).await;
+    findings.push(cluster::coordinator(&args.target).await);
+    if let Ok(identity) = Identity::load(&config.identity) {
+        findings.extend(handshake::nodes(&args.target, &identity).await);
+    }
     findings.push(machine::readable(&config.model.join("config.json")));
     findings.extend(machine::weights(&config.model, config.load_format));
     if let Some(state) = &config.state {
@@ -98,5 +103,17 @@ fn node(file: &Path, args: &DoctorArgs, findings: &mut Vec<Finding>) {
     let cpu = config.device == baton_node::config::DeviceChoice::Cpu;
     if !args.no_gpu && !cpu {
         findings.extend(gpu::findings(config.cuda_libraries.as_slice(), wanted));
+    }
+}
+
+/// Coordinators at their cluster addresses, by the identity in `folder`.
+async fn meet(what: &str, addresses: &[String], folder: &Path, findings: &mut Vec<Finding>) {
+    // What is wrong with the identity was said: then it is only seen whether anybody listens.
+    let identity = Identity::load(folder).ok();
+    for address in addresses {
+        findings.push(match &identity {
+            Some(identity) => handshake::coordinator(what, address, identity).await,
+            None => cluster::reachable(what, address),
+        });
     }
 }

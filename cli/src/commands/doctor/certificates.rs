@@ -24,7 +24,7 @@ pub(super) fn findings(folder: &Path, part: Part) -> Vec<Finding> {
     // Why it cannot be read was said.
     if let Ok(facts) = CertificateFacts::read(folder) {
         findings.push(role(&facts, part));
-        findings.push(validity(&facts, SystemTime::now()));
+        findings.push(validity("certificate's time", &facts, SystemTime::now()));
     }
     findings
 }
@@ -40,8 +40,8 @@ fn role(facts: &CertificateFacts, part: Part) -> Finding {
     Finding::problem("certificate", found, format!("issue one {flag} --coordinator"))
 }
 
-fn validity(facts: &CertificateFacts, now: SystemTime) -> Finding {
-    let what = "certificate's time";
+/// How long a certificate is still valid.
+pub(super) fn validity(what: &str, facts: &CertificateFacts, now: SystemTime) -> Finding {
     if now < facts.not_before {
         let remedy = "compare this machine's clock with that of the one that issued it";
         return Finding::problem(what, "it is not valid yet", remedy);
@@ -81,7 +81,7 @@ mod tests {
         assert_eq!(wrong.iter().filter(|finding| finding.is_problem()).count(), 1, "{wrong:?}");
 
         let facts = CertificateFacts::read(&node).expect("read");
-        let verdict = |now| validity(&facts, now).verdict;
+        let verdict = |now| validity("x", &facts, now).verdict;
         assert_eq!(verdict(facts.not_after - DAY), Verdict::Note);
         assert_eq!(verdict(facts.not_after + DAY), Verdict::Problem);
         assert_eq!(verdict(facts.not_before - DAY), Verdict::Problem);
