@@ -26,11 +26,32 @@ use crate::core::{
 };
 use crate::testing::{hello, node};
 
+/// A test that waits longer has failed. Far longer than a slow machine takes.
+const PATIENCE: Duration = Duration::from_secs(120);
+
 /// Context of the played model.
 pub(crate) const MAX_MODEL_LEN: u32 = 64;
 
 fn root() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("..")
+}
+
+/// What comes of `future`, which is not waited for without end.
+pub(crate) async fn in_time<T>(future: impl Future<Output = T>) -> T {
+    tokio::time::timeout(PATIENCE, future).await.expect("it comes in time")
+}
+
+/// Tries until something comes of it.
+pub(crate) async fn until<T>(mut attempt: impl AsyncFnMut() -> Option<T>) -> T {
+    let trying = async {
+        loop {
+            if let Some(value) = attempt().await {
+                break value;
+            }
+            tokio::task::yield_now().await;
+        }
+    };
+    in_time(trying).await
 }
 
 /// Folder of the bundled demo model.

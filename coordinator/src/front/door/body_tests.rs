@@ -1,9 +1,14 @@
-//! Bodies of HTTP requests, and what follows from a request's name.
+//! Bodies of requests, and what follows from a request's name.
 
+use std::convert::Infallible;
+use std::time::Duration;
+
+use axum::body::{Body, Bytes};
 use baton_proto::wire::v1::inference_client::InferenceClient;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
-use tonic::Code;
+use tonic::client::GrpcService;
+use tonic::{Code, Status};
 use tonic_types::StatusExt;
 
 use super::Entrance;
@@ -11,7 +16,7 @@ use super::scope::Scope;
 use super::tests::{Keys, answer, behind, http, prompt, start};
 use crate::core::{NewRequest, Update};
 use crate::front::MAX_BODY_BYTES;
-use crate::front::fixtures::{Play, output};
+use crate::front::fixtures::{Play, in_time, output, until};
 
 #[tokio::test]
 async fn a_body_has_a_limit_and_its_request_a_name() {
@@ -64,17 +69,19 @@ async fn refusals_have_the_shape_of_the_api() {
 async fn bodies_of_all_requests_have_a_limit_together() {
     let played = start(Entrance::open().with_bodies(1000), answer).await;
     let mut first = TcpStream::connect(played.http).await.unwrap();
-    let head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n\
-        content-length: 900\r\nexpect: 100-continue\r\n\r\n";
-    first.write_all(head).await.unwrap();
-    // When it is asked to go on, memory is taken for what it says it will send.
-    let mut goes_on = [0; 25];
-    first.read_exact(&mut goes_on).await.unwrap();
-    assert!(goes_on.starts_with(b"HTTP/1.1 100 Continue"));
+    first.write_all(&begins(900)).await.unwrap();
+    // When it is asked to go on, its body is being read.
+    first.read_exact(&mut [0; 25]).await.unwrap();
 
     let post = "POST /v1/messages HTTP/1.1\r\ncontent-length: 200";
-    let (status, refused) = http(&played, post, &[b' '; 200]).await;
-    assert_eq!(status, 503, "{refused}");
+    let (status, answer) = http(&played, post, &[b' '; 200]).await;
+    assert_ne!(status, 503, "what has not arrived takes nothing: {answer}");
+    first.write_all(&[b' '; 899]).await.unwrap();
+    let refused = until(async || {
+        let (status, answer) = http(&played, post, &[b' '; 200]).await;
+        (status == 503).then_some(answer)
+    });
+    let refused = refused.await;
     assert!(
         refused.contains("retry-after: 1\r\n") && refused.contains("too many bodies"),
         "{refused}"
@@ -87,10 +94,54 @@ async fn bodies_of_all_requests_have_a_limit_together() {
     assert!(client.generate(prompt("Hello")).await.is_ok(), "there is room for a short one");
 
     drop(first);
-    while http(&played, post, &[b' '; 200]).await.0 == 503 {}
-    let (status, _) =
-        http(&played, "POST /v1/messages HTTP/1.1\r\ncontent-length: 1001", b"").await;
-    assert_eq!(status, 503, "it never has room");
+    until(async || (http(&played, post, &[b' '; 200]).await.0 != 503).then_some(())).await;
+    let head = "POST /v1/messages HTTP/1.1\r\ncontent-length: 1001";
+    assert_eq!(http(&played, head, &[b' '; 1001]).await.0, 503, "it never has room");
+}
+
+/// The head of a request that waits to be asked for its body.
+fn begins(length: usize) -> Vec<u8> {
+    let head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json";
+    format!("{head}\r\ncontent-length: {length}\r\nexpect: 100-continue\r\n\r\n").into()
+}
+
+#[tokio::test]
+async fn bodies_that_nobody_reads_are_not_waited_for() {
+    let mut keys = Keys::new();
+    let key = keys.add("app", "acme", &[Scope::Generate], "");
+    let mut entrance = behind(&keys.path()).with_bodies(1000);
+    entrance.patience.body = Duration::from_millis(5);
+    let played = start(entrance, answer).await;
+    for (head, status) in [
+        ("POST /health HTTP/1.1\r\ncontent-length: 900".to_owned(), 405),
+        ("GET /live HTTP/1.1\r\ncontent-length: 1001".to_owned(), 200),
+        (format!("GET /v1/models HTTP/1.1\r\ncontent-length: 9\r\nx-api-key: {key}"), 200),
+        (format!("POST /v1/messages HTTP/1.1\r\ncontent-length: 9\r\nx-api-key: {key}"), 408),
+    ] {
+        let (got, answer) = http(&played, &head, b"").await;
+        assert_eq!(got, status, "{head}: {answer}");
+    }
+}
+
+#[tokio::test]
+async fn a_calls_message_must_arrive_in_time() {
+    let mut entrance = Entrance::open();
+    entrance.patience.body = Duration::from_millis(5);
+    let played = start(entrance, answer).await;
+    let never = tonic::body::Body::new(Body::from_stream(tokio_stream::pending::<
+        Result<Bytes, Infallible>,
+    >()));
+    let call = axum::http::Request::post("/baton.v1.Inference/Tokenize")
+        .header("content-type", "application/grpc")
+        .header("te", "trailers")
+        .body(never)
+        .unwrap();
+    let mut channel = played.channel();
+    std::future::poll_fn(|cx| GrpcService::poll_ready(&mut channel, cx)).await.unwrap();
+    let answer = in_time(GrpcService::call(&mut channel, call)).await.unwrap();
+    let status = Status::from_header_map(answer.headers()).unwrap();
+    assert_eq!(status.code(), Code::DeadlineExceeded, "{status:?}");
+    assert_eq!(status.message(), "the body did not arrive within 0.005 s");
 }
 
 #[tokio::test]
@@ -123,18 +174,17 @@ async fn a_request_that_is_sent_again_is_not_computed_twice_at_a_time() {
     drop(first);
     assert_eq!(played.dropped().await, played.asked()[0].id);
     // Its end frees the name.
-    let mut second = TcpStream::connect(played.http).await.unwrap();
-    loop {
+    let second = until(async || {
+        let mut second = TcpStream::connect(played.http).await.unwrap();
         let ask = format!("{}\r\nhost: x\r\n\r\n", head("r-1", body.len()));
         second.write_all(&[ask.as_bytes(), body].concat()).await.unwrap();
         let mut status = [0; 12];
         second.read_exact(&mut status).await.unwrap();
-        if status.ends_with(b"200") {
-            break;
-        }
-        assert!(status.ends_with(b"409"), "{}", String::from_utf8_lossy(&status));
-        second = TcpStream::connect(played.http).await.unwrap();
-    }
+        let said = String::from_utf8_lossy(&status);
+        assert!(said.ends_with("200") || said.ends_with("409"), "{said}");
+        said.ends_with("200").then_some(second)
+    });
+    let _second = second.await;
     // The same name for something else is another request.
     let other = br#"{"prompt": "Bye", "stream": true}"#;
     let mut third = TcpStream::connect(played.http).await.unwrap();

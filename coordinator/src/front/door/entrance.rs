@@ -28,7 +28,7 @@ pub(crate) struct Patience {
     /// For all headers of an HTTP/1.1 request, counted from the end of the one before. Longer than
     /// clients keep idle connections, so that it is them who close these.
     pub(crate) headers: Duration,
-    /// For all of an HTTP request's body.
+    /// For all of a request's body.
     pub(crate) body: Duration,
 }
 

@@ -1,20 +1,23 @@
 //! The guards in front of both services: keys first, then the body.
 
 use std::hash::{DefaultHasher, Hasher};
+use std::pin::Pin;
 use std::sync::Arc;
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use axum::BoxError;
-use axum::body::{Body, Bytes};
+use axum::body::{Body, BodyDataStream, Bytes};
 use axum::extract::{Request, State};
 use axum::http::header::{CONTENT_LENGTH, WWW_AUTHENTICATE};
 use axum::http::{HeaderName, HeaderValue, StatusCode};
 use axum::middleware::Next;
 use axum::response::Response;
-use tokio_stream::StreamExt;
+use tokio::time::Sleep;
+use tokio_stream::{Stream, StreamExt};
 use tonic::{Code, Status};
 
-use super::bodies::{BodyMemory, Reserved};
+use super::bodies::Reserved;
 use super::scope::{self, Need};
 use super::{Entrance, NotLetIn};
 use crate::front::http;
@@ -30,7 +33,7 @@ const MAX_REQUEST_ID_BYTES: usize = 256;
 
 /// Lets gRPC calls in, with their [`Caller`](super::Caller).
 pub(crate) async fn guard_rpc(
-    State(Entrance { door, bodies, .. }): State<Entrance>,
+    State(Entrance { door, bodies, patience, .. }): State<Entrance>,
     mut request: Request,
     next: Next,
 ) -> Response {
@@ -38,11 +41,12 @@ pub(crate) async fn guard_rpc(
     let need = scope::of_rpc(request.uri().path());
     let response = match door.let_in(request.headers(), need) {
         Ok(caller) => {
-            request.extensions_mut().insert(caller);
             // Requests of the others are short, and may be many on one stream.
             if matches!(need, Need::Scope(_)) {
-                request = request.map(|body| counted(body, bodies));
+                let held = bodies.begin(caller.tenant());
+                request = request.map(|body| Counted::body(body, held, patience.body));
             }
+            request.extensions_mut().insert(caller);
             next.run(request).await
         }
         Err(refusal) => {
@@ -60,18 +64,37 @@ pub(crate) async fn guard_rpc(
     }
 }
 
-/// A body that takes memory as it arrives, for as long as it is there.
-fn counted(body: Body, memory: BodyMemory) -> Body {
-    let mut held: Option<Reserved> = None;
-    Body::from_stream(body.into_data_stream().map(move |part| {
-        let part = part?;
-        let more = memory.reserve(part.len()).ok_or_else(|| Status::from(Refusal::NoMemory))?;
-        match &mut held {
-            Some(held) => held.add(more),
-            None => held = Some(more),
+/// A body that takes memory as it arrives, for as long as it is there, and must arrive in time.
+struct Counted {
+    parts: BodyDataStream,
+    held: Reserved,
+    wait: Duration,
+    late: Pin<Box<Sleep>>,
+}
+
+impl Counted {
+    fn body(body: Body, held: Reserved, wait: Duration) -> Body {
+        let (parts, late) = (body.into_data_stream(), Box::pin(tokio::time::sleep(wait)));
+        Body::from_stream(Self { parts, held, wait, late })
+    }
+}
+
+impl Stream for Counted {
+    type Item = Result<Bytes, BoxError>;
+
+    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        if self.late.as_mut().poll(cx).is_ready() {
+            let late = Refused::TooSlow(self.wait);
+            count(&late, Code::DeadlineExceeded);
+            return Poll::Ready(Some(Err(Status::deadline_exceeded(late.to_string()).into())));
         }
-        Ok::<Bytes, BoxError>(part)
-    }))
+        let part = ready!(Pin::new(&mut self.parts).poll_next(cx)?);
+        if let Some(Err(refusal)) = part.as_ref().map(|part| self.held.grow(part.len())) {
+            count(&refusal, refusal.code());
+            return Poll::Ready(Some(Err(Status::from(refusal).into())));
+        }
+        Poll::Ready(part.map(Ok))
+    }
 }
 
 /// Lets HTTP requests in, with their [`Caller`](super::Caller) and their whole body.
@@ -95,18 +118,22 @@ async fn let_in(
     id: Option<&HeaderValue>,
 ) -> Result<Request, Refused> {
     let path = request.uri().path();
-    let mut caller = entrance.door.let_in(request.headers(), scope::of_path(path))?;
+    let need = scope::of_path(path);
+    let mut caller = entrance.door.let_in(request.headers(), need)?;
     let (mut head, body) = request.into_parts();
+    if !matches!(need, Need::Scope(_)) {
+        // Nobody there reads a body, so none is waited for.
+        head.extensions.insert(caller);
+        return Ok(Request::from_parts(head, Body::empty()));
+    }
     let length = head.headers.get(CONTENT_LENGTH);
     let length = length.and_then(|length| length.to_str().ok()?.parse::<u64>().ok());
     if length.is_some_and(|length| length > MAX_BODY_BYTES as u64) {
         return Err(Refused::TooLarge);
     }
-    let reserved = entrance.bodies.reserve(length.unwrap_or(0) as usize);
-    let mut reserved = reserved.ok_or(Refused::NoMemory)?;
+    let mut reserved = entrance.bodies.begin(caller.tenant());
     let wait = entrance.patience.body;
-    let reading = whole(body, &entrance.bodies, &mut reserved);
-    let body = tokio::time::timeout(wait, reading).await;
+    let body = tokio::time::timeout(wait, whole(body, &mut reserved)).await;
     let body = body.map_err(|_| Refused::TooSlow(wait))??;
     let name = id.and_then(|id| id.to_str().ok());
     caller.request = name.map(|name| (name.into(), digest(head.uri.path(), &body)));
@@ -116,18 +143,16 @@ async fn let_in(
     Ok(Request::from_parts(head, Body::from(body)))
 }
 
-/// All of a body; memory beyond what is reserved is reserved as it arrives.
-async fn whole(body: Body, memory: &BodyMemory, held: &mut Reserved) -> Result<Bytes, Refused> {
+/// All of a body. It takes memory as it arrives: who only says that much will come takes none.
+async fn whole(body: Body, held: &mut Reserved) -> Result<Bytes, Refused> {
     let mut parts = body.into_data_stream();
     let mut all = Vec::new();
     while let Some(part) = parts.next().await {
         let part = part.map_err(|_| Refused::BrokeOff)?;
-        let length = all.len() + part.len();
-        if length > MAX_BODY_BYTES {
+        if all.len() + part.len() > MAX_BODY_BYTES {
             return Err(Refused::TooLarge);
         }
-        let more = memory.reserve(length.saturating_sub(held.bytes()));
-        held.add(more.ok_or(Refused::NoMemory)?);
+        held.grow(part.len()).map_err(|_| Refused::NoMemory)?;
         all.extend_from_slice(&part);
     }
     Ok(all.into())
