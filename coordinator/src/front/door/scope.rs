@@ -61,6 +61,10 @@ pub(crate) fn of_rpc(path: &str) -> Need {
         "grpc.reflection.v1.ServerReflection" | "grpc.reflection.v1alpha.ServerReflection" => {
             Need::Key
         }
+        // They tell what all tenants do.
+        "vllm.grpc.engine.VllmEngine" if matches!(method, "GetLoads" | "GetServerInfo") => {
+            Need::Scope(Scope::View)
+        }
         "baton.v1.Inference" | "vllm.grpc.engine.VllmEngine" => Need::Scope(Scope::Generate),
         // Commands begin with a verb that is none of these.
         "baton.v1.Cluster"
@@ -99,6 +103,8 @@ mod tests {
             ("/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo", Key),
             ("/baton.v1.Inference/Generate", generate),
             ("/vllm.grpc.engine.VllmEngine/Abort", generate),
+            ("/vllm.grpc.engine.VllmEngine/GetLoads", view),
+            ("/vllm.grpc.engine.VllmEngine/GetServerInfo", view),
             ("/baton.v1.Inference/Embed", generate),
             ("/baton.v1.Cluster/GetStatus", view),
             ("/baton.v1.Cluster/ListNodes", view),
