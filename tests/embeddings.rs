@@ -1,6 +1,7 @@
 //! Embeddings from real clusters, over both APIs.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use baton_proto::wire::v1::embed_input::Input;
 use baton_proto::wire::v1::{
@@ -10,6 +11,7 @@ use baton_tests::{Chance, TestCluster, model, options, request};
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
+use tokio::time::timeout;
 use tonic::Status;
 
 fn wanted(prompts: &[Vec<u32>], pooling: Pooling) -> EmbedRequest {
@@ -119,13 +121,17 @@ async fn a_vector_leads_to_the_token_that_comes_next_and_is_the_same_everywhere(
 
 /// The prefill node that computes something.
 async fn busy(cluster: &TestCluster) -> String {
-    loop {
-        let nodes = cluster.nodes().await;
-        if let Some(node) = nodes.iter().find(|node| node.running > 0 && node.role == "prefill") {
-            return node.id.clone();
+    let found = async {
+        loop {
+            let nodes = cluster.nodes().await;
+            let busy = nodes.iter().find(|node| node.running > 0 && node.role == "prefill");
+            if let Some(node) = busy {
+                return node.id.clone();
+            }
+            tokio::task::yield_now().await;
         }
-        tokio::task::yield_now().await;
-    }
+    };
+    timeout(Duration::from_secs(60), found).await.expect("a node begins with it")
 }
 
 #[tokio::test(flavor = "multi_thread")]
