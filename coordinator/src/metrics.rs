@@ -121,7 +121,10 @@ fn describe() {
         "What a term took, relative to its prediction; less than a millisecond counts as one"
     );
     describe_counter!("baton_refused_connections_total", "Clients' connections not taken");
-    describe_counter!("baton_refused_requests_total", "Requests refused at the door, by code");
+    describe_counter!(
+        "baton_refused_requests_total",
+        "Requests that were not begun, by gRPC's code"
+    );
     describe_gauge!("baton_requests_active", "Requests that are not over");
     describe_gauge!("baton_requests_waiting", "Of these, those that wait for their turn on a node");
     describe_gauge!("baton_nodes", "Joined nodes by role");

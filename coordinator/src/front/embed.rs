@@ -1,32 +1,37 @@
 //! Embeddings: each input is a request to the core of its own, and all of them answer together.
 
+mod inputs;
+
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use baton_proto::embedding::Pooling;
 use baton_proto::ids::RequestId;
 use baton_proto::sampling::SamplingParams;
 use baton_proto::trace::TraceContext;
 use baton_proto::wire::v1;
-use baton_proto::wire::v1::embed_input::Input;
-use baton_proto::wire::v1::{EmbedInput, EmbedRequest, EmbedResponse, Embedding, GenerateRequest};
+use baton_proto::wire::v1::{EmbedRequest, EmbedResponse, Embedding, GenerateRequest};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
+use self::inputs::{check, check_size, tokens};
 use super::Front;
 use super::door::{Admission, Caller};
 use super::inference::{count_refused, random};
 use super::models::ServedModel;
+use super::names::Named;
 use super::prepare::{salt, standing};
 use super::refusal::Refusal;
 use super::running::Run;
 use super::trace::CompletionSpan;
-use crate::core::{Core, ModelInfo, NewRequest, RequestError, SubmitError, Summary, Update, Usage};
+use crate::core::{Core, NewRequest, RequestError, SubmitError, Summary, Update, Updates, Usage};
 
-/// Most inputs of a request, as in OpenAI's API.
-pub(crate) const MAX_INPUTS: usize = 2048;
+pub(crate) use self::inputs::MAX_INPUTS;
+
 /// Inputs of one request that are placed at a time; the others wait here, and take nobody's place.
 const MAX_AT_ONCE: usize = 32;
+/// How often an input is submitted, while the cluster is full and others have their vectors.
+const MAX_SUBMITS: usize = 60;
 
 /// A request whose inputs can be embedded.
 struct Prepared {
@@ -38,6 +43,7 @@ struct Prepared {
     /// What all inputs have in common.
     common: NewRequest,
     // Until the last input has ended.
+    _name: Option<Named>,
     _admission: Admission,
     _run: Run,
 }
@@ -60,11 +66,26 @@ impl Front {
         timeout: Option<Duration>,
         arrived: Instant,
     ) -> Result<EmbedResponse, Refusal> {
-        let prepared = self.prepare_embedding(caller, request, timeout, arrived).await;
-        let prepared = prepared.inspect_err(count_refused)?;
+        let embedded = self.embed_all(caller, request, timeout, arrived).await;
+        embedded.inspect_err(|refusal| {
+            if !matches!(refusal, Refusal::Failed(_)) {
+                count_refused(refusal);
+            }
+        })
+    }
+
+    async fn embed_all(
+        &self,
+        caller: &Caller,
+        request: EmbedRequest,
+        timeout: Option<Duration>,
+        arrived: Instant,
+    ) -> Result<EmbedResponse, Refusal> {
+        let prepared = self.prepare_embedding(caller, request, timeout, arrived).await?;
         let mut embeddings = vec![Embedding::default(); prepared.prompts.len()];
         let mut usage = v1::Usage::default();
         let mut waiting = prepared.prompts.iter().cloned().enumerate();
+        let some_done = Arc::new(AtomicBool::new(false));
         // Dropping it cancels what runs.
         let mut running = JoinSet::new();
         loop {
@@ -72,11 +93,12 @@ impl Front {
                 && let Some((at, tokens)) = waiting.next()
             {
                 let (request, span) = self.one_of(&prepared, tokens)?;
-                running.spawn(embed_one(self.core.clone(), at, request, span));
+                running.spawn(embed_one(self.core.clone(), at, request, span, some_done.clone()));
             }
             let Some(embedded) = running.join_next().await else { break };
             let Embedded { at, id, mut values, usage: used } =
                 embedded.map_err(|_| SubmitError::ShuttingDown)??;
+            some_done.store(true, Ordering::Relaxed);
             if prepared.normalize {
                 normalize(&mut values);
             }
@@ -99,10 +121,14 @@ impl Front {
         if let Some(tenant) = caller.tenant() {
             request.tenant = tenant.to_owned();
         }
+        let name = caller.name_of(&named(&request))?;
+        let name = name.map(|name| self.names.take(name)).transpose()?;
         let pooling = check(&request)?;
         let standing = standing(&request.priority, &request.tenant)?;
         let salt = salt(&request.tenant, request.cache_salt.as_deref())?;
+        self.one_model(&request.model)?;
         let (model, info) = self.model_for(&named(&request)).await?;
+        check_size(request.inputs.len(), info.hidden_size as usize)?;
         let (tokenizing, inputs) = (model.clone(), request.inputs);
         let tokenized = tokio::task::spawn_blocking(move || {
             let inputs = inputs.into_iter().enumerate();
@@ -133,9 +159,22 @@ impl Front {
             deadline: deadline.map(|deadline| arrived + deadline),
             trace: caller.trace,
             common,
+            _name: name,
             _admission: admission,
             _run: run,
         })
+    }
+
+    /// Vectors of several models cannot be compared, so an alias must not choose among them.
+    fn one_model(&self, name: &str) -> Result<(), Refusal> {
+        match self.aliases.names().find(|(alias, models)| *alias == name && models.len() > 1) {
+            None => Ok(()),
+            Some((alias, models)) => {
+                let models = models.join(", ");
+                let what = format!("model is {alias:?}, which is several models ({models})");
+                Err(Refusal::wrong("model", what + "; embeddings must name one of them"))
+            }
+        }
     }
 
     /// The request of one input, and its span.
@@ -156,57 +195,10 @@ impl Front {
     }
 }
 
-/// The pooling of a request whose numbers are fine.
-fn check(request: &EmbedRequest) -> Result<Pooling, Refusal> {
-    let count = request.inputs.len();
-    if !(1..=MAX_INPUTS).contains(&count) {
-        let limit = format!("from 1 to {MAX_INPUTS}");
-        return Err(Refusal::field("inputs", format_args!("{count} inputs"), &limit));
-    }
-    if request.deadline_ms == Some(0) {
-        return Err(Refusal::field("deadline_ms", 0, "at least 1"));
-    }
-    match v1::Pooling::try_from(request.pooling) {
-        Ok(v1::Pooling::Unspecified) => Ok(Pooling::default()),
-        Ok(v1::Pooling::Last) => Ok(Pooling::Last),
-        Ok(v1::Pooling::Mean) => Ok(Pooling::Mean),
-        Err(_) => Err(Refusal::field("pooling", request.pooling, "last or mean")),
-    }
-}
-
-/// What decides which model of an alias embeds: the first input stands for all.
+/// A request for tokens of the same model and tenant: what both kinds have in common reads that.
 fn named(request: &EmbedRequest) -> GenerateRequest {
-    let input = request.inputs.iter().find_map(|input| input.input.clone());
-    let input = input.map(|input| match input {
-        Input::Text(text) => v1::generate_request::Input::Prompt(text),
-        Input::TokenIds(ids) => v1::generate_request::Input::TokenIds(ids),
-    });
-    GenerateRequest { model: request.model.clone(), input, ..GenerateRequest::default() }
-}
-
-/// The tokens of input number `at`.
-fn tokens(
-    at: usize,
-    input: EmbedInput,
-    model: &ServedModel,
-    info: &ModelInfo,
-) -> Result<Arc<[u32]>, Refusal> {
-    let wrong = |what: String| Refusal::wrong(&format!("inputs[{at}]"), what);
-    let tokens = match input.input {
-        Some(Input::Text(text)) if !text.is_empty() => model.tokenizer.encode(&text, true)?,
-        Some(Input::TokenIds(ids)) if !ids.ids.is_empty() => ids.ids,
-        _ => return Err(wrong(format!("input {at} is empty"))),
-    };
-    if let Some(id) = tokens.iter().find(|&&id| id >= info.vocab_size) {
-        let limit = format!("below the vocabulary size ({})", info.vocab_size);
-        return Err(wrong(format!("an id in input {at} is {id}; it must be {limit}")));
-    }
-    let limit = (info.max_model_len as usize).saturating_sub(1);
-    match tokens.len() {
-        0 => Err(SubmitError::EmptyPrompt.into()),
-        tokens if tokens > limit => Err(SubmitError::PromptTooLong { tokens, limit }.into()),
-        _ => Ok(tokens.into()),
-    }
+    let (model, tenant) = (request.model.clone(), request.tenant.clone());
+    GenerateRequest { model, tenant, ..GenerateRequest::default() }
 }
 
 /// One input on its way through the core. Dropping it cancels.
@@ -215,9 +207,10 @@ async fn embed_one(
     at: usize,
     request: NewRequest,
     mut span: CompletionSpan,
+    some_done: Arc<AtomicBool>,
 ) -> Result<Embedded, Refusal> {
     let id = request.id;
-    let outcome = outcome(&core, request).await;
+    let outcome = outcome(&core, request, &some_done).await;
     match outcome {
         Ok((values, summary)) => {
             span.embedded(&summary, values.len());
@@ -230,8 +223,12 @@ async fn embed_one(
     }
 }
 
-async fn outcome(core: &Core, request: NewRequest) -> Result<(Vec<f32>, Summary), Refusal> {
-    let mut updates = core.submit(request).await?;
+async fn outcome(
+    core: &Core,
+    request: NewRequest,
+    some_done: &AtomicBool,
+) -> Result<(Vec<f32>, Summary), Refusal> {
+    let mut updates = submit(core, request, some_done).await?;
     let mut values = None;
     while let Some(update) = updates.recv().await {
         match update {
@@ -245,6 +242,30 @@ async fn outcome(core: &Core, request: NewRequest) -> Result<(Vec<f32>, Summary)
         }
     }
     Err(SubmitError::ShuttingDown.into())
+}
+
+/// Submits one input. Once others have their vectors it waits for room, if its deadline allows: the
+/// whole request would have to be sent again.
+async fn submit(
+    core: &Core,
+    mut request: NewRequest,
+    some_done: &AtomicBool,
+) -> Result<Updates, SubmitError> {
+    let deadline = request.deadline.map(|left| Instant::now() + left);
+    for _ in 1..MAX_SUBMITS {
+        let wait = match core.submit(request.clone()).await {
+            Err(SubmitError::Overloaded { retry_after }) => retry_after,
+            submitted => return submitted,
+        };
+        let then = Instant::now() + wait;
+        let late = deadline.is_some_and(|deadline| deadline <= then);
+        if late || !some_done.load(Ordering::Relaxed) {
+            return Err(SubmitError::Overloaded { retry_after: wait });
+        }
+        tokio::time::sleep_until(then).await;
+        request.deadline = deadline.map(|deadline| deadline.saturating_duration_since(then));
+    }
+    core.submit(request).await
 }
 
 /// Makes a vector as long as 1; one of zeros stays.

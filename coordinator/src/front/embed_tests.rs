@@ -1,6 +1,7 @@
 //! Both APIs' embeddings, with a core that is played by the test.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::Duration;
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
@@ -9,15 +10,22 @@ use baton_proto::wire::v1;
 use baton_proto::wire::v1::embed_input::Input;
 use baton_proto::wire::v1::inference_client::InferenceClient;
 use baton_proto::wire::v1::{EmbedInput, EmbedRequest, TokenIds};
+use metrics_exporter_prometheus::PrometheusBuilder;
 use serde_json::json;
+use tokio::io::AsyncWriteExt;
+use tokio::net::TcpStream;
+use tokio::time::timeout;
 use tonic::Code;
 
 use super::embed::MAX_INPUTS;
-use super::fixtures::{MAX_MODEL_LEN, Play, start, tokenizer};
-use super::openai::tests::post;
+use super::fixtures::{MAX_MODEL_LEN, Play, start, start_with, tokenizer};
+use super::openai::tests::{post, send};
+use crate::aliases::Alias;
 use crate::core::{NewRequest, RequestError, SubmitError, Update};
 
 const PATH: &str = "/v1/embeddings";
+/// Longer than anything here takes.
+const WAIT: Duration = Duration::from_secs(60);
 
 /// The embedding of a prompt is 3 and 4 times its first token.
 fn play(request: &NewRequest) -> Play {
@@ -77,8 +85,13 @@ async fn what_is_wrong_is_named_and_nothing_is_begun() {
     let with = |inputs: Vec<EmbedInput>| EmbedRequest { inputs, ..EmbedRequest::default() };
     let long = vec![5; MAX_MODEL_LEN as usize];
     for (request, what) in [
-        (with(Vec::new()), "inputs is 0 inputs; it must be from 1 to 2048"),
-        (with(vec![ids(&[1]); MAX_INPUTS + 1]), "inputs is 2049 inputs; it must be from 1 to 2048"),
+        (with(Vec::new()), "there are 0 inputs; there must be from 1 to 2048"),
+        (
+            with(vec![ids(&[1]); MAX_INPUTS + 1]),
+            "there are 2049 inputs; there must be from 1 to 2048",
+        ),
+        // 4 Mi numbers, in vectors of 4096.
+        (with(vec![ids(&[1]); 1025]), "there are 1025 inputs; there must be at most 1024"),
         (with(vec![ids(&[1]), EmbedInput::default()]), "input 1 is empty"),
         (with(vec![ids(&[])]), "input 0 is empty"),
         (with(vec![text("")]), "input 0 is empty"),
@@ -151,6 +164,7 @@ async fn http_answers_with_numbers_or_with_their_bytes() {
         let values: Vec<f32> = serde_json::from_value(item["embedding"].clone()).unwrap();
         assert_eq!(values, [0.6, 0.8]);
     }
+    assert!(answer.body.contains("\"embedding\":[0.6,0.8]"), "no more digits than there are");
     let ask = json!({"input": [7], "encoding_format": "base64", "normalize": false});
     let body = post(&played, PATH, &ask).await.json();
     let bytes = STANDARD.decode(body["data"][0]["embedding"].as_str().unwrap()).unwrap();
@@ -164,6 +178,7 @@ async fn http_names_its_own_parameter() {
     let long = vec![5; MAX_MODEL_LEN as usize];
     for (body, status, code, param) in [
         (json!({"input": [5000]}), 400, "invalid_value", json!("input[0]")),
+        (json!({"input": vec!["a"; 1025]}), 400, "invalid_value", json!("input")),
         (json!({"input": long}), 400, "context_length_exceeded", json!("input")),
         (json!({"input": "a", "dimensions": 3}), 400, "unsupported_parameter", json!("dimensions")),
         (json!({"input": "a", "model": "x"}), 404, "model_not_found", json!("model")),
@@ -174,4 +189,99 @@ async fn http_names_its_own_parameter() {
         assert_eq!(given, (status, &json!(code), &param), "{}", answer.body);
     }
     assert!(played.asked().is_empty());
+}
+
+#[tokio::test]
+async fn several_models_behind_one_name_would_mix_their_vectors() {
+    let alias = |name: &str, models: &[&str]| {
+        let models = models.iter().map(|model| String::from(*model)).collect();
+        Alias { name: name.to_owned(), prices: vec![1.0; 2], models, target_ttft_ms: 100.0 }
+    };
+    let aliases = vec![alias("two", &["a", "b"]), alias("one", &["b"])];
+    let played = start_with(&["a", "b"], aliases, play).await;
+    let mut client = InferenceClient::new(played.channel());
+    let mut ask = async |model: &str| {
+        let model = model.to_owned();
+        client.embed(EmbedRequest { model, inputs: vec![ids(&[1])], ..Default::default() }).await
+    };
+    let refused = ask("two").await.unwrap_err();
+    assert_eq!(refused.code(), Code::InvalidArgument);
+    assert!(refused.message().contains("several models (a, b)"), "{refused:?}");
+    assert!(played.asked().is_empty());
+    assert_eq!(ask("one").await.unwrap().into_inner().model, "b");
+}
+
+#[tokio::test]
+async fn one_that_is_sent_again_is_not_computed_twice_at_a_time() {
+    let played = start(|_| Play::Silence(Vec::new())).await;
+    let body = json!({"input": [[7], [9]]}).to_string();
+    let length = body.len();
+    let request = format!(
+        "POST {PATH} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-type: application/json\r\n\
+         content-length: {length}\r\nx-request-id: e-1\r\nidempotency-key: e-1\r\n\r\n{body}"
+    );
+    let mut first = TcpStream::connect(played.http).await.unwrap();
+    first.write_all(request.as_bytes()).await.unwrap();
+    let both_asked = async {
+        while played.asked().len() < 2 {
+            tokio::task::yield_now().await;
+        }
+    };
+    timeout(WAIT, both_asked).await.unwrap();
+    let again = send(&played, &request).await;
+    assert_eq!((again.status, &again.json()["error"]["code"]), (409, &json!("duplicate_request")));
+    assert_eq!(played.asked().len(), 2);
+    drop(first);
+    let stopped = [played.dropped().await, played.dropped().await];
+    assert_ne!(stopped[0], stopped[1]);
+}
+
+/// The first try of the 40th input is refused, when others have their vectors.
+fn refuses_once(wait: Duration) -> impl Fn(&NewRequest) -> Play + Send + 'static {
+    let refused = AtomicBool::new(false);
+    move |request| match request.tokens[0] == 40 && !refused.swap(true, Ordering::Relaxed) {
+        true => Play::Refuse(SubmitError::Overloaded { retry_after: wait }),
+        false => play(request),
+    }
+}
+
+#[tokio::test]
+async fn a_cluster_that_is_full_for_a_moment_does_not_cost_what_is_done() {
+    let played = start(refuses_once(Duration::from_millis(1))).await;
+    let mut client = InferenceClient::new(played.channel());
+    let inputs: Vec<_> = (1..=70).map(|n| ids(&[n])).collect();
+    let response = client.embed(EmbedRequest { inputs, ..Default::default() }).await.unwrap();
+    assert!(response.into_inner().embeddings.iter().all(|each| each.values == [0.6, 0.8]));
+    assert_eq!(played.asked().len(), 71);
+}
+
+#[tokio::test]
+async fn who_would_wait_in_vain_does_not() {
+    let hour = Duration::from_secs(3600);
+    let all: Vec<_> = (1..=70).map(|n| ids(&[n])).collect();
+    // Of the first nothing is done before it; the second has no time.
+    for (inputs, deadline_ms) in [(vec![ids(&[40])], None), (all, Some(60_000))] {
+        let played = start(refuses_once(hour)).await;
+        let mut client = InferenceClient::new(played.channel());
+        let asking = client.embed(EmbedRequest { inputs, deadline_ms, ..Default::default() });
+        let refused = timeout(WAIT, asking).await.expect("at once").unwrap_err();
+        assert_eq!(refused.code(), Code::ResourceExhausted, "{refused:?}");
+    }
+}
+
+#[test]
+fn what_is_refused_later_is_counted_too() {
+    let recorder = PrometheusBuilder::new().build_recorder();
+    let shown = recorder.handle();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    metrics::with_local_recorder(&recorder, || {
+        runtime.block_on(async {
+            let played = start(|_| Play::Refuse(SubmitError::NoNodes("demo".into()))).await;
+            let mut client = InferenceClient::new(played.channel());
+            let asking = EmbedRequest { inputs: vec![ids(&[1])], ..Default::default() };
+            client.embed(asking).await.unwrap_err();
+        });
+    });
+    let line = "baton_refused_requests_total{code=\"Unavailable\"} 1";
+    assert!(shown.render().contains(line), "{}", shown.render());
 }

@@ -166,7 +166,7 @@ pub(crate) async fn start_behind(
         geometry: hello.geometry,
         max_model_len: MAX_MODEL_LEN,
         vocab_size: 2048,
-        hidden_size: 4,
+        hidden_size: 4096,
     };
     let (asks, asked_of_core) = mpsc::channel(64);
     let (drops, dropped) = mpsc::channel(64);

@@ -2,12 +2,14 @@
 
 use axum::Extension;
 use axum::extract::State;
-use axum::response::Json;
+use axum::http::header::CONTENT_TYPE;
+use axum::response::{IntoResponse, Response};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use baton_proto::wire::v1::embed_input::Input;
 use baton_proto::wire::v1::generate_request::Input as Prompt;
 use baton_proto::wire::v1::{EmbedInput, EmbedRequest, EmbedResponse, Pooling};
+use serde::{Serialize, Serializer};
 use serde_json::{Value, json};
 use tokio::time::Instant;
 
@@ -26,13 +28,16 @@ pub(super) async fn create(
     State(front): State<Front>,
     Extension(caller): Extension<Caller>,
     Body(fields): Body,
-) -> Result<Json<Value>, ApiError> {
+) -> Result<Response, ApiError> {
     let arrived = Instant::now();
     let (request, encoding) = parse(fields)?;
     let response = front.embeddings(&caller, request, None, arrived).await.map_err(error)?;
     // A large answer takes milliseconds to write.
     let written = tokio::task::spawn_blocking(move || reply(&response, encoding)).await;
-    written.map(Json).map_err(|_| ApiError::internal("the answer's writer stopped"))
+    match written {
+        Ok(Ok(body)) => Ok(([(CONTENT_TYPE, "application/json")], body).into_response()),
+        _ => Err(ApiError::internal("the answer's writer stopped")),
+    }
 }
 
 /// How vectors are written.
@@ -99,28 +104,58 @@ fn error(refusal: Refusal) -> ApiError {
     error
 }
 
-fn reply(response: &EmbedResponse, encoding: Encoding) -> Value {
-    let vector = |values: &[f32]| match encoding {
-        Encoding::Float => json!(values),
-        Encoding::Base64 => {
-            let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
-            json!(STANDARD.encode(bytes))
-        }
-    };
-    let data = response.embeddings.iter().enumerate().map(|(index, embedding)| {
-        json!({"object": "embedding", "index": index, "embedding": vector(&embedding.values)})
+/// The answer's body. Numbers are written as they are: as values of JSON they would take many times
+/// the memory, and all digits of double precision.
+fn reply(response: &EmbedResponse, encoding: Encoding) -> serde_json::Result<Vec<u8>> {
+    let items = response.embeddings.iter().enumerate().map(|(index, embedding)| Item {
+        object: "embedding",
+        index,
+        embedding: Vector { values: &embedding.values, encoding },
     });
     let usage = response.usage.unwrap_or_default();
-    json!({
-        "object": "list",
-        "data": data.collect::<Vec<_>>(),
-        "model": response.model,
-        "usage": {
+    serde_json::to_vec(&Reply {
+        object: "list",
+        data: items.collect(),
+        model: &response.model,
+        usage: json!({
             "prompt_tokens": usage.prompt_tokens,
             "total_tokens": usage.prompt_tokens,
             "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
-        },
+        }),
     })
+}
+
+#[derive(Serialize)]
+struct Reply<'a> {
+    object: &'static str,
+    data: Vec<Item<'a>>,
+    model: &'a str,
+    usage: Value,
+}
+
+#[derive(Serialize)]
+struct Item<'a> {
+    object: &'static str,
+    index: usize,
+    embedding: Vector<'a>,
+}
+
+struct Vector<'a> {
+    values: &'a [f32],
+    encoding: Encoding,
+}
+
+impl Serialize for Vector<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match self.encoding {
+            Encoding::Float => serializer.collect_seq(self.values),
+            Encoding::Base64 => {
+                let values = self.values.iter();
+                let bytes: Vec<u8> = values.flat_map(|value| value.to_le_bytes()).collect();
+                serializer.serialize_str(&STANDARD.encode(bytes))
+            }
+        }
+    }
 }
 
 #[cfg(test)]

@@ -36,7 +36,7 @@ impl Answer {
     }
 }
 
-pub(super) async fn send(played: &Played, request: &str) -> Answer {
+pub(crate) async fn send(played: &Played, request: &str) -> Answer {
     let mut stream = TcpStream::connect(played.http).await.unwrap();
     stream.write_all(request.as_bytes()).await.unwrap();
     let mut answer = String::new();
