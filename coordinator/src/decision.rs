@@ -156,7 +156,7 @@ impl Decision {
             return Vec::new();
         }
         let outcome = |term, ms: f64, took: Duration, known: bool| {
-            let predicted = Duration::try_from_secs_f64(ms / 1e3).unwrap_or(Duration::MAX);
+            let predicted = Duration::try_from_secs_f64(ms.max(0.0) / 1e3).unwrap_or(Duration::MAX);
             Outcome { term, predicted, took: known.then_some(took) }
         };
         let since = |time: Duration| time.saturating_sub(held);

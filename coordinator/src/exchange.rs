@@ -105,7 +105,7 @@ impl Caller {
             let result = self.call(&mut client).await.map_err(|error| error.to_string());
             if result.is_err() {
                 // The next connection is made with the certificate that counts by then.
-                client = self::client(&self.identity, &address)?;
+                client = self::client(&self.identity, &address).unwrap_or(client);
             }
             let pause = if result.is_ok() { INTERVAL } else { PAUSE };
             // Each change is told once.

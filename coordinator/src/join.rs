@@ -26,6 +26,7 @@ use crate::cluster::LinkId;
 use crate::core::Core;
 use crate::driver::{FromLink, Link};
 use crate::exchange::{Exchange, MAX_MESSAGE_BYTES as MAX_SHARE_BYTES};
+use crate::front::door::Room;
 
 /// Commands on their way to one node, per request that the coordinator may hold; a node that lets
 /// more pile up is disconnected. When a node is lost, each of its requests may have to be cancelled
@@ -38,7 +39,7 @@ const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(1);
 const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(2);
 /// For the TLS handshake, and again for the hello.
 const GREETING_TIMEOUT: Duration = Duration::from_secs(5);
-/// Handshakes at once.
+/// Handshakes at once, half of them with one address.
 const MAX_HANDSHAKES: usize = 1024;
 /// A node needs one.
 const MAX_STREAMS_PER_CONNECTION: u32 = 4;
@@ -75,11 +76,11 @@ pub(crate) async fn serve(
 /// Connections of members of the cluster, with the certificate that this one has by then.
 fn members(listener: TcpListener, identity: &Identity) -> Incoming<TlsStream<TcpStream>> {
     let tls = TlsAcceptor::from(Arc::new(identity.rustls_server(&[b"h2"])));
-    let places = Arc::new(Semaphore::new(MAX_HANDSHAKES));
+    let room = Room::new(MAX_HANDSHAKES);
     accept::connections(listener, move |stream, address| {
-        let place = places.clone().try_acquire_owned().ok();
+        let place = room.enter(address.ip());
         if place.is_none() {
-            tracing::warn!(%address, "too many TLS handshakes at once: connection refused");
+            tracing::debug!(%address, "too many TLS handshakes at once: connection refused");
         }
         let (place, tls) = (place?, tls.clone());
         Some(async move {

@@ -43,20 +43,20 @@ pub(super) fn render(
         let what = "true; it must be false with continue_final_message";
         return Err(wrong("chat.add_generation_prompt", what));
     }
+    let mut messages = messages(&chat.messages)?;
+    let last = format!("chat.messages[{}]", chat.messages.len().saturating_sub(1));
+    let continued = chat.messages.last().filter(|_| goes_on);
+    if let Some(message) = continued {
+        continued::mark(&mut messages, &last, &message.content)?;
+    }
     let text = template.render(&Conversation {
-        messages: &messages(&chat.messages)?,
+        messages: &messages,
         tools: tools.as_ref(),
         add_generation_prompt: begins,
         kwargs: &kwargs,
         now,
     })?;
-    match chat.messages.last().filter(|_| goes_on) {
-        Some(last) => {
-            let field = format!("chat.messages[{}]", chat.messages.len() - 1);
-            continued::cut(text, &field, &last.content)
-        }
-        None => Ok(text),
-    }
+    if continued.is_some() { continued::cut(text, &last) } else { Ok(text) }
 }
 
 /// `None` for an empty list: templates take that for tools.

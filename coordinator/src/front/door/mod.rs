@@ -33,6 +33,7 @@ pub use entrance::Entrance;
 pub(crate) use entrance::MAX_CONNECTIONS;
 pub(crate) use guard::{guard_http, guard_rpc};
 pub(crate) use quota::Exceeded;
+pub(crate) use room::Room;
 pub use tls::{Protocol, Tls, TlsFiles};
 
 use keys::{KeyRing, KeysError};
