@@ -6,7 +6,7 @@ use std::sync::mpsc::{self, Receiver};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use baton_kernels::cuda::{Abort, Communicator, Event, Stream};
+use baton_kernels::cuda::{Communicator, Event, Stream};
 use tokio::sync::oneshot;
 
 use super::lanes::{Invitation, Lane};
@@ -161,11 +161,14 @@ impl Owner {
                     (parcel, Done::Received(reply))
                 }
             };
-            let events = self.queue(&parcel, matches!(done, Done::Sent(_)))?;
+            let queued = self.queue(&parcel, matches!(done, Done::Sent(_)));
             if self.begun.is_empty() {
                 self.since = Instant::now();
             }
+            // If not all lanes have it, some may be at it: it is kept until the end.
+            let (events, result) = queued.map_or_else(|e| (Vec::new(), Err(e)), |e| (e, Ok(())));
             self.begun.push_back(Begun { events, parcel, done });
+            result?;
         }
         Ok(())
     }
@@ -174,6 +177,8 @@ impl Owner {
     fn queue(&mut self, parcel: &Parcel, sends: bool) -> Result<Vec<Event>, Broken> {
         for (lane, pieces) in self.lanes.iter().zip(parcel.contents()) {
             let Joined { communicator, stream } = lane;
+            // Each call may take its time, which is not to look as if one were stuck.
+            *self.state.busy() = Some(Instant::now());
             match sends {
                 true => communicator.send(stream, pieces, self.peer).map_err(broken)?,
                 false => communicator.receive(stream, pieces, self.peer).map_err(broken)?,
@@ -209,8 +214,13 @@ impl Owner {
         let parcels: Vec<_> = self.begun.drain(..).map(|begun| begun.parcel).collect();
         self.waiting.clear();
         drop(self.inbox);
-        // All of them before any is waited for: they are one.
-        self.state.aborts.iter().for_each(Abort::abort);
+        // An abort frees memory, which waits for the device, and so for the work of a lane beside it on
+        // that device, which only its own abort ends.
+        std::thread::scope(|scope| {
+            for abort in &self.state.aborts {
+                scope.spawn(|| abort.abort());
+            }
+        });
         for lane in &self.lanes {
             let _ = lane.stream.synchronize();
         }
