@@ -175,9 +175,15 @@ fn shards(streams: &[Stream], seed: usize) -> Vec<Arc<DeviceKv>> {
     streams.iter().enumerate().map(shard).collect()
 }
 
+/// None, with the reason printed, if they are not all here: the driver alone is enough for one device.
+fn libraries() -> Option<Libraries> {
+    let found = Libraries::find(&testing::test_device()?.paths);
+    found.map_err(|missing| println!("skipped: {missing}")).ok()
+}
+
 /// Of different devices.
 fn streams(count: usize) -> Option<Vec<Stream>> {
-    let libraries = Libraries::find(&testing::test_device()?.paths).unwrap();
+    let libraries = libraries()?;
     if Device::count(&libraries).unwrap() < count {
         println!("skipped: needs {count} devices");
         return None;
@@ -238,7 +244,7 @@ fn a_process_copies_from_the_cache_of_another() {
 }
 
 fn as_many_streams_as_there_are() -> Option<Vec<Stream>> {
-    let libraries = Libraries::find(&testing::test_device()?.paths).unwrap();
+    let libraries = libraries()?;
     streams(Device::count(&libraries).unwrap().min(4))
 }
 

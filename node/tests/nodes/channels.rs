@@ -1,6 +1,7 @@
 //! Nodes on GPUs, real or emulated, whose KV goes through NCCL: the same tokens, and no job lost when
 //! the channel breaks. Each test has devices of its own, as what it breaks is a device's.
 
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -8,7 +9,7 @@ use baton_engine::gpu::{self, GpuModel, GpuOptions, ParallelModel, WeightDtype};
 use baton_engine::model::LoadFormat;
 use baton_engine::{EngineConfig, Executor};
 use baton_kernels::cuda::testing::{break_nccl, test_device};
-use baton_kernels::cuda::{Device, Libraries};
+use baton_kernels::cuda::{Device, Libraries, Nccl};
 use baton_kvtransfer::{Timing, Transport};
 use baton_node::node::Setup;
 use baton_proto::hash::CacheSalt;
@@ -40,19 +41,31 @@ struct Devices {
 }
 
 impl Devices {
-    /// None, with the reason printed, if there are no such devices.
+    /// None, with the reason printed, if there are no such devices or not all libraries.
     fn find(ordinals: [&[usize]; 2]) -> Option<Self> {
-        let paths = &test_device()?.paths;
-        let libraries = Libraries::find(paths).expect("they were found before");
+        let test = test_device()?;
+        let paths = &test.paths;
+        let found = Libraries::find(paths).and_then(|all| Nccl::find(paths).map(|_| all));
+        let libraries = found.map_err(|missing| println!("skipped: {missing}")).ok()?;
         let count = Device::count(&libraries).expect("the driver works");
-        if ordinals.into_iter().flatten().any(|&ordinal| ordinal >= count) {
+        let emulated = test.emulator.is_some();
+        let ordinals = if emulated { ordinals.map(<[usize]>::to_vec) } else { from_zero(ordinals) };
+        if ordinals.iter().flatten().any(|&ordinal| ordinal >= count) {
             println!("skipped: needs devices {ordinals:?}, there are {count}");
             return None;
         }
         let model = tempfile::tempdir().expect("a folder");
         std::fs::write(model.path().join("config.json"), CONFIG).expect("it can be written");
-        let ordinals = ordinals.map(<[usize]>::to_vec);
         Some(Self { ordinals, folders: paths.folders.clone(), model })
+    }
+
+    /// The same, if they can be broken.
+    fn breakable(ordinals: [&[usize]; 2]) -> Option<Self> {
+        if test_device()?.emulator.is_none() {
+            println!("skipped: only the emulator's NCCL can be broken");
+            return None;
+        }
+        Self::find(ordinals)
     }
 
     fn model(&self, ordinals: &[usize]) -> Box<dyn Executor> {
@@ -107,6 +120,13 @@ impl Devices {
         let device = gpu::open(ordinal, &self.folders).expect("there is one");
         break_nccl(&device, messages, calls_hang);
     }
+}
+
+/// The same devices by the lowest numbers: real ones are few, and their tests run one at a time.
+fn from_zero(ordinals: [&[usize]; 2]) -> [Vec<usize>; 2] {
+    let distinct: BTreeSet<_> = ordinals.concat().into_iter().collect();
+    let number = |ordinal: &usize| distinct.range(..*ordinal).count();
+    ordinals.map(|own| own.iter().map(number).collect())
 }
 
 /// Jobs' numbers and the lengths of their prompts.
@@ -225,7 +245,7 @@ async fn broken_lose_no_job(
     ends: &[usize],
     (messages, calls_hang): (Option<u16>, bool),
 ) {
-    let Some(devices) = Devices::find(ordinals) else { return };
+    let Some(devices) = Devices::breakable(ordinals) else { return };
     let expected = expected(&devices).await;
     for &node in ends {
         let mut pair = devices.pair(SHORT).await;
@@ -260,7 +280,7 @@ async fn nodes_of_one_device_send_bytes() {
 /// Its blocks are free and it goes on, however long the channel would have waited.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_peer_that_dies_in_mid_transfer_holds_nobody_up() {
-    let Some(devices) = Devices::find([&[7], &[1]]) else { return };
+    let Some(devices) = Devices::breakable([&[7], &[1]]) else { return };
     let mut pair = devices.pair(FOREVER).await;
     let (mut prefill, mut decode) = pair.streams().await;
     hands_over(&mut prefill, &mut decode, JOBS[0]).await;
