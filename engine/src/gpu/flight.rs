@@ -36,7 +36,8 @@ pub(super) struct Slot {
     /// When keys and values of each layer were written.
     pub(super) layers: Vec<Event>,
     results: Pinned<u32>,
-    /// Hidden states; grows to those of the largest step that wanted some.
+    /// Hidden states; grows to those of the largest step that wanted some. None: nobody wanted
+    /// any, or there was no memory for those of the last step.
     hidden: Option<Pinned<bf16>>,
 }
 
@@ -61,20 +62,23 @@ impl Slot {
         self.ended.ms_since(&self.began)
     }
 
-    /// Copies hidden states to the host.
+    /// Copies hidden states to the host, if it has memory for them: who wanted them fails then, and
+    /// not all that the device computes.
     pub(super) fn download_hidden(
         &mut self,
         stream: &Stream,
         values: Slice<'_, bf16>,
     ) -> Result<(), DeviceError> {
         if self.hidden.as_ref().is_none_or(|hidden| hidden.len() < values.len()) {
-            self.hidden = Some(Pinned::new(stream.device(), values.len().next_power_of_two())?);
+            // Before there is more.
+            self.hidden = None;
+            self.hidden = Pinned::new(stream.device(), values.len().next_power_of_two()).ok();
         }
-        let hidden = self.hidden.as_mut().expect("there is room");
-        stream.download(values, hidden, 0)
+        self.hidden.as_mut().map_or(Ok(()), |hidden| stream.download(values, hidden, 0))
     }
 
-    /// The sums over the hidden states of the step's chunks, once they are here.
+    /// The sums over the hidden states of the step's chunks, once they are here; none if there was
+    /// no memory for them.
     pub(super) fn pooled(
         &self,
         pooling: &[(usize, usize)],

@@ -20,7 +20,7 @@ pub struct Outcome {
     /// For every chunk, log-probabilities of the prompt that follow those which its sequence has.
     pub prompt_logprobs: Vec<Vec<(u32, Logprobs)>>,
     /// For every chunk, the sum over the hidden states that it [pools](StepChunk::pool_from);
-    /// otherwise empty.
+    /// empty if it pools none or the host had no memory for them.
     pub pooled: Vec<Vec<f64>>,
     /// How long the step took.
     pub took: Duration,
@@ -90,6 +90,10 @@ impl Scheduler {
     fn pooled(&mut self, chunk: &PlannedChunk, sum: Vec<f64>) {
         let sequence = self.sequences.get_mut(&chunk.number).expect("planned sequences are here");
         let Kind::Embed(pooling) = sequence.kind else { return };
+        if sum.is_empty() {
+            let reason = "there is no memory for hidden states".to_owned();
+            return self.fail(chunk.number, reason, Retry::OtherNode);
+        }
         pool(&mut sequence.pooled, sum.into_iter());
         let tokens = sequence.tokens.len();
         if chunk.end() < tokens {

@@ -69,21 +69,40 @@ fn a_mean_that_was_preempted_begins_anew() {
     assert_eq!(rig.embeddings(id(3)), [expected(&tokens, Pooling::Mean)]);
 }
 
+/// How an embedding fails whose second chunk of three has this sum.
+fn failure(pooled: Vec<f64>) -> Retry {
+    let mut rig = Rig::new(limits());
+    rig.scheduler.set_prefill_limit(1);
+    rig.add(job(1, prompt(3), 1), Kind::Embed(Pooling::Mean));
+    for pooled in [vec![0.5, 0.5], pooled, vec![0.5, 0.5]] {
+        let plan = rig.scheduler.plan(rig.now);
+        if plan.chunks.is_empty() {
+            break;
+        }
+        let outcome = Outcome {
+            sampled: vec![None],
+            prompt_logprobs: vec![Vec::new()],
+            pooled: vec![pooled],
+            took: Duration::from_millis(1),
+        };
+        rig.scheduler.complete(&plan, outcome);
+        rig.scheduler.check();
+        rig.see();
+    }
+    assert!(rig.embeddings(id(1)).is_empty());
+    let mut failures = rig.events.iter().filter_map(|event| match event {
+        Event::Failed { retry, .. } => Some(*retry),
+        _ => None,
+    });
+    failures.next().expect("it fails")
+}
+
 #[test]
 fn what_is_not_finite_is_no_embedding() {
-    let mut rig = Rig::new(limits());
-    rig.add(job(1, prompt(3), 1), Kind::Embed(Pooling::Last));
-    let plan = rig.scheduler.plan(rig.now);
-    let outcome = Outcome {
-        sampled: vec![None],
-        prompt_logprobs: vec![Vec::new()],
-        pooled: vec![vec![1.0, f64::INFINITY]],
-        took: Duration::from_millis(1),
-    };
-    rig.scheduler.complete(&plan, outcome);
-    rig.scheduler.check();
-    rig.see();
-    assert!(rig.embeddings(id(1)).is_empty());
-    let failed = |event: &Event| matches!(event, Event::Failed { retry: Retry::Never, .. });
-    assert!(rig.events.iter().any(failed));
+    assert_eq!(failure(vec![1.0, f64::INFINITY]), Retry::Never);
+}
+
+#[test]
+fn one_without_memory_for_hidden_states_fails_alone() {
+    assert_eq!(failure(Vec::new()), Retry::OtherNode);
 }
