@@ -67,7 +67,7 @@ impl Cluster for Front {
         &self,
         request: Request<GetCacheRequest>,
     ) -> Result<Response<GetCacheResponse>, Status> {
-        let caller = request.extensions().get::<Caller>().cloned().unwrap_or_default();
+        let caller = Caller::of(request.extensions())?;
         let GetCacheRequest { node, prefix, tenant, cache_salt, model } = request.into_inner();
         let node = node.map(parse_node).transpose()?;
         let prompt = match prefix {

@@ -13,6 +13,8 @@ use super::tools::definition::{self, Tool};
 
 /// Most calls of one message.
 const MAX_CALLS: usize = 128;
+/// Most messages: each takes far more memory than its bytes in a request.
+const MAX_MESSAGES: usize = 1 << 14;
 
 /// What a template gets from elsewhere, or what only says how it is used.
 const RESERVED_KWARGS: [&str; 8] = [
@@ -81,6 +83,11 @@ fn kwargs(text: &str) -> Result<Map<String, Json>, Refusal> {
 
 fn messages(messages: &[ChatMessage]) -> Result<Json, Refusal> {
     let mut callers = HashMap::new();
+    if messages.len() > MAX_MESSAGES {
+        let number =
+            format!("a list of {}; it must be one of at most {MAX_MESSAGES}", messages.len());
+        return Err(Refusal::wrong("chat.messages", format!("chat.messages is {number}")));
+    }
     let all = messages.iter().enumerate();
     all.map(|(index, message)| {
         let field = format!("chat.messages[{index}]");

@@ -82,7 +82,7 @@ impl Inference for Front {
     ) -> Result<Response<Self::GenerateStream>, Status> {
         let arrived = Instant::now();
         let timeout = grpc_timeout(request.metadata());
-        let caller = Caller::of(request.extensions());
+        let caller = Caller::of(request.extensions())?;
         let requests = vec![request.into_inner()];
         let started = self.start(&caller, requests, timeout, arrived).await?;
         let messages = ReceiverStream::new(started.messages);
@@ -109,7 +109,7 @@ impl Inference for Front {
     ) -> Result<Response<EmbedResponse>, Status> {
         let arrived = Instant::now();
         let timeout = grpc_timeout(request.metadata());
-        let caller = request.extensions().get::<Caller>().cloned().unwrap_or_default();
+        let caller = Caller::of(request.extensions())?;
         let embedded = self.embeddings(&caller, request.into_inner(), timeout, arrived).await;
         Ok(Response::new(embedded?))
     }
@@ -138,10 +138,9 @@ impl Front {
         arrived: Instant,
     ) -> Result<Started, Refusal> {
         let begun = self.running.begin().ok_or(SubmitError::ShuttingDown)?;
+        let ticket = Arc::new(Ticket { admission: caller.enter()?, _run: begun });
         let name = caller.name_of(&requests[0])?.map(|name| self.names.take(name)).transpose()?;
         let name = name.map(Arc::new);
-        // Last, so that nothing is charged for what is refused.
-        let ticket = Arc::new(Ticket { admission: caller.enter()?, _run: begun });
         let (model, info) = self.model_for(&requests[0]).await?;
         let mut all = Vec::new();
         for mut request in requests {
@@ -246,8 +245,9 @@ impl Front {
 /// Carries one choice's updates to the client. A client that goes away closes `messages`; dropping
 /// `updates` then cancels the request.
 async fn run(accepted: Accepted, core: Core, out: Out) {
-    let Accepted { mut choice, mut updates, mut span } = accepted;
+    // In this order, so that the request has been given up before its name is free.
     let Out { messages, last_word, ticket, mut name } = out;
+    let Accepted { mut choice, mut updates, mut span } = accepted;
     loop {
         let update = tokio::select! {
             () = messages.closed() => return,

@@ -19,8 +19,6 @@ pub(crate) struct Name {
     pub(crate) tenant: Arc<str>,
     /// The client's word.
     pub(crate) text: Arc<str>,
-    /// A digest of what is asked for, where the word alone may stand for several requests.
-    pub(crate) content: Option<u64>,
 }
 
 /// A request cannot run under its name.
@@ -53,11 +51,10 @@ impl Names {
     /// Takes a name.
     pub(crate) fn take(&self, name: Name) -> Result<Named, NameError> {
         let mut taken = self.lock();
-        if taken.len() >= MAX_NAMES {
-            return Err(NameError::Full);
-        }
+        let full = taken.len() >= MAX_NAMES;
         match taken.entry(name.clone()) {
             Entry::Occupied(_) => Err(NameError::Running(name.text)),
+            Entry::Vacant(_) if full => Err(NameError::Full),
             Entry::Vacant(free) => {
                 let (abort, aborted) = watch::channel(false);
                 free.insert(abort);
@@ -97,23 +94,23 @@ impl Drop for Named {
 mod tests {
     use super::*;
 
-    fn name(tenant: &str, text: &str, content: Option<u64>) -> Name {
-        Name { tenant: tenant.into(), text: text.into(), content }
+    fn name(tenant: &str, text: &str) -> Name {
+        Name { tenant: tenant.into(), text: text.into() }
     }
 
     #[tokio::test]
     async fn a_name_runs_once_at_a_time_and_ends_by_it() {
         let names = Names::default();
-        let first = names.take(name("a", "r", None)).unwrap();
-        assert_eq!(names.take(name("a", "r", None)).unwrap_err(), NameError::Running("r".into()));
-        let others = [name("b", "r", None), name("a", "s", None), name("a", "r", Some(1))];
+        let first = names.take(name("a", "r")).unwrap();
+        assert_eq!(names.take(name("a", "r")).unwrap_err(), NameError::Running("r".into()));
+        let others = [name("b", "r"), name("a", "s")];
         let others: Vec<_> = others.into_iter().map(|other| names.take(other).unwrap()).collect();
-        names.abort(&name("c", "r", None));
-        names.abort(&name("a", "r", None));
+        names.abort(&name("c", "r"));
+        names.abort(&name("a", "r"));
         first.aborted().await;
         assert!(others.iter().all(|other| !*other.aborted.borrow()));
         drop(first);
-        assert!(!*names.take(name("a", "r", None)).unwrap().aborted.borrow());
+        assert!(!*names.take(name("a", "r")).unwrap().aborted.borrow());
         drop(others);
         assert!(names.lock().is_empty());
     }
@@ -122,9 +119,10 @@ mod tests {
     fn there_are_so_many_names() {
         let names = Names::default();
         let taken: Vec<_> =
-            (0..MAX_NAMES).map(|at| names.take(name("", &at.to_string(), None)).unwrap()).collect();
-        assert_eq!(names.take(name("", "one more", None)).unwrap_err(), NameError::Full);
+            (0..MAX_NAMES).map(|at| names.take(name("", &at.to_string())).unwrap()).collect();
+        assert_eq!(names.take(name("", "one more")).unwrap_err(), NameError::Full);
+        assert_eq!(names.take(name("", "7")).unwrap_err(), NameError::Running("7".into()));
         drop(taken);
-        assert!(names.take(name("", "one more", None)).is_ok());
+        assert!(names.take(name("", "one more")).is_ok());
     }
 }

@@ -151,7 +151,7 @@ async fn a_request_that_is_sent_again_is_not_computed_twice_at_a_time() {
     let head = |id: &str, length: usize| {
         format!(
             "POST /v1/completions HTTP/1.1\r\ncontent-type: application/json\r\n\
-             x-request-id: {id}\r\ncontent-length: {length}"
+             idempotency-key: {id}\r\nx-request-id: of-many\r\ncontent-length: {length}"
         )
     };
     let body = br#"{"prompt": "Hello", "stream": true}"#;
@@ -165,9 +165,13 @@ async fn a_request_that_is_sent_again_is_not_computed_twice_at_a_time() {
 
     let (status, again) = http(&played, &head("r-1", body.len()), body).await;
     assert_eq!(status, 409, "{again}");
-    for said in
-        ["duplicate_request", "retry-after: 1\r\n", "x-should-retry: true", "x-request-id: r-1"]
-    {
+    for said in [
+        "duplicate_request",
+        "retry-after: 1\r\n",
+        "x-should-retry: true",
+        r#"\"r-1\""#,
+        "x-request-id: of-many",
+    ] {
         assert!(again.contains(said), "{said}: {again}");
     }
     assert_eq!(played.asked().len(), 1);
@@ -185,12 +189,15 @@ async fn a_request_that_is_sent_again_is_not_computed_twice_at_a_time() {
         said.ends_with("200").then_some(second)
     });
     let _second = second.await;
-    // The same name for something else is another request.
-    let other = br#"{"prompt": "Bye", "stream": true}"#;
+    // Without a name it is another request, whatever the id that services pass on.
     let mut third = TcpStream::connect(played.http).await.unwrap();
-    let ask = format!("{}\r\nhost: x\r\n\r\n", head("r-1", other.len()));
-    third.write_all(&[ask.as_bytes(), other].concat()).await.unwrap();
+    let ask = head("r-1", body.len()).replace("idempotency-key", "unheard-of");
+    let ask = format!("{ask}\r\nhost: x\r\n\r\n");
+    third.write_all(&[ask.as_bytes(), body].concat()).await.unwrap();
     let mut status = [0; 12];
     third.read_exact(&mut status).await.unwrap();
     assert!(status.ends_with(b"200"), "{}", String::from_utf8_lossy(&status));
+    let (status, said) = http(&played, &head("r 1", body.len()), body).await;
+    assert_eq!(status, 400, "{said}");
+    assert!(said.contains("idempotency-key must be 1 to 256 visible ASCII characters"), "{said}");
 }

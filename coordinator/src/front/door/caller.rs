@@ -5,6 +5,7 @@ use std::sync::Arc;
 use axum::http::{Extensions, HeaderMap};
 use baton_proto::trace::TraceContext;
 use baton_proto::wire::v1::GenerateRequest;
+use tonic::Status;
 
 use super::Door;
 use super::keys::Key;
@@ -14,13 +15,13 @@ use crate::front::names::{MAX_NAME_BYTES, Name};
 use crate::front::refusal::Refusal;
 
 /// Who sends a request. Both fronts find it in the request's extensions.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub(crate) struct Caller {
     key: Option<(Door, Arc<Key>)>,
     /// The client's own span.
     pub(crate) trace: Option<TraceContext>,
-    /// What an HTTP client calls the request, and a digest of what it asks for.
-    pub(super) request: Option<(Arc<str>, u64)>,
+    /// What an HTTP client calls the request.
+    pub(super) request: Option<Arc<str>>,
 }
 
 impl Caller {
@@ -30,9 +31,9 @@ impl Caller {
         Self { key, trace, request: None }
     }
 
-    /// Who sends a request with these extensions.
-    pub(crate) fn of(extensions: &Extensions) -> Self {
-        extensions.get().cloned().unwrap_or_default()
+    /// Who sends a request with these extensions. Nobody may do anything: then the guard is not in front.
+    pub(crate) fn of(extensions: &Extensions) -> Result<Self, Status> {
+        extensions.get().cloned().ok_or_else(|| Status::internal("nobody was let in"))
     }
 
     /// Whose key was given. `None` without keys: then a request may name its tenant itself.
@@ -40,13 +41,12 @@ impl Caller {
         self.key.as_ref().map(|(_, key)| &*key.tenant)
     }
 
-    /// The name under which a request runs, if its client gave it one. In HTTP that is a header that many pass on from
-    /// request to request, so it means the same request only with the same content.
+    /// The name under which a request runs, if its client gave it one.
     pub(crate) fn name_of(&self, request: &GenerateRequest) -> Result<Option<Name>, Refusal> {
-        let (text, content) = match (&*request.request_id, &self.request) {
+        let text = match (&*request.request_id, &self.request) {
             ("", None) => return Ok(None),
-            ("", Some((name, digest))) => (name.clone(), Some(*digest)),
-            (name, _) => (name.into(), None),
+            ("", Some(name)) => name.clone(),
+            (name, _) => name.into(),
         };
         if text.len() > MAX_NAME_BYTES {
             let limit = format!("at most {MAX_NAME_BYTES} bytes long");
@@ -54,7 +54,7 @@ impl Caller {
             return Err(Refusal::field("request_id", given, &limit));
         }
         let tenant = self.tenant().unwrap_or(&request.tenant).into();
-        Ok(Some(Name { tenant, text, content }))
+        Ok(Some(Name { tenant, text }))
     }
 
     /// Whether the key has this scope; without keys everybody has it.

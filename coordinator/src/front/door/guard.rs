@@ -1,6 +1,5 @@
 //! The guards in front of both services: keys first, then the body.
 
-use std::hash::{DefaultHasher, Hasher};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
@@ -22,14 +21,15 @@ use super::scope::{self, Need};
 use super::{Entrance, NotLetIn};
 use crate::front::http;
 use crate::front::inference::random;
+use crate::front::names::MAX_NAME_BYTES;
 use crate::front::openai::body::MAX_BODY_BYTES;
 use crate::front::openai::error::ApiError;
 use crate::front::refusal::Refusal;
 
 /// Names a request for those who look for it.
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
-/// A longer name is replaced by one of ours.
-const MAX_REQUEST_ID_BYTES: usize = 256;
+/// Of requests with the same one, one runs at a time.
+const IDEMPOTENCY_KEY: HeaderName = HeaderName::from_static("idempotency-key");
 
 /// Lets gRPC calls in, with their [`Caller`](super::Caller).
 pub(crate) async fn guard_rpc(
@@ -105,18 +105,14 @@ pub(crate) async fn guard_http(
 ) -> Response {
     let id = request_id(&request);
     let path = request.uri().path().to_owned();
-    let response = match let_in(&entrance, request, id.as_ref()).await {
+    let response = match let_in(&entrance, request).await {
         Ok(request) => next.run(request).await,
         Err(refused) => refused.response(&path),
     };
     named(response, id.unwrap_or_else(new_id))
 }
 
-async fn let_in(
-    entrance: &Entrance,
-    request: Request,
-    id: Option<&HeaderValue>,
-) -> Result<Request, Refused> {
+async fn let_in(entrance: &Entrance, request: Request) -> Result<Request, Refused> {
     let path = request.uri().path();
     let need = scope::of_path(path);
     let mut caller = entrance.door.let_in(request.headers(), need)?;
@@ -126,6 +122,7 @@ async fn let_in(
         head.extensions.insert(caller);
         return Ok(Request::from_parts(head, Body::empty()));
     }
+    caller.request = head.headers.get(IDEMPOTENCY_KEY).map(idempotency_key).transpose()?;
     let length = head.headers.get(CONTENT_LENGTH);
     let length = length.and_then(|length| length.to_str().ok()?.parse::<u64>().ok());
     if length.is_some_and(|length| length > MAX_BODY_BYTES as u64) {
@@ -135,8 +132,6 @@ async fn let_in(
     let wait = entrance.patience.body;
     let body = tokio::time::timeout(wait, whole(body, &mut reserved)).await;
     let body = body.map_err(|_| Refused::TooSlow(wait))??;
-    let name = id.and_then(|id| id.to_str().ok());
-    caller.request = name.map(|name| (name.into(), digest(head.uri.path(), &body)));
     head.extensions.insert(caller);
     // Whoever parses the body keeps it until that is done.
     head.extensions.insert(Arc::new(reserved));
@@ -158,12 +153,9 @@ async fn whole(body: Body, held: &mut Reserved) -> Result<Bytes, Refused> {
     Ok(all.into())
 }
 
-/// Of what a request asks for; only to tell requests of one client apart.
-fn digest(path: &str, body: &[u8]) -> u64 {
-    let mut hasher = DefaultHasher::new();
-    hasher.write(path.as_bytes());
-    hasher.write(body);
-    hasher.finish()
+fn idempotency_key(value: &HeaderValue) -> Result<Arc<str>, Refused> {
+    let key = value.to_str().ok().filter(|_| is_name(value));
+    key.map(Arc::from).ok_or(Refused::BadKey)
 }
 
 /// Why an HTTP request does not reach its handler.
@@ -171,6 +163,8 @@ fn digest(path: &str, body: &[u8]) -> u64 {
 enum Refused {
     #[error(transparent)]
     NotLetIn(#[from] NotLetIn),
+    #[error("{IDEMPOTENCY_KEY} must be 1 to {MAX_NAME_BYTES} visible ASCII characters")]
+    BadKey,
     #[error("the body has more than {MAX_BODY_BYTES} bytes")]
     TooLarge,
     #[error("the body did not arrive within {} s", .0.as_secs_f32())]
@@ -191,6 +185,7 @@ impl Refused {
             Self::NotLetIn(NotLetIn::Forbidden { .. }) => {
                 (StatusCode::FORBIDDEN, Code::PermissionDenied, "insufficient_permissions")
             }
+            Self::BadKey => (StatusCode::BAD_REQUEST, Code::InvalidArgument, "invalid_request"),
             Self::TooLarge => {
                 (StatusCode::PAYLOAD_TOO_LARGE, Code::InvalidArgument, "request_too_large")
             }
@@ -219,11 +214,14 @@ fn count(why: &dyn std::error::Error, code: Code) {
     metrics::counter!("baton_refused_requests_total", "code" => code).increment(1);
 }
 
-/// The client's own name for a request, if it is one that can be shown.
+/// The client's own id for a request, if it is one that can be shown; others are replaced by one of ours.
 fn request_id(request: &Request) -> Option<HeaderValue> {
-    let id = request.headers().get(REQUEST_ID)?;
-    let fine = (1..=MAX_REQUEST_ID_BYTES).contains(&id.len());
-    (fine && id.as_bytes().iter().all(u8::is_ascii_graphic)).then(|| id.clone())
+    request.headers().get(REQUEST_ID).filter(|id| is_name(id)).cloned()
+}
+
+fn is_name(value: &HeaderValue) -> bool {
+    let bytes = value.as_bytes();
+    (1..=MAX_NAME_BYTES).contains(&bytes.len()) && bytes.iter().all(u8::is_ascii_graphic)
 }
 
 fn new_id() -> HeaderValue {

@@ -4,6 +4,7 @@
 //! guess; a key is 256 random bits, which nobody guesses however fast the hash is, and it is checked
 //! at every request.
 
+use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -181,7 +182,7 @@ impl KeyEntry {
 }
 
 fn twice<'a>(names: impl Iterator<Item = &'a str>) -> Option<&'a str> {
-    let mut seen = std::collections::BTreeSet::new();
+    let mut seen = BTreeSet::new();
     names.into_iter().find(|name| !seen.insert(*name))
 }
 
@@ -251,9 +252,11 @@ impl NewKey {
         tenant: &str,
         scopes: &[Scope],
     ) -> Result<Self, String> {
-        check_name("key", name)?;
+        // First, since the name is often the tenant's.
         check_name("tenant", tenant)?;
+        check_name("key", name)?;
         let secret = format!("{PREFIX}{}", hex(&random));
+        let scopes = BTreeSet::from_iter(scopes);
         let scopes: Vec<_> = scopes.iter().map(|scope| format!("{:?}", scope.as_str())).collect();
         let entry = format!(
             "[[keys]]\nname = {name:?}\nsha256 = \"{}\"\ntenant = {tenant:?}\nscopes = [{}]\n",
@@ -295,6 +298,15 @@ mod tests {
         for secret in ["", "x", wrong.as_str(), &ci.secret.repeat(20), &format!("{} ", ci.secret)] {
             assert!(ring.find(secret.as_bytes()).is_none(), "{secret:?}");
         }
+    }
+
+    #[test]
+    fn a_new_key_is_named_by_what_was_said() {
+        let twice = [Scope::View, Scope::Generate, Scope::View];
+        let key = NewKey::of([1; 32], "a", "acme", &twice).unwrap();
+        assert!(key.entry.contains(r#"scopes = ["generate", "view"]"#), "{}", key.entry);
+        let error = NewKey::of([1; 32], "", "", &[Scope::View]).err().unwrap();
+        assert!(error.starts_with("tenant \"\" must be"), "{error}");
     }
 
     /// `printf foobar | sha256sum`

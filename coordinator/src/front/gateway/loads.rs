@@ -21,7 +21,7 @@ pub(super) fn response(
     };
     let used = tokens(|node| node.report.blocks.active + node.report.blocks.leased);
     let total = tokens(|node| node.hello.total_blocks);
-    let running = status.requests_active - status.requests_waiting;
+    let running = status.requests_active.saturating_sub(status.requests_waiting);
     let load = SchedulerLoad {
         dp_rank: 0,
         num_running_reqs: clamped(running as u64),

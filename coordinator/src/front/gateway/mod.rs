@@ -22,6 +22,7 @@ use super::defaults::Defaults;
 use super::door::Caller;
 use super::inference::grpc_timeout;
 use super::names::Name;
+use super::refusal::Refusal;
 use reply::Reply;
 
 mod loads;
@@ -34,6 +35,9 @@ mod tests;
 /// Where grammars begin: there is no reasoning parser that would hold them back.
 const GRAMMARS_BEGIN: &str = "first_token";
 
+/// Most requests that one call ends.
+const MAX_ABORTED: usize = 4096;
+
 #[tonic::async_trait]
 impl VllmEngine for Front {
     type GenerateStream = Pin<Box<dyn Stream<Item = Result<GenerateResponse, Status>> + Send>>;
@@ -44,7 +48,7 @@ impl VllmEngine for Front {
     ) -> Result<Response<Self::GenerateStream>, Status> {
         let arrived = Instant::now();
         let timeout = grpc_timeout(request.metadata());
-        let caller = Caller::of(request.extensions());
+        let caller = Caller::of(request.extensions())?;
         let asked = request.into_inner();
         let stream = asked.stream;
         let request = request::read(asked)?;
@@ -61,10 +65,16 @@ impl VllmEngine for Front {
         &self,
         request: Request<AbortRequest>,
     ) -> Result<Response<AbortResponse>, Status> {
-        let caller = Caller::of(request.extensions());
+        let caller = Caller::of(request.extensions())?;
         let tenant: Arc<str> = caller.tenant().unwrap_or_default().into();
-        for id in request.into_inner().request_ids {
-            self.names.abort(&Name { tenant: tenant.clone(), text: id.into(), content: None });
+        let ids = request.into_inner().request_ids;
+        if ids.len() > MAX_ABORTED {
+            let (given, limit) =
+                (format!("a list of {}", ids.len()), format!("one of at most {MAX_ABORTED}"));
+            return Err(Refusal::field("request_ids", given, &limit).into());
+        }
+        for id in ids {
+            self.names.abort(&Name { tenant: tenant.clone(), text: id.into() });
         }
         Ok(Response::new(AbortResponse {}))
     }

@@ -14,7 +14,7 @@ use tonic::{Code, Status, Streaming};
 use tonic_types::StatusExt;
 
 use crate::core::Update;
-use crate::front::fixtures::{MAX_MODEL_LEN, Play, Played, done, output, start, tokenizer};
+use crate::front::fixtures::{MAX_MODEL_LEN, Play, Played, done, output, start, tokenizer, until};
 
 fn request(id: &str, params: SamplingParams) -> GenerateRequest {
     let input = TokenizedInput { original_text: String::new(), input_ids: vec![10, 11] };
@@ -133,9 +133,12 @@ async fn a_request_ends_by_its_name_and_runs_once() {
     again.message().await.unwrap().unwrap();
     drop(again);
     played.dropped().await;
-    while client(&played).generate(ask.clone()).await.is_err() {
-        tokio::task::yield_now().await;
-    }
+    until(async || client(&played).generate(ask.clone()).await.ok()).await;
+
+    let request_ids = vec![String::new(); 4097];
+    let status = client(&played).abort(AbortRequest { request_ids }).await.unwrap_err();
+    let said = "request_ids is a list of 4097; it must be one of at most 4096";
+    assert_eq!((status.code(), status.message()), (Code::InvalidArgument, said));
 
     let long = request(&"x".repeat(257), SamplingParams::default());
     let status = client(&played).generate(long).await.unwrap_err();
@@ -159,11 +162,9 @@ async fn it_says_what_it_is_and_how_busy() {
     assert_eq!((load.num_used_tokens, load.max_total_num_tokens), (4 * block, 1024 * block));
     assert_eq!(load.token_usage, 4.0 / 1024.0);
     played.set_ready(false);
-    loop {
+    let unhealthy = until(async || {
         let health = client.health_check(HealthCheckRequest {}).await.unwrap().into_inner();
-        if !health.healthy {
-            assert_eq!(health.message, "no decode node");
-            break;
-        }
-    }
+        (!health.healthy).then_some(health)
+    });
+    assert_eq!(unhealthy.await.message, "no decode node");
 }
