@@ -27,6 +27,9 @@ const CONFIG: &str = r#"{
 }"#;
 
 const BLOCK_TOKENS: usize = 16;
+/// A step computes so many tokens of a prompt however slow the machine is: a GPU rounds other steps
+/// differently.
+const STEP_TOKENS: usize = 16;
 
 /// Longer than any test waits: nothing here ends because it takes long.
 const FOREVER: Duration = Duration::from_secs(3600);
@@ -79,7 +82,7 @@ impl Devices {
             weight_dtype: WeightDtype::Bf16,
             kv_dtype: None,
             block_tokens: BLOCK_TOKENS,
-            max_batch_tokens: 64,
+            max_batch_tokens: STEP_TOKENS,
             max_sequences: 8,
             warm_up: Duration::ZERO,
             on_progress: &mut |_| {},
@@ -105,7 +108,7 @@ impl Devices {
             setup.engine = EngineConfig {
                 block_tokens: BLOCK_TOKENS,
                 kv_blocks: KV_BLOCKS,
-                max_batch_tokens: 64,
+                max_batch_tokens: STEP_TOKENS,
                 max_sequences: 8,
                 max_waiting: 8,
             };
