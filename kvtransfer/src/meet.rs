@@ -2,19 +2,14 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::Duration;
 
 use baton_identity::{CertificateFacts, Identity, PeerError, node_server_name};
 use baton_proto::ids::NodeId;
 use quinn::crypto::rustls::QuicClientConfig;
 use quinn::{ConnectError, Connection, ConnectionError};
 use rustls::pki_types::CertificateDer;
-use tokio::time::timeout;
 
 use crate::transport::ALPN;
-
-/// Who refuses a certificate does so a round trip after the handshake; this is added to it.
-const REFUSAL_TIME: Duration = Duration::from_millis(20);
 
 /// There is no connection.
 #[derive(Debug, thiserror::Error)]
@@ -47,15 +42,22 @@ pub async fn meet(
     let name = node_server_name(node);
     let config = quinn::ClientConfig::new(tls);
     let connection = quic.connect_with(config, address, &name.to_str())?.await?;
-    // For the client a handshake ends before the server has looked at its certificate.
-    let settled = connection.rtt() * 4 + REFUSAL_TIME;
-    if let Ok(refused) = timeout(settled, connection.closed()).await {
-        return Err(refused.into());
-    }
+    accepted(&connection).await?;
     let facts = facts(&connection);
     connection.close(0_u32.into(), b"");
     quic.wait_idle().await;
     Ok(facts?)
+}
+
+/// For the client a handshake ends before the server has looked at its certificate. What is sent next,
+/// here the end of an empty stream, is acknowledged after that (RFC 9001, section 5.7).
+async fn accepted(connection: &Connection) -> Result<(), ConnectionError> {
+    let mut stream = connection.open_uni().await?;
+    let _ = stream.finish();
+    match stream.stopped().await {
+        Ok(_) => Ok(()),
+        Err(_) => Err(connection.closed().await),
+    }
 }
 
 fn facts(connection: &Connection) -> Result<CertificateFacts, PeerError> {
