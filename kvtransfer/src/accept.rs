@@ -34,7 +34,8 @@ pub(crate) async fn accept_links(shared: Arc<Shared>) {
         };
         let shared = shared.clone();
         tokio::spawn(async move {
-            let greeted = greet(&shared, connecting).await;
+            let greeted = timeout(shared.timing.message, greet(&shared, connecting)).await;
+            let greeted = greeted.unwrap_or(Err(LinkError::Slow("the handshake")));
             drop(permit);
             match greeted {
                 Ok((connection, hello, streams)) => serve(shared, connection, hello, streams).await,
@@ -46,20 +47,16 @@ pub(crate) async fn accept_links(shared: Arc<Shared>) {
 
 type Control = (SendStream, RecvStream);
 
-/// Handshake and hello, each in bounded time.
+/// Handshake and hello.
 async fn greet(
     shared: &Shared,
     connecting: Connecting,
 ) -> Result<(Connection, Hello, Control), LinkError> {
-    let patience = shared.timing.message;
-    let connection =
-        timeout(patience, connecting).await.map_err(|_| LinkError::Slow("the handshake"))??;
+    let connection = connecting.await?;
     let hello = async {
         peer_of(&connection)?;
-        let (mut send, mut receive) = timeout(patience, connection.accept_bi())
-            .await
-            .map_err(|_| LinkError::Slow("its control stream"))??;
-        let hello = read_hello(&mut receive, patience).await?;
+        let (mut send, mut receive) = connection.accept_bi().await?;
+        let hello = read_hello(&mut receive, shared.timing.message).await?;
         write_frame(&mut send, &Frame::Hello(Hello::new(shared.epoch))).await?;
         Ok((hello, (send, receive)))
     };

@@ -103,7 +103,8 @@ fn forget(shared: &Shared, dialer: &Arc<Dialer>) {
 async fn keep_link(shared: &Arc<Shared>, dialer: &Arc<Dialer>) -> Option<SendError> {
     let mut backoff = FIRST_BACKOFF;
     loop {
-        let error = match connect(shared, &dialer.peer).await {
+        let connecting = timeout(shared.timing.message, connect(shared, &dialer.peer)).await;
+        let error = match connecting.unwrap_or(Err(LinkError::Slow("the handshake"))) {
             Ok(connected) => {
                 backoff = FIRST_BACKOFF;
                 serve(shared, dialer, connected).await
@@ -135,10 +136,7 @@ struct Connected {
 }
 
 async fn connect(shared: &Shared, peer: &Peer) -> Result<Connected, LinkError> {
-    let patience = shared.timing.message;
-    let connection = timeout(patience, handshake(shared, peer))
-        .await
-        .map_err(|_| LinkError::Slow("the handshake"))??;
+    let connection = handshake(shared, peer).await?;
     match greet(shared, peer, &connection).await {
         Ok((send, receive)) => {
             let id = shared.next_link();

@@ -259,16 +259,12 @@ pub(crate) async fn read_frame(
     Ok(Frame::decode(buffer)?)
 }
 
-/// Reads the peer's hello and checks that there is a common version.
+/// Reads the peer's hello, as [`read_frame`] does, and checks that there is a common version.
 pub(crate) async fn read_hello(
     stream: &mut RecvStream,
     patience: Duration,
 ) -> Result<Hello, LinkError> {
-    let mut buffer = Vec::new();
-    let frame = timeout(patience, read_frame(stream, &mut buffer, patience))
-        .await
-        .map_err(|_| LinkError::Slow("its hello"))??;
-    match frame {
+    match read_frame(stream, &mut Vec::new(), patience).await? {
         Frame::Hello(hello) if hello.common_version().is_some() => Ok(hello),
         Frame::Hello(hello) => Err(LinkError::Version(hello.oldest, hello.newest)),
         other => Err(LinkError::Unexpected(other.to_string())),

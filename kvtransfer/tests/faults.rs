@@ -267,10 +267,15 @@ struct Hostile {
 
 impl Hostile {
     async fn connect(pair: &Pair, name: &str) -> Self {
+        Self::connect_with(pair, name, quinn::TransportConfig::default()).await
+    }
+
+    async fn connect_with(pair: &Pair, name: &str, transport: quinn::TransportConfig) -> Self {
         let tls = pair.ca.node(name).rustls_client(&[b"baton-kv/1"]);
         let tls = QuicClientConfig::try_from(tls).unwrap();
         let endpoint = quinn::Endpoint::client("127.0.0.1:0".parse().unwrap()).unwrap();
-        let config = quinn::ClientConfig::new(Arc::new(tls));
+        let mut config = quinn::ClientConfig::new(Arc::new(tls));
+        config.transport_config(Arc::new(transport));
         let connecting =
             endpoint.connect_with(config, pair.decode.local_addr(), "d0.node.baton").unwrap();
         let connection = connecting.await.unwrap();
@@ -343,6 +348,21 @@ async fn garbage_closes_only_its_own_connection() {
     let hello = Hello { oldest: 77, newest: 78, ..Hello::new(EPOCH) };
     hostile.say(&Frame::Hello(hello)).await;
     assert_eq!(hostile.closed().await, VERSION, "no common version");
+    passes(&pair, transfer(1)).await;
+}
+
+#[tokio::test]
+async fn a_peer_that_nothing_can_be_said_to_is_not_waited_for() {
+    let mut pair = Pair::new();
+    let timing = Timing { message: Duration::from_secs(2), ..common::timing() };
+    let listen = "127.0.0.1:0".parse().unwrap();
+    pair.decode = Endpoint::bind(listen, &pair.ca.node("d0"), EPOCH, timing).unwrap();
+    let mut deaf = quinn::TransportConfig::default();
+    deaf.stream_receive_window(0u32.into());
+    let mut hostile = Hostile::connect_with(&pair, "p9", deaf).await;
+    hostile.say(&Frame::Hello(Hello::new(EPOCH))).await;
+    let closed = tokio::time::timeout(20 * timing.message, hostile.closed()).await;
+    assert!(closed.is_ok(), "it holds a place among the handshakes");
     passes(&pair, transfer(1)).await;
 }
 
