@@ -1,5 +1,7 @@
 //! What goes wrong, and its mending.
 
+use std::time::Duration;
+
 use baton_coordinator::orders::Order;
 
 use super::net::{Close, Party, Presence};
@@ -18,6 +20,8 @@ pub(crate) enum Fault {
     Heal(Party, Party),
     /// A node's steps take so many times longer.
     Slow { node: usize, times: f64 },
+    /// A process stands still for so long, and then goes on as if nothing had been.
+    Freeze(Party, Duration),
     /// The connections between two parties break.
     Break(Party, Party),
     /// An operator asks something of a node.
@@ -41,6 +45,8 @@ impl World {
                     node.engine.slowness = times;
                 }
             }
+            Fault::Freeze(party, time) => self.net.freeze(party, time),
+            Fault::Break(a, _) if self.net.frozen(a).is_some() => {}
             Fault::Break(a, b) => self.break_between(a, b),
             Fault::Order { node, order } => self.order(node, order),
             Fault::Mend => self.mend(),
@@ -83,6 +89,9 @@ impl World {
     /// Through some coordinator that knows the node. Nothing forces the last decode node away.
     fn order(&mut self, node: usize, order: Order) {
         for at in 0..self.coordinators.len() {
+            if self.net.frozen(Party::Coordinator(at)).is_some() {
+                continue;
+            }
             let Some(process) = &mut self.coordinators[at] else { continue };
             match process.order(&self.names[node], order, &mut self.net) {
                 Ok(()) => return,
@@ -120,7 +129,7 @@ impl World {
     }
 
     /// Arranges that faults happen.
-    pub(crate) fn arrange(&mut self, after: std::time::Duration, fault: Fault) {
+    pub(crate) fn arrange(&mut self, after: Duration, fault: Fault) {
         self.net.timeline.after(after, Event::Fault(fault));
     }
 }

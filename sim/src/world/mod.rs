@@ -183,6 +183,10 @@ impl World {
     /// The next event happens; false if there is none.
     pub(crate) fn step(&mut self) -> bool {
         let Some(event) = self.net.timeline.next() else { return false };
+        if let Some(until) = self.concerns(&event).and_then(|party| self.net.frozen(party)) {
+            self.net.timeline.at(until, event);
+            return true;
+        }
         note!(self.net, "{event:?}");
         match event {
             Event::Deliver { wire, to, message } => self.deliver(wire, to, message),
@@ -206,6 +210,19 @@ impl World {
             Event::Fault(fault) => self.happen(fault),
         }
         true
+    }
+
+    /// The process that an event happens to.
+    fn concerns(&self, event: &Event) -> Option<Party> {
+        match *event {
+            Event::Deliver { wire, to: end, .. } | Event::Silence { wire, end } => {
+                self.net.party(wire, end)
+            }
+            Event::Node { node, .. } => Some(Party::Node(node)),
+            Event::Coordinator { coordinator, .. } => Some(Party::Coordinator(coordinator)),
+            Event::Leave(client) => self.clients[client].coordinator.map(Party::Coordinator),
+            Event::Ask(_) | Event::Share | Event::Fault(_) => None,
+        }
     }
 
     fn deliver(&mut self, wire: WireId, to: usize, message: Message) {
@@ -356,7 +373,8 @@ impl World {
         let all = 0..self.coordinators.len();
         for (from, to) in all.clone().flat_map(|from| all.clone().map(move |to| (from, to))) {
             let lost = self.net.random.u32(..10) == 0;
-            if from == to || lost {
+            let frozen = |at| self.net.frozen(Party::Coordinator(at)).is_some();
+            if from == to || lost || frozen(from) || frozen(to) {
                 continue;
             }
             let now = self.net.now();
@@ -372,8 +390,10 @@ impl World {
     }
 
     fn ask(&mut self, number: usize) {
-        let up = self.coordinators.iter().enumerate();
-        let up: Vec<usize> = up.filter(|(_, c)| c.is_some()).map(|(at, _)| at).collect();
+        let answers = |&at: &usize| {
+            self.coordinators[at].is_some() && self.net.frozen(Party::Coordinator(at)).is_none()
+        };
+        let up: Vec<usize> = (0..self.coordinators.len()).filter(answers).collect();
         let client = &mut self.clients[number];
         if client.ended.is_some() || client.coordinator.is_some() {
             return;

@@ -118,6 +118,8 @@ pub(crate) struct Net {
     presence: BTreeMap<Party, (Presence, u64)>,
     /// Pairs that cannot reach each other, smaller party first.
     cut: BTreeSet<(Party, Party)>,
+    /// Until when a process does nothing, though its connections stand.
+    frozen: BTreeMap<Party, Instant>,
     /// When each node's connection to the network is free again: outwards, inwards.
     free: BTreeMap<usize, [Instant; 2]>,
 }
@@ -133,6 +135,7 @@ impl Net {
             next_wire: 1,
             presence: BTreeMap::new(),
             cut: BTreeSet::new(),
+            frozen: BTreeMap::new(),
             free: BTreeMap::new(),
         }
     }
@@ -157,6 +160,20 @@ impl Net {
 
     pub(crate) fn set_presence(&mut self, party: Party, presence: Presence, life: u64) {
         self.presence.insert(party, (presence, life));
+        self.frozen.remove(&party);
+    }
+
+    /// A process stands still for a while: others hear nothing of it, and it hears everything later.
+    pub(crate) fn freeze(&mut self, party: Party, time: Duration) {
+        self.frozen.insert(party, self.now() + time);
+        for (wire, end) in self.ends_of(party) {
+            self.fall_silent(wire, 1 - end);
+        }
+    }
+
+    /// Until when a process stands still, if it does.
+    pub(crate) fn frozen(&self, party: Party) -> Option<Instant> {
+        self.frozen.get(&party).copied().filter(|&until| until > self.now())
     }
 
     pub(crate) fn is_cut(&self, a: Party, b: Party) -> bool {
@@ -165,7 +182,8 @@ impl Net {
 
     /// Whether a dial would get an answer, if only that nobody listens.
     pub(crate) fn answers(&self, from: Party, to: Party) -> bool {
-        !self.is_cut(from, to) && self.presence(to) != Presence::Dark
+        let runs = self.presence(to) != Presence::Dark && self.frozen(to).is_none();
+        runs && !self.is_cut(from, to)
     }
 
     /// A new connection, whose ends bear silence for `patience`.
@@ -285,8 +303,8 @@ impl Net {
         let Some(wire) = self.wires.get(&id).filter(|wire| wire.ends[end].open) else {
             return false;
         };
-        let [a, b] = wire.ends.map(|end| end.party);
-        let silent = self.is_cut(a, b) || !self.wires[&id].ends[1 - end].open;
+        let ([a, b], other) = (wire.ends.map(|end| end.party), wire.ends[1 - end]);
+        let silent = self.is_cut(a, b) || !other.open || self.frozen(other.party).is_some();
         if silent {
             self.close(id, end, Close::Plain, false);
         }
@@ -319,12 +337,15 @@ impl Net {
     pub(crate) fn cut(&mut self, a: Party, b: Party) {
         self.cut.insert((a.min(b), a.max(b)));
         for id in self.between(a, b) {
-            for end in 0..2 {
-                let most = self.wires[&id].patience;
-                let noticed = most / 2 + self.some(most / 2);
-                self.timeline.after(noticed, Event::Silence { wire: id, end });
-            }
+            (0..2).for_each(|end| self.fall_silent(id, end));
         }
+    }
+
+    /// This end hears nothing from now on.
+    fn fall_silent(&mut self, id: WireId, end: usize) {
+        let most = self.wires[&id].patience;
+        let noticed = most / 2 + self.some(most / 2);
+        self.timeline.after(noticed, Event::Silence { wire: id, end });
     }
 
     /// What was held up between the two arrives.

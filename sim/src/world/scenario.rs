@@ -314,7 +314,7 @@ impl Scenario {
         let other = if other == node { coordinator } else { Party::Node(other) };
         let (party, dark) = (Party::Node(node), dice.bool());
         let kind = match (self.gentle, other) {
-            (false, _) => dice.u32(..10),
+            (false, _) => dice.u32(..12),
             (true, Party::Node(_)) => 6,
             (true, Party::Coordinator(_)) => 5,
         };
@@ -328,10 +328,14 @@ impl Scenario {
                 let drain = |draining| Fault::Order { node, order: Order::Drain(draining) };
                 (drain(true), Some(drain(false)))
             }
-            _ => {
+            9 => {
                 let role = one_of(dice, &[Role::Prefill, Role::Decode]);
                 (Fault::Order { node, order: Order::Role(role) }, None)
             }
+            _ => (
+                Fault::Freeze(one_of(dice, &[party, coordinator]), millis(dice, 50.0, 8000.0)),
+                None,
+            ),
         }
     }
 }
