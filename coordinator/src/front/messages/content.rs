@@ -42,7 +42,7 @@ struct Blocks {
 
 fn message(mut fields: Fields, messages: &mut Vec<ChatMessage>) -> Result<(), ApiError> {
     let role_name = fields.name("role");
-    let role = fields.string("role")?.ok_or_else(|| ApiError::missing(&role_name))?;
+    let role = fields.required("role")?;
     let name = fields.name("content");
     let blocks = match fields.take("content") {
         None => return Err(ApiError::missing(&name)),
@@ -76,11 +76,11 @@ fn blocks(name: &str, role: &str, list: Vec<Value>) -> Result<Blocks, ApiError> 
     for (at, value) in list.into_iter().enumerate() {
         let mut block = Fields::new(&format!("{name}[{at}]"), value)?;
         let type_name = block.name("type");
-        let kind = block.string("type")?.ok_or_else(|| ApiError::missing(&type_name))?;
+        let kind = block.required("type")?;
         // A hint where caching pays; here it always does.
         block.take("cache_control");
         match (kind.as_str(), role) {
-            ("text", _) => blocks.texts.push(required(&mut block, "text")?),
+            ("text", _) => blocks.texts.push(block.required("text")?),
             ("tool_use", "assistant") => blocks.calls.push(call(&mut block)?),
             ("tool_result", "user") => blocks.results.push(result(&mut block)?),
             _ => {
@@ -94,7 +94,7 @@ fn blocks(name: &str, role: &str, list: Vec<Value>) -> Result<Blocks, ApiError> 
 }
 
 fn call(block: &mut Fields) -> Result<Value, ApiError> {
-    let (id, name) = (required(block, "id")?, required(block, "name")?);
+    let (id, name) = (block.required("id")?, block.required("name")?);
     let input_name = block.name("input");
     let input = block.take("input").ok_or_else(|| ApiError::missing(&input_name))?;
     if !input.is_object() {
@@ -104,7 +104,7 @@ fn call(block: &mut Fields) -> Result<Value, ApiError> {
 }
 
 fn result(block: &mut Fields) -> Result<ChatMessage, ApiError> {
-    let id = required(block, "tool_use_id")?;
+    let id = block.required("tool_use_id")?;
     let name = block.name("content");
     let content = block.take("content").map(|content| texts(&name, content)).transpose()?;
     let content = content.unwrap_or_default();
@@ -121,11 +121,6 @@ fn texts(name: &str, value: Value) -> Result<String, ApiError> {
         Value::Array(list) => Ok(blocks(name, "system", list)?.texts.join("\n")),
         other => Err(ApiError::value(name, other, "a string or a list of blocks of text")),
     }
-}
-
-fn required(block: &mut Fields, key: &str) -> Result<String, ApiError> {
-    let name = block.name(key);
-    block.string(key)?.ok_or_else(|| ApiError::missing(&name))
 }
 
 #[cfg(test)]

@@ -27,7 +27,7 @@ mod tests;
 pub(super) use error::MessagesError;
 use events::MessageEvents;
 use reply::Answering;
-use request::MessagesRequest;
+use request::{MessagesRequest, ToCount};
 
 /// The endpoints.
 pub(super) fn routes<S>() -> Router<S>
@@ -44,10 +44,10 @@ where
 async fn create(
     State(front): State<Front>,
     Extension(caller): Extension<Caller>,
-    body: Result<Body, ApiError>,
+    body: Result<Body<MessagesRequest>, ApiError>,
 ) -> Result<Response, MessagesError> {
     let arrived = Instant::now();
-    let MessagesRequest { mut request, stream: streams, tools } = MessagesRequest::parse(body?.0)?;
+    let MessagesRequest { mut request, stream: streams, tools } = body?.0;
     let reader = tools::apply(&front, &mut request, tools.as_ref()).await?;
     let started = front.start(&caller, vec![request], None, arrived).await?;
     let (answering, mut messages) = Answering::new(started);
@@ -61,9 +61,9 @@ async fn create(
 /// How many tokens a conversation is.
 async fn count_tokens(
     State(front): State<Front>,
-    body: Result<Body, ApiError>,
+    body: Result<Body<ToCount>, ApiError>,
 ) -> Result<Json<Value>, MessagesError> {
-    let MessagesRequest { mut request, tools, .. } = MessagesRequest::parse_to_count(body?.0)?;
+    let ToCount { mut request, tools } = body?.0;
     tools::apply(&front, &mut request, tools.as_ref()).await?;
     let (_, _, tokens) = front.tokenize(request, false).await?;
     Ok(Json(json!({ "input_tokens": tokens.len() })))

@@ -5,8 +5,10 @@ use baton_proto::wire::v1::{Chat, GenerateRequest, Sampling};
 use serde_json::{Map, Value, json};
 
 use super::content;
+use crate::front::openai::body::Asked;
 use crate::front::openai::error::ApiError;
 use crate::front::openai::fields::Fields;
+use crate::front::refusal::Refusal;
 use crate::front::tools::definition::{self, Tool};
 use crate::front::tools::request::{ToolChoice, ToolRequest};
 
@@ -18,9 +20,15 @@ pub(super) struct MessagesRequest {
     pub(super) tools: Option<ToolRequest>,
 }
 
-impl MessagesRequest {
-    /// Reads a request's parameters.
-    pub(super) fn parse(mut fields: Fields) -> Result<Self, ApiError> {
+/// The same without what only matters to an answer.
+#[derive(Debug)]
+pub(super) struct ToCount {
+    pub(super) request: GenerateRequest,
+    pub(super) tools: Option<ToolRequest>,
+}
+
+impl Asked for MessagesRequest {
+    fn parse(mut fields: Fields) -> Result<Self, ApiError> {
         let max_tokens = fields.count("max_tokens", 1, u32::MAX)?;
         let max_tokens = Some(max_tokens.ok_or_else(|| ApiError::missing("max_tokens"))?);
         let sampling = Sampling {
@@ -35,15 +43,15 @@ impl MessagesRequest {
         // A label of the client's.
         fields.take("metadata");
         fields.only("service_tier", &[json!("auto"), json!("standard_only")])?;
-        let mut parsed = Self::parse_to_count(fields)?;
-        parsed.request.sampling = Some(sampling);
-        parsed.stream = stream;
-        Ok(parsed)
+        let ToCount { request, tools } = ToCount::parse(fields)?;
+        let request = GenerateRequest { sampling: Some(sampling), ..request };
+        Ok(Self { request, stream, tools })
     }
+}
 
-    /// Reads the parameters of a request that only counts tokens.
-    pub(super) fn parse_to_count(mut fields: Fields) -> Result<Self, ApiError> {
-        let model = fields.string("model")?.ok_or_else(|| ApiError::missing("model"))?;
+impl Asked for ToCount {
+    fn parse(mut fields: Fields) -> Result<Self, ApiError> {
+        let model = fields.required("model")?;
         let messages = content::take(&mut fields)?;
         let tools = tools(&mut fields)?;
         fields.only("thinking", &[json!({"type": "disabled"})])?;
@@ -53,7 +61,7 @@ impl MessagesRequest {
         let continue_final_message = Some(goes_on);
         let input = Some(Input::Chat(Chat { messages, continue_final_message, ..Chat::default() }));
         let request = GenerateRequest { model, input, ..GenerateRequest::default() };
-        Ok(Self { request, stream: false, tools })
+        Ok(Self { request, tools })
     }
 }
 
@@ -83,10 +91,7 @@ fn tool_choice(mut choice: Fields) -> Result<(ToolChoice, bool), ApiError> {
         Some("auto") => ToolChoice::Auto,
         Some("none") => ToolChoice::None,
         Some("any") => ToolChoice::Required,
-        Some("tool") => {
-            let name = choice.string("name")?;
-            ToolChoice::Named(name.ok_or_else(|| ApiError::missing("tool_choice.name"))?)
-        }
+        Some("tool") => ToolChoice::Named(choice.required("name")?),
         other => {
             let limit = "auto, any, tool or none";
             return Err(ApiError::value("tool_choice.type", other.unwrap_or("missing"), limit));
@@ -97,8 +102,8 @@ fn tool_choice(mut choice: Fields) -> Result<(ToolChoice, bool), ApiError> {
 }
 
 /// A tool as Anthropic describes it.
-fn custom_tool(entry: &Value, field: &str) -> Result<Tool, crate::front::refusal::Refusal> {
-    let refuse = |what: String| crate::front::refusal::Refusal::wrong(field, what);
+fn custom_tool(entry: &Value, field: &str) -> Result<Tool, Refusal> {
+    let refuse = |what: String| Refusal::wrong(field, what);
     let Value::Object(entry) = entry else {
         return Err(refuse(format!("{field} is no object")));
     };

@@ -15,13 +15,27 @@ use crate::front::door::Reserved;
 pub(crate) const MAX_BODY_BYTES: usize = 16 << 20;
 /// How deep objects and lists may be nested: tools and JSON schemas are the deepest.
 pub(crate) const MAX_JSON_DEPTH: usize = 64;
+/// Most values of all kinds that a request may have: each takes far more memory than its text.
+const MAX_JSON_VALUES: usize = 2 << 20;
 /// A longer body is read where it holds up nobody else.
 const LONG_BODY_BYTES: usize = 64 << 10;
 
-/// The parameters of a JSON body.
-pub(crate) struct Body(pub(crate) Fields);
+/// What a JSON body asks for.
+pub(crate) struct Body<T>(pub(crate) T);
 
-impl<S: Send + Sync> FromRequest<S> for Body {
+/// What the parameters of a body ask for.
+pub(crate) trait Asked: Sized + Send + 'static {
+    /// Reads them.
+    fn parse(fields: Fields) -> Result<Self, ApiError>;
+}
+
+impl Asked for Fields {
+    fn parse(fields: Fields) -> Result<Self, ApiError> {
+        Ok(fields)
+    }
+}
+
+impl<S: Send + Sync, T: Asked> FromRequest<S> for Body<T> {
     type Rejection = ApiError;
 
     async fn from_request(mut request: Request, _: &S) -> Result<Self, ApiError> {
@@ -31,13 +45,13 @@ impl<S: Send + Sync> FromRequest<S> for Body {
         let bytes = to_bytes(request.into_body(), MAX_BODY_BYTES).await.map_err(|error| {
             ApiError::new(StatusCode::BAD_REQUEST, "unreadable_body", error.to_string())
         })?;
-        let fields = if bytes.len() > LONG_BODY_BYTES {
-            let parsing = tokio::task::spawn_blocking(move || parse(&bytes));
-            parsing.await.map_err(|_| ApiError::internal("the body's reader stopped"))?
-        } else {
-            parse(&bytes)
+        let long = bytes.len() > LONG_BODY_BYTES;
+        let read = move || parse(&bytes).and_then(T::parse);
+        let asked = match long {
+            true => tokio::task::spawn_blocking(read).await,
+            false => Ok(read()),
         };
-        fields.map(Self)
+        asked.map_err(|_| ApiError::internal("the body's reader stopped"))?.map(Self)
     }
 }
 
@@ -56,17 +70,21 @@ fn check_headers(headers: &HeaderMap) -> Result<(), ApiError> {
 /// Reads a body.
 pub(crate) fn parse(bytes: &[u8]) -> Result<Fields, ApiError> {
     let bad = |what: String| ApiError::new(StatusCode::BAD_REQUEST, "invalid_json", what);
-    if depth(bytes) > MAX_JSON_DEPTH {
+    let (depth, values) = extent(bytes);
+    if depth > MAX_JSON_DEPTH {
         return Err(bad(format!("the body is nested more than {MAX_JSON_DEPTH} deep")));
+    }
+    if values > MAX_JSON_VALUES {
+        return Err(bad(format!("the body has more than {MAX_JSON_VALUES} values")));
     }
     let value: Value = serde_json::from_slice(bytes)
         .map_err(|error| bad(format!("the body is no valid JSON: {error}")))?;
     Fields::new("", value)
 }
 
-/// How deep JSON is nested.
-fn depth(bytes: &[u8]) -> usize {
-    let (mut depth, mut most) = (0_usize, 0);
+/// How deep JSON is nested, and how many values it has at most.
+fn extent(bytes: &[u8]) -> (usize, usize) {
+    let (mut depth, mut deepest, mut values) = (0_usize, 0, 0);
     let (mut in_string, mut escaped) = (false, false);
     for byte in bytes {
         match byte {
@@ -76,13 +94,15 @@ fn depth(bytes: &[u8]) -> usize {
             _ if in_string => {}
             b'{' | b'[' => {
                 depth += 1;
-                most = most.max(depth);
+                deepest = deepest.max(depth);
+                values += 1;
             }
+            b',' => values += 1,
             b'}' | b']' => depth = depth.saturating_sub(1),
             _ => {}
         }
     }
-    most
+    (deepest, values)
 }
 
 #[cfg(test)]
@@ -118,6 +138,16 @@ mod tests {
         assert!(parse(nested(1 << 20).as_bytes()).is_err());
         let brackets = format!("{{\"a\": \"\\\"{}\"}}", "[{".repeat(500));
         assert!(parse(brackets.as_bytes()).is_ok());
+    }
+
+    #[test]
+    fn values_are_bounded_as_each_takes_far_more_memory_than_its_text() {
+        let list = |values: usize| format!("{{\"a\": [{}0]}}", "0,".repeat(values - 1));
+        assert!(parse(list(1000).as_bytes()).is_ok());
+        let error = parse(list(MAX_JSON_VALUES + 1).as_bytes()).err().unwrap();
+        assert!(error.message.contains("more than 2097152 values"), "{}", error.message);
+        let text = format!("{{\"a\": \"{}\"}}", ",".repeat(MAX_JSON_VALUES + 1));
+        assert!(parse(text.as_bytes()).is_ok());
     }
 
     #[test]

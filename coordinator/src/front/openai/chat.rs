@@ -8,7 +8,7 @@ use baton_proto::wire::v1::generate_request::Input;
 use serde_json::json;
 use tokio::time::Instant;
 
-use super::body::Body;
+use super::body::{Asked, Body};
 use super::chat_reply::{ChatEvents, completion};
 use super::error::ApiError;
 use super::fields::Fields;
@@ -26,10 +26,10 @@ use crate::front::tools::request::ToolRequest;
 pub(super) async fn create(
     State(front): State<Front>,
     Extension(caller): Extension<Caller>,
-    Body(fields): Body,
+    Body(asked): Body<ChatRequest>,
 ) -> Result<Response, ApiError> {
     let arrived = Instant::now();
-    let ChatRequest { mut request, reply, tools } = ChatRequest::parse(fields)?;
+    let ChatRequest { mut request, reply, tools } = asked;
     let choices = request.n.unwrap_or(1);
     let reader = tools::apply(&front, &mut request, tools.as_ref()).await?;
     let started = front.start(&caller, vec![request], None, arrived).await.map_err(|refusal| {
@@ -56,9 +56,8 @@ pub(crate) struct ChatRequest {
     pub(crate) tools: Option<ToolRequest>,
 }
 
-impl ChatRequest {
-    /// Reads a request's parameters.
-    pub(crate) fn parse(mut fields: Fields) -> Result<Self, ApiError> {
+impl Asked for ChatRequest {
+    fn parse(mut fields: Fields) -> Result<Self, ApiError> {
         let (mut request, reply) = sampling::take(&mut fields)?;
         let sampling = request.sampling.get_or_insert_default();
         sampling.max_tokens = sampling::max_tokens(&mut fields)?;

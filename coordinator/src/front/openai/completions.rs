@@ -8,7 +8,7 @@ use baton_proto::wire::v1::{GenerateRequest, GenerateResponse, TokenIds};
 use serde_json::{Value, json};
 use tokio::time::Instant;
 
-use super::body::Body;
+use super::body::{Asked, Body};
 use super::completions_reply::{Form, TextEvents, completion};
 use super::error::ApiError;
 use super::fields::Fields;
@@ -26,11 +26,10 @@ const MAX_COMPLETIONS: usize = 256;
 pub(super) async fn create(
     State(front): State<Front>,
     Extension(caller): Extension<Caller>,
-    Body(fields): Body,
+    Body(asked): Body<TextRequest>,
 ) -> Result<Response, ApiError> {
     let arrived = Instant::now();
-    let TextRequest { requests, per_prompt, reply, logprobs, echo, prompt_only } =
-        TextRequest::parse(fields)?;
+    let TextRequest { requests, per_prompt, reply, logprobs, echo, prompt_only } = asked;
     let choices = requests.len() * per_prompt as usize;
     let texts: Vec<_> = requests.iter().map(text_of).collect();
     let started = front.start(&caller, requests, None, arrived).await?;
@@ -81,8 +80,7 @@ pub(super) struct TextRequest {
     prompt_only: bool,
 }
 
-impl TextRequest {
-    /// Reads a request's parameters.
+impl Asked for TextRequest {
     fn parse(mut fields: Fields) -> Result<Self, ApiError> {
         let (mut request, reply) = sampling::take(&mut fields)?;
         let per_prompt = request.n.unwrap_or(1);

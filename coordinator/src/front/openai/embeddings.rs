@@ -13,7 +13,7 @@ use serde::{Serialize, Serializer};
 use serde_json::{Value, json};
 use tokio::time::Instant;
 
-use super::body::Body;
+use super::body::{Asked, Body};
 use super::completions::several;
 use super::error::ApiError;
 use super::fields::Fields;
@@ -27,10 +27,9 @@ use crate::front::refusal::Refusal;
 pub(super) async fn create(
     State(front): State<Front>,
     Extension(caller): Extension<Caller>,
-    Body(fields): Body,
+    Body((request, encoding)): Body<(EmbedRequest, Encoding)>,
 ) -> Result<Response, ApiError> {
     let arrived = Instant::now();
-    let (request, encoding) = parse(fields)?;
     let response = front.embeddings(&caller, request, None, arrived).await.map_err(error)?;
     // A large answer takes milliseconds to write.
     let written = tokio::task::spawn_blocking(move || reply(&response, encoding)).await;
@@ -42,37 +41,39 @@ pub(super) async fn create(
 
 /// How vectors are written.
 #[derive(Clone, Copy, Debug, PartialEq)]
-enum Encoding {
+pub(super) enum Encoding {
     Float,
     /// Of the numbers' bytes, little-endian: what OpenAI's Python client asks for.
     Base64,
 }
 
-fn parse(mut fields: Fields) -> Result<(EmbedRequest, Encoding), ApiError> {
-    let inputs = several(&mut fields, "input", MAX_INPUTS, &format!("at most {MAX_INPUTS}"))?;
-    let encoding = match fields.string("encoding_format")?.as_deref() {
-        None | Some("float") => Encoding::Float,
-        Some("base64") => Encoding::Base64,
-        Some(other) => {
-            return Err(ApiError::value("encoding_format", other, "\"float\" or \"base64\""));
+impl Asked for (EmbedRequest, Encoding) {
+    fn parse(mut fields: Fields) -> Result<Self, ApiError> {
+        let inputs = several(&mut fields, "input", MAX_INPUTS, &format!("at most {MAX_INPUTS}"))?;
+        let encoding = match fields.string("encoding_format")?.as_deref() {
+            None | Some("float") => Encoding::Float,
+            Some("base64") => Encoding::Base64,
+            Some(other) => {
+                return Err(ApiError::value("encoding_format", other, "\"float\" or \"base64\""));
+            }
+        };
+        let request = EmbedRequest {
+            model: fields.string("model")?.unwrap_or_default(),
+            inputs: inputs.into_iter().map(input).collect(),
+            pooling: pooling(&mut fields)?.into(),
+            normalize: fields.bool("normalize")?,
+            deadline_ms: fields.count("deadline_ms", 1, u32::MAX)?,
+            cache_salt: cache_salt(&mut fields)?,
+            priority: priority(&mut fields)?,
+            tenant: fields.string("tenant")?.unwrap_or_default(),
+        };
+        for label in LABELS {
+            fields.take(label);
         }
-    };
-    let request = EmbedRequest {
-        model: fields.string("model")?.unwrap_or_default(),
-        inputs: inputs.into_iter().map(input).collect(),
-        pooling: pooling(&mut fields)?.into(),
-        normalize: fields.bool("normalize")?,
-        deadline_ms: fields.count("deadline_ms", 1, u32::MAX)?,
-        cache_salt: cache_salt(&mut fields)?,
-        priority: priority(&mut fields)?,
-        tenant: fields.string("tenant")?.unwrap_or_default(),
-    };
-    for label in LABELS {
-        fields.take(label);
+        // Among what is left is `dimensions`: only models that were trained for it can leave some out.
+        fields.finish()?;
+        Ok((request, encoding))
     }
-    // Among what is left is `dimensions`: only models that were trained for it can leave some out.
-    fields.finish()?;
-    Ok((request, encoding))
 }
 
 fn pooling(fields: &mut Fields) -> Result<Pooling, ApiError> {
@@ -163,7 +164,7 @@ mod tests {
     use super::*;
 
     fn read(body: Value) -> Result<(EmbedRequest, Encoding), ApiError> {
-        parse(Fields::new("", body).unwrap())
+        Asked::parse(Fields::new("", body).unwrap())
     }
 
     #[test]

@@ -87,6 +87,11 @@ impl Fields {
         self.typed(key, "a string", |value| value.as_str().map(str::to_owned))
     }
 
+    /// A string that must be there.
+    pub(crate) fn required(&mut self, key: &str) -> Result<String, ApiError> {
+        self.string(key)?.ok_or_else(|| ApiError::missing(&self.name(key)))
+    }
+
     pub(crate) fn list(&mut self, key: &str) -> Result<Option<Vec<Value>>, ApiError> {
         match self.take(key) {
             None => Ok(None),

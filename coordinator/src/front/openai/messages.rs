@@ -32,7 +32,7 @@ pub(crate) fn take(fields: &mut Fields) -> Result<Vec<ChatMessage>, ApiError> {
 
 fn message(mut fields: Fields) -> Result<ChatMessage, ApiError> {
     let name = fields.name("role");
-    let role = fields.string("role")?.ok_or_else(|| ApiError::missing(&name))?;
+    let role = fields.required("role")?;
     if !ROLES.contains(&role.as_str()) {
         return Err(ApiError::value(&name, json!(role), &ROLES.join(", ")));
     }
@@ -40,7 +40,7 @@ fn message(mut fields: Fields) -> Result<ChatMessage, ApiError> {
         "assistant" => fields.list("tool_calls")?.filter(|calls| !calls.is_empty()),
         _ => None,
     };
-    let tool_call_id = if role == "tool" { Some(tool_call_id(&mut fields)?) } else { None };
+    let tool_call_id = if role == "tool" { Some(fields.required("tool_call_id")?) } else { None };
     let content = match content(&mut fields)? {
         None if tool_calls.is_none() => return Err(ApiError::missing(&fields.name("content"))),
         content => content.unwrap_or_default(),
@@ -50,12 +50,6 @@ fn message(mut fields: Fields) -> Result<ChatMessage, ApiError> {
     let role = if role == "developer" { "system".to_owned() } else { role };
     let tool_calls = tool_calls.map(|calls| Value::from(calls).to_string());
     Ok(ChatMessage { role, content, tool_calls, tool_call_id, name: speaker })
-}
-
-/// Which call a tool's result answers.
-fn tool_call_id(fields: &mut Fields) -> Result<String, ApiError> {
-    let name = fields.name("tool_call_id");
-    fields.string("tool_call_id")?.ok_or_else(|| ApiError::missing(&name))
 }
 
 /// A string, or parts that are texts, one to a line.
@@ -74,15 +68,15 @@ fn content(fields: &mut Fields) -> Result<Option<String>, ApiError> {
 }
 
 fn text_part(mut part: Fields) -> Result<String, ApiError> {
-    let (type_name, text_name) = (part.name("type"), part.name("text"));
-    let kind = part.string("type")?.ok_or_else(|| ApiError::missing(&type_name))?;
+    let type_name = part.name("type");
+    let kind = part.required("type")?;
     if kind != "text" {
         return Err(ApiError::unsupported(
             &type_name,
             &format!(" as {kind:.40?}: only \"text\" is"),
         ));
     }
-    let text = part.string("text")?.ok_or_else(|| ApiError::missing(&text_name))?;
+    let text = part.required("text")?;
     part.finish()?;
     Ok(text)
 }

@@ -23,10 +23,10 @@ pub(crate) fn take(fields: &mut Fields) -> Result<Option<ToolRequest>, ApiError>
             choice.only("type", &[json!("function")])?;
             let function = choice.object("function")?;
             let mut function = function.ok_or_else(|| ApiError::missing("tool_choice.function"))?;
-            let name = function.string("name")?;
+            let name = function.required("name")?;
             function.finish()?;
             choice.finish()?;
-            ToolChoice::Named(name.ok_or_else(|| ApiError::missing("tool_choice.function.name"))?)
+            ToolChoice::Named(name)
         }
     };
     let parallel = fields.bool("parallel_tool_calls")?.unwrap_or(true);

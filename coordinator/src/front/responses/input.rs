@@ -11,42 +11,61 @@ const ROLES: [&str; 4] = ["system", "developer", "user", "assistant"];
 
 /// Takes `instructions` and `input`.
 pub(super) fn take(fields: &mut Fields) -> Result<Vec<ChatMessage>, ApiError> {
-    let instructions = fields.string("instructions")?;
-    let mut messages: Vec<_> = instructions.into_iter().map(|text| said("system", text)).collect();
-    let before = messages.len();
+    let instructions = fields.string("instructions")?.map(|text| said("system", text));
+    let mut turns = Vec::new();
     match fields.take("input") {
         None => return Err(ApiError::missing("input")),
-        Some(Value::String(text)) => messages.push(said("user", text)),
+        Some(Value::String(text)) => turns.push(said("user", text).into()),
         Some(Value::Array(items)) => {
             for (at, value) in items.into_iter().enumerate() {
-                item(Fields::new(&format!("input[{at}]"), value)?, &mut messages)?;
+                item(Fields::new(&format!("input[{at}]"), value)?, &mut turns)?;
             }
         }
         Some(other) => return Err(ApiError::value("input", other, "a string or a list of items")),
     }
-    if messages.len() == before {
+    if turns.is_empty() {
         return Err(ApiError::invalid("input", "input is empty"));
     }
-    Ok(messages)
+    Ok(instructions.into_iter().chain(turns.into_iter().map(Turn::into_message)).collect())
+}
+
+/// A message, and the calls that belong to it: they are items of their own.
+struct Turn {
+    message: ChatMessage,
+    calls: Vec<Value>,
+}
+
+impl From<ChatMessage> for Turn {
+    fn from(message: ChatMessage) -> Self {
+        Self { message, calls: Vec::new() }
+    }
+}
+
+impl Turn {
+    fn into_message(self) -> ChatMessage {
+        let tool_calls = (!self.calls.is_empty()).then(|| Value::from(self.calls).to_string());
+        ChatMessage { tool_calls, ..self.message }
+    }
 }
 
 fn said(role: &str, content: String) -> ChatMessage {
     ChatMessage { role: role.to_owned(), content, ..ChatMessage::default() }
 }
 
-fn item(mut fields: Fields, messages: &mut Vec<ChatMessage>) -> Result<(), ApiError> {
+fn item(mut fields: Fields, turns: &mut Vec<Turn>) -> Result<(), ApiError> {
     let type_name = fields.name("type");
     let kind = fields.string("type")?;
     // Items of a response come back as input: how they were named and ended does not matter.
     fields.take("id");
     fields.take("status");
     match kind.as_deref() {
-        None | Some("message") => messages.push(message(&mut fields)?),
-        Some("function_call") => call(&mut fields, messages)?,
+        None | Some("message") => turns.push(message(&mut fields)?.into()),
+        Some("function_call") => call(&mut fields, turns)?,
         Some("function_call_output") => {
-            let id = required(&mut fields, "call_id")?;
+            let id = fields.required("call_id")?;
             let content = content(&mut fields, "output")?;
-            messages.push(ChatMessage { tool_call_id: Some(id), ..said("tool", content) });
+            let result = ChatMessage { tool_call_id: Some(id), ..said("tool", content) };
+            turns.push(result.into());
         }
         Some(other) => {
             return Err(ApiError::unsupported(&type_name, &format!(" as {other:.40?}")));
@@ -57,7 +76,7 @@ fn item(mut fields: Fields, messages: &mut Vec<ChatMessage>) -> Result<(), ApiEr
 
 fn message(fields: &mut Fields) -> Result<ChatMessage, ApiError> {
     let name = fields.name("role");
-    let role = required(fields, "role")?;
+    let role = fields.required("role")?;
     if !ROLES.contains(&role.as_str()) {
         return Err(ApiError::value(&name, json!(role), &ROLES.join(", ")));
     }
@@ -66,23 +85,21 @@ fn message(fields: &mut Fields) -> Result<ChatMessage, ApiError> {
 }
 
 /// A call belongs to what the assistant said just before.
-fn call(fields: &mut Fields, messages: &mut Vec<ChatMessage>) -> Result<(), ApiError> {
-    let (id, name) = (required(fields, "call_id")?, required(fields, "name")?);
-    let arguments = required(fields, "arguments")?;
+fn call(fields: &mut Fields, turns: &mut Vec<Turn>) -> Result<(), ApiError> {
+    let (id, name) = (fields.required("call_id")?, fields.required("name")?);
+    let arguments = fields.required("arguments")?;
     if serde_json::from_str::<Map<String, Value>>(&arguments).is_err() {
         return Err(ApiError::value(&fields.name("arguments"), arguments, "a JSON object as text"));
     }
     let call =
         json!({"id": id, "type": "function", "function": {"name": name, "arguments": arguments}});
-    if messages.last().is_none_or(|message| message.role != "assistant") {
-        messages.push(said("assistant", String::new()));
+    match turns.last_mut().filter(|turn| turn.message.role == "assistant") {
+        Some(turn) => turn.calls.push(call),
+        None => {
+            let message = said("assistant", String::new());
+            turns.push(Turn { message, calls: vec![call] });
+        }
     }
-    let calls = &mut messages.last_mut().expect("one was pushed").tool_calls;
-    let mut list = calls.take().map_or_else(Vec::new, |text| {
-        serde_json::from_str::<Vec<Value>>(&text).expect("it was written here")
-    });
-    list.push(call);
-    *calls = Some(json!(list).to_string());
     Ok(())
 }
 
@@ -103,20 +120,15 @@ fn content(fields: &mut Fields, key: &str) -> Result<String, ApiError> {
 
 fn text_part(mut part: Fields) -> Result<String, ApiError> {
     let name = part.name("type");
-    let kind = required(&mut part, "type")?;
+    let kind = part.required("type")?;
     if !["input_text", "output_text"].contains(&kind.as_str()) {
         return Err(ApiError::unsupported(&name, &format!(" as {kind:.40?}")));
     }
-    let text = required(&mut part, "text")?;
+    let text = part.required("text")?;
     part.only("annotations", &[json!([])])?;
     part.only("logprobs", &[json!([])])?;
     part.finish()?;
     Ok(text)
-}
-
-fn required(fields: &mut Fields, key: &str) -> Result<String, ApiError> {
-    let name = fields.name(key);
-    fields.string(key)?.ok_or_else(|| ApiError::missing(&name))
 }
 
 #[cfg(test)]

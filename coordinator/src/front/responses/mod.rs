@@ -40,11 +40,10 @@ where
 async fn create(
     State(front): State<Front>,
     Extension(caller): Extension<Caller>,
-    Body(fields): Body,
+    Body(asked): Body<ResponsesRequest>,
 ) -> Result<Response, ApiError> {
     let arrived = Instant::now();
-    let ResponsesRequest { mut request, stream: streams, tools, said } =
-        ResponsesRequest::parse(fields)?;
+    let ResponsesRequest { mut request, stream: streams, tools, said } = asked;
     let reader = tools::apply(&front, &mut request, tools.as_ref()).await?;
     let started = front.start(&caller, vec![request], None, arrived).await?;
     let (answering, mut messages) = Answering::new(started, said);

@@ -5,6 +5,7 @@ use baton_proto::wire::v1::{Chat, GenerateRequest, Sampling};
 use serde_json::{Map, Value, json};
 
 use super::input;
+use crate::front::openai::body::Asked;
 use crate::front::openai::error::ApiError;
 use crate::front::openai::fields::Fields;
 use crate::front::refusal::Refusal;
@@ -35,9 +36,8 @@ pub(super) struct ResponsesRequest {
     pub(super) said: Map<String, Value>,
 }
 
-impl ResponsesRequest {
-    /// Reads a request's parameters.
-    pub(super) fn parse(mut fields: Fields) -> Result<Self, ApiError> {
+impl Asked for ResponsesRequest {
+    fn parse(mut fields: Fields) -> Result<Self, ApiError> {
         let said = said(&mut fields);
         let messages = input::take(&mut fields)?;
         let sampling = Sampling {
@@ -98,9 +98,9 @@ fn tools(fields: &mut Fields) -> Result<Option<ToolRequest>, ApiError> {
         Some(value) => {
             let mut choice = Fields::new("tool_choice", value)?;
             choice.only("type", &[json!("function")])?;
-            let name = choice.string("name")?;
+            let name = choice.required("name")?;
             choice.finish()?;
-            ToolChoice::Named(name.ok_or_else(|| ApiError::missing("tool_choice.name"))?)
+            ToolChoice::Named(name)
         }
     };
     let parallel = fields.bool("parallel_tool_calls")?.unwrap_or(true);
