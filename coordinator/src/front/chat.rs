@@ -45,6 +45,9 @@ pub struct Conversation<'a> {
 #[error("the chat template refuses the conversation: {0}")]
 pub struct ChatError(pub String);
 
+/// Instructions of one rendering: some hundred for each of the most messages that there may be. It takes
+/// about a second.
+const MAX_STEPS: u64 = 10_000_000;
 const NAME: &str = "chat_template";
 /// Used without and with tools, where a model has several templates.
 const NAMES: [&str; 2] = ["default", "tool_use"];
@@ -156,6 +159,7 @@ impl ChatTemplate {
 /// Jinja as transformers sets it up.
 fn environment() -> Environment<'static> {
     let mut environment = Environment::new();
+    environment.set_fuel(Some(MAX_STEPS));
     environment.set_trim_blocks(true);
     environment.set_lstrip_blocks(true);
     environment.set_auto_escape_callback(|_| AutoEscape::None);
@@ -295,6 +299,14 @@ mod tests {
         let raising = json!("{{ raise_exception('roles must alternate') }}");
         let error = render(&raising, &json!([]), None).unwrap_err();
         assert_eq!(error.0, "roles must alternate");
+    }
+
+    #[test]
+    fn a_template_does_not_run_for_ever() {
+        let endless =
+            "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}";
+        let error = render(&json!(endless), &json!([]), None).unwrap_err();
+        assert!(error.0.contains("fuel"), "{error}");
     }
 
     #[test]
