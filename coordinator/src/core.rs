@@ -10,6 +10,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::aliases::Estimate;
 use crate::history::{FindError, IdPrefix};
+use crate::metrics;
 use crate::orders::{Order, OrderError};
 
 mod looks;
@@ -126,6 +127,10 @@ impl Core {
 
     /// Starts a request.
     pub async fn submit(&self, request: NewRequest) -> Result<Updates, SubmitError> {
+        self.try_submit(request).await.inspect_err(metrics::refused)
+    }
+
+    async fn try_submit(&self, request: NewRequest) -> Result<Updates, SubmitError> {
         let arrived = Instant::now();
         let model = self.model(&request.model);
         let model = model.ok_or_else(|| SubmitError::UnknownModel(request.model.clone()))?;

@@ -119,8 +119,11 @@ impl Driver {
             };
             tokio::select! {
                 Some(id) = self.dropped.recv() => {
-                    self.clients.remove(&id);
-                    self.control.cancel(id, Instant::now(), &mut actions);
+                    // Whoever gave up may be another one, who wanted the same id in vain.
+                    if self.clients.get(&id).is_some_and(|client| client.updates.is_closed()) {
+                        self.clients.remove(&id);
+                        self.control.cancel(id, Instant::now(), &mut actions);
+                    }
                 }
                 Some(message) = self.from_links.recv() => self.hear(message, &mut actions),
                 ask = self.asks.recv() => match ask {
@@ -182,12 +185,9 @@ impl Driver {
                 } else {
                     self.control.submit(request, chain, arrived, now, actions)
                 };
-                match &result {
-                    Ok(()) => {
-                        self.clients.insert(id, Client { updates, told_at: None });
-                        self.control.placed_in(id, arrived.elapsed());
-                    }
-                    Err(error) => metrics::refused(error),
+                if result.is_ok() {
+                    self.clients.insert(id, Client { updates, told_at: None });
+                    self.control.placed_in(id, arrived.elapsed());
                 }
                 let _ = reply.send(result);
             }

@@ -4,6 +4,7 @@ use baton_proto::hash::CacheSalt;
 use baton_proto::ids::{Role, TransferId};
 use baton_proto::message::{NodeFinish, TokenEvent};
 use baton_proto::sampling::SamplingParams;
+use metrics_exporter_prometheus::PrometheusBuilder;
 
 use super::*;
 use crate::core::{NewRequest, OutputToken, RequestError, Updates};
@@ -95,6 +96,27 @@ async fn a_request_runs_on_a_joined_node() {
     assert_eq!(core.nodes().await[0].node, d.name);
 }
 
+#[test]
+fn every_refusal_is_counted_whoever_refuses() {
+    let recorder = PrometheusBuilder::new().build_recorder();
+    let shown = recorder.handle();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    ::metrics::with_local_recorder(&recorder, || {
+        runtime.block_on(async {
+            let (core, links) = start();
+            core.submit(request(1)).await.unwrap_err();
+            let _d = Node::join(&links, "d", Role::Decode, 8).await;
+            let running = [core.submit(request(1)).await, core.submit(request(2)).await];
+            assert!(running.iter().all(Result::is_ok));
+            core.submit(request(3)).await.unwrap_err();
+        });
+    });
+    for (reason, count) in [("invalid", 1), ("overloaded", 1)] {
+        let line = format!("baton_requests_rejected_total{{reason=\"{reason}\"}} {count}");
+        assert!(shown.render().contains(&line), "{}", shown.render());
+    }
+}
+
 #[tokio::test]
 async fn a_client_that_goes_away_cancels() {
     let (core, links) = start();
@@ -113,6 +135,21 @@ async fn a_client_that_goes_away_cancels() {
     drop(submit);
     let status = core.status().await;
     assert_eq!((status.requests_active, status.requests_finished), (0, 0));
+}
+
+#[tokio::test]
+async fn who_gives_up_on_an_id_that_runs_already_cancels_nothing() {
+    let (core, links) = start();
+    let mut d = Node::join(&links, "d", Role::Decode, 8).await;
+    let mut updates = core.submit(request(1)).await.unwrap();
+    let Command::Decode { job, .. } = d.command().await else { panic!("no job") };
+    let mut again = Box::pin(core.submit(request(1)));
+    let polled = std::future::poll_fn(|cx| std::task::Poll::Ready(again.as_mut().poll(cx))).await;
+    assert!(polled.is_pending());
+    drop(again);
+    assert_eq!(core.submit(request(1)).await.unwrap_err(), SubmitError::DuplicateId(RequestId(1)));
+    d.token(job.id, 0, Some(NodeFinish::EndOfSequence)).await;
+    assert_eq!(tokens(&mut updates).await[0].token, 100);
 }
 
 #[tokio::test]

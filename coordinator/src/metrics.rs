@@ -58,80 +58,87 @@ const TOKENS: [f64; 21] = [
     1_048_576.0,
 ];
 
+/// Histograms whose buckets do not follow from their unit.
+const BUCKETS: [(&str, &[f64]); 10] = [
+    ("baton_time_per_output_token_seconds", &PER_TOKEN),
+    ("vllm:request_time_per_output_token_seconds", &PER_TOKEN),
+    ("baton_inter_token_latency_seconds", &PER_TOKEN),
+    ("vllm:inter_token_latency_seconds", &PER_TOKEN),
+    ("baton_time_to_first_token_seconds", &FIRST_TOKEN),
+    ("vllm:time_to_first_token_seconds", &FIRST_TOKEN),
+    ("baton_request_phase_seconds", &FIRST_TOKEN),
+    ("baton_embedding_seconds", &FIRST_TOKEN),
+    ("baton_request_seconds", &REQUEST),
+    ("vllm:e2e_request_latency_seconds", &REQUEST),
+];
+
+const COUNTERS: [(&str, &str); 10] = [
+    ("baton_requests_total", "Requests that ended, by outcome"),
+    ("baton_requests_rejected_total", "Requests that the core did not take, by reason"),
+    ("baton_retries_total", "Attempts after a request's first"),
+    ("baton_placements_total", "Answered requests, by who computed the prompt"),
+    ("baton_prompt_tokens_total", "Tokens of prompts, by where their KV came from"),
+    ("baton_output_tokens_total", "Tokens generated"),
+    ("baton_embeddings_total", "Prompts that were embedded"),
+    ("baton_transfer_bytes_total", "KV that prefill nodes sent"),
+    ("baton_refused_connections_total", "Clients' connections not taken"),
+    (
+        "baton_refused_requests_total",
+        "Requests for text or embeddings that were refused before any of it was made, whether for their \
+         parameters, their prompt, a quota or by the core, and those of any kind whose key, idempotency-key \
+         or body was not taken; by gRPC's code",
+    ),
+];
+
+const HISTOGRAMS: [(&str, &str); 13] = [
+    ("baton_prompt_tokens", "Tokens of a prompt"),
+    ("baton_output_tokens", "Tokens of an answer"),
+    ("baton_time_to_first_token_seconds", "Arrival to first token"),
+    ("baton_time_per_output_token_seconds", "Mean gap between a request's tokens"),
+    ("baton_inter_token_latency_seconds", "From one token of a request to its next"),
+    ("baton_request_seconds", "Arrival to last token"),
+    ("baton_embedding_seconds", "Arrival to embedding"),
+    ("baton_request_phase_seconds", "Phases of a request; they add up to it"),
+    ("baton_place_seconds", "Choosing the nodes"),
+    ("baton_transfer_hidden_seconds", "KV transfer while the prompt was computed"),
+    ("baton_transfer_exposed_seconds", "KV transfer after the first token"),
+    (
+        "baton_prediction_error_seconds",
+        "How far off a term of the chosen placement's predicted cost was, either way",
+    ),
+    (
+        "baton_prediction_ratio",
+        "What a term took, relative to its prediction; less than a millisecond counts as one",
+    ),
+];
+
+const GAUGES: [(&str, &str); 7] = [
+    ("baton_requests_active", "Requests that are not over"),
+    ("baton_requests_waiting", "Of these, those that wait for their turn on a node"),
+    ("baton_nodes", "Joined nodes by role"),
+    ("baton_peers", "Other coordinators that are heard"),
+    ("baton_index_blocks", "KV blocks in the index of the nodes' caches"),
+    ("baton_ready", "1 if a request would be served now"),
+    ("baton_build_info", "1; the version is a label"),
+];
+
 /// Lets the process count, and gives what shows the counts.
 pub(crate) fn install() -> Result<PrometheusHandle, BuildError> {
-    let name = |name: &str| Matcher::Full(name.to_owned());
-    let handle = PrometheusBuilder::new()
-        .set_buckets_for_metric(name("baton_time_per_output_token_seconds"), &PER_TOKEN)?
-        .set_buckets_for_metric(name("vllm:request_time_per_output_token_seconds"), &PER_TOKEN)?
-        .set_buckets_for_metric(name("baton_inter_token_latency_seconds"), &PER_TOKEN)?
-        .set_buckets_for_metric(name("vllm:inter_token_latency_seconds"), &PER_TOKEN)?
-        .set_buckets_for_metric(name("baton_time_to_first_token_seconds"), &FIRST_TOKEN)?
-        .set_buckets_for_metric(name("vllm:time_to_first_token_seconds"), &FIRST_TOKEN)?
-        .set_buckets_for_metric(name("baton_request_phase_seconds"), &FIRST_TOKEN)?
-        .set_buckets_for_metric(name("baton_embedding_seconds"), &FIRST_TOKEN)?
-        .set_buckets_for_metric(name("baton_request_seconds"), &REQUEST)?
-        .set_buckets_for_metric(name("vllm:e2e_request_latency_seconds"), &REQUEST)?
-        .set_buckets_for_metric(Matcher::Suffix("_seconds".into()), &SHORT)?
-        .set_buckets_for_metric(Matcher::Suffix("_tokens".into()), &TOKENS)?
-        .set_buckets_for_metric(Matcher::Suffix("_ratio".into()), &RATIOS)?
-        .install_recorder()?;
-    describe();
+    let named = BUCKETS.map(|(name, buckets)| (Matcher::Full(name.to_owned()), buckets));
+    let others: [(&str, &[f64]); 3] =
+        [("_seconds", &SHORT), ("_tokens", &TOKENS), ("_ratio", &RATIOS)];
+    let others = others.map(|(unit, buckets)| (Matcher::Suffix(unit.to_owned()), buckets));
+    let builder = named
+        .into_iter()
+        .chain(others)
+        .try_fold(PrometheusBuilder::new(), |builder, (matcher, buckets)| {
+            builder.set_buckets_for_metric(matcher, buckets)
+        });
+    let handle = builder?.install_recorder()?;
+    COUNTERS.into_iter().for_each(|(name, what)| describe_counter!(name, what));
+    HISTOGRAMS.into_iter().for_each(|(name, what)| describe_histogram!(name, what));
+    GAUGES.into_iter().for_each(|(name, what)| describe_gauge!(name, what));
     Ok(handle)
-}
-
-fn describe() {
-    describe_counter!("baton_requests_total", "Requests that ended, by outcome");
-    describe_counter!("baton_requests_rejected_total", "Requests that were not taken, by reason");
-    describe_counter!("baton_retries_total", "Attempts after a request's first");
-    describe_counter!("baton_placements_total", "Answered requests, by who computed the prompt");
-    describe_counter!(
-        "baton_prompt_tokens_total",
-        "Tokens of prompts, by where their KV came from"
-    );
-    describe_counter!("baton_output_tokens_total", "Tokens generated");
-    describe_counter!("baton_embeddings_total", "Prompts that were embedded");
-    describe_histogram!("baton_prompt_tokens", "Tokens of a prompt");
-    describe_histogram!("baton_output_tokens", "Tokens of an answer");
-    describe_histogram!("baton_time_to_first_token_seconds", "Arrival to first token");
-    describe_histogram!(
-        "baton_time_per_output_token_seconds",
-        "Mean gap between a request's tokens"
-    );
-    describe_histogram!(
-        "baton_inter_token_latency_seconds",
-        "From one token of a request to its next"
-    );
-    describe_histogram!("baton_request_seconds", "Arrival to last token");
-    describe_histogram!("baton_embedding_seconds", "Arrival to embedding");
-    describe_histogram!("baton_request_phase_seconds", "Phases of a request; they add up to it");
-    describe_histogram!("baton_place_seconds", "Choosing the nodes");
-    describe_histogram!(
-        "baton_transfer_hidden_seconds",
-        "KV transfer while the prompt was computed"
-    );
-    describe_histogram!("baton_transfer_exposed_seconds", "KV transfer after the first token");
-    describe_counter!("baton_transfer_bytes_total", "KV that prefill nodes sent");
-    describe_histogram!(
-        "baton_prediction_error_seconds",
-        "How far off a term of the chosen placement's predicted cost was, either way"
-    );
-    describe_histogram!(
-        "baton_prediction_ratio",
-        "What a term took, relative to its prediction; less than a millisecond counts as one"
-    );
-    describe_counter!("baton_refused_connections_total", "Clients' connections not taken");
-    describe_counter!(
-        "baton_refused_requests_total",
-        "Requests that were not begun, by gRPC's code"
-    );
-    describe_gauge!("baton_requests_active", "Requests that are not over");
-    describe_gauge!("baton_requests_waiting", "Of these, those that wait for their turn on a node");
-    describe_gauge!("baton_nodes", "Joined nodes by role");
-    describe_gauge!("baton_peers", "Other coordinators that are heard");
-    describe_gauge!("baton_index_blocks", "KV blocks in the index of the nodes' caches");
-    describe_gauge!("baton_ready", "1 if a request would be served now");
-    describe_gauge!("baton_build_info", "1; the version is a label");
 }
 
 /// News of a request. `since_last`: since its previous tokens, if these are not its first.
@@ -179,8 +186,12 @@ fn done(summary: &Summary) {
         // The other figures are of tokens, which an embedding has none of.
         return histogram!("baton_embedding_seconds").record(summary.timings.total);
     }
-    let way = if summary.placement.prefill.is_some() { "remote" } else { "local" };
+    let remote = summary.placement.prefill.is_some();
+    let way = if remote { "remote" } else { "local" };
     counter!("baton_placements_total", "prefill" => way).increment(1);
+    if remote {
+        transfer(&summary.timings);
+    }
     histogram!("baton_output_tokens").record(usage.completion_tokens);
     times(&summary.timings, usage.completion_tokens);
     summary.outcomes.iter().for_each(outcome);
@@ -199,14 +210,18 @@ fn ratio(took: Duration, predicted: Duration) -> f64 {
     took.max(LEAST_IN_RATIO).as_secs_f64() / predicted.max(LEAST_IN_RATIO).as_secs_f64()
 }
 
+/// Of a request without one, zeros would hide how long those take that there are.
+fn transfer(times: &Timings) {
+    histogram!("baton_transfer_hidden_seconds").record(times.transfer_hidden);
+    histogram!("baton_transfer_exposed_seconds").record(times.transfer_exposed);
+    counter!("baton_transfer_bytes_total").increment(times.transfer_bytes);
+}
+
 fn times(times: &Timings, output_tokens: u32) {
     histogram!("baton_time_to_first_token_seconds").record(times.first_token);
     histogram!("vllm:time_to_first_token_seconds").record(times.first_token);
     histogram!("baton_request_seconds").record(times.total);
     histogram!("vllm:e2e_request_latency_seconds").record(times.total);
-    histogram!("baton_transfer_hidden_seconds").record(times.transfer_hidden);
-    histogram!("baton_transfer_exposed_seconds").record(times.transfer_exposed);
-    counter!("baton_transfer_bytes_total").increment(times.transfer_bytes);
     let after_first = times.total.saturating_sub(times.first_token);
     if output_tokens > 1 {
         let each = after_first / (output_tokens - 1);
