@@ -1,5 +1,6 @@
 //! What an operator should look at, from what the coordinator knows at one moment.
 
+use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use baton_proto::ids::NodeId;
@@ -83,7 +84,7 @@ impl Facts<'_> {
 
     /// Nodes that left lately and have not come back.
     fn lost(&self) -> Vec<Alert> {
-        let mut seen: Vec<&NodeId> = Vec::new();
+        let mut seen: BTreeSet<&NodeId> = self.nodes.iter().map(|view| &view.node).collect();
         let mut alerts = Vec::new();
         for event in self.events.latest() {
             let age = self.now.saturating_duration_since(event.at);
@@ -91,9 +92,7 @@ impl Facts<'_> {
                 break;
             }
             let Happening::Left(node) = &event.what else { continue };
-            let joined = self.nodes.iter().any(|view| view.node == *node);
-            if !joined && !seen.contains(&node) {
-                seen.push(node);
+            if seen.insert(node) {
                 let message = format!("{node} left {} s ago and has not come back", age.as_secs());
                 alerts.push(alert(Severity::Warning, "NODE_LOST", message));
             }

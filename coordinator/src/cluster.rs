@@ -16,7 +16,7 @@ pub const MAX_NODES: usize = 1024;
 /// Most nodes whose last epoch is remembered, joined or not.
 const MAX_REMEMBERED: usize = 4 * MAX_NODES;
 /// Most models known at once.
-const MAX_MODELS: usize = 64;
+pub(crate) const MAX_MODELS: usize = 64;
 /// Largest KV block; also keeps sizes computed from a geometry far from overflow.
 const MAX_BLOCK_BYTES: u64 = 1 << 32;
 
@@ -83,7 +83,7 @@ pub enum Refusal {
     /// A number that makes no sense.
     #[error("{0} must be above 0 and in range")]
     BadValue(&'static str),
-    /// [`MAX_NODES`] are joined, or [`MAX_MODELS`] models known.
+    /// [`MAX_NODES`] are joined, or [`MAX_MODELS`] models served.
     #[error("this coordinator has no room for another {0}")]
     Full(&'static str),
 }
@@ -94,7 +94,8 @@ pub struct Cluster {
     members: NodeMap<Member>,
     /// Newest epoch of every node seen.
     epochs: BTreeMap<NodeId, Epoch>,
-    /// A model outlives its nodes here, so that its requests are told apart from nonsense.
+    /// A model outlives its nodes here, so that its requests are told apart from nonsense, until its
+    /// place is needed.
     models: BTreeMap<String, ModelInfo>,
 }
 
@@ -113,6 +114,10 @@ impl Cluster {
         }
         self.epochs.insert(node.clone(), hello.epoch);
         let model = hello.model.clone();
+        if self.models.len() >= MAX_MODELS && !self.models.contains_key(&model) {
+            let Self { members, models, .. } = self;
+            models.retain(|name, _| is_served(members, name));
+        }
         let info = ModelInfo {
             name: model.clone(),
             root: hello.root,
@@ -147,7 +152,8 @@ impl Cluster {
         if self.members.len() >= MAX_NODES && !self.members.contains_key(node) {
             return Err(Refusal::Full("node"));
         }
-        if self.models.len() >= MAX_MODELS && !self.models.contains_key(&hello.model) {
+        let served = self.models.keys().filter(|name| is_served(&self.members, name));
+        if !self.models.contains_key(&hello.model) && served.count() >= MAX_MODELS {
             return Err(Refusal::Full("model"));
         }
         Ok(())
@@ -248,6 +254,10 @@ impl Cluster {
     }
 }
 
+fn is_served(members: &NodeMap<Member>, model: &str) -> bool {
+    members.values().any(|member| member.hello.model == model)
+}
+
 fn difference(a: &Hello, b: &Hello) -> Option<&'static str> {
     if a.geometry.block_tokens != b.geometry.block_tokens {
         Some("block size")
@@ -322,6 +332,28 @@ mod tests {
         joined(&mut cluster, "d", hello(Role::Decode, 2), 2).unwrap();
         assert!(cluster.leave(&node("d"), LinkId(1)).is_none());
         assert_eq!(cluster.member(&node("d")).unwrap().hello.epoch, Epoch(2));
+    }
+
+    #[test]
+    fn models_that_nobody_serves_any_more_take_no_room() {
+        let mut cluster = Cluster::default();
+        let model = |number: usize| {
+            let mut hello = hello(Role::Decode, 1);
+            hello.model = format!("model-{number}");
+            hello
+        };
+        for number in 0..3 * MAX_MODELS {
+            joined(&mut cluster, "d", model(number), 1).unwrap();
+            cluster.leave(&node("d"), LinkId(1));
+            assert!(cluster.model(&format!("model-{number}")).is_some(), "it may come back");
+        }
+        assert!(cluster.models().len() <= MAX_MODELS);
+        let mut cluster = Cluster::default();
+        for number in 0..MAX_MODELS {
+            joined(&mut cluster, &format!("d-{number}"), model(number), 1).unwrap();
+        }
+        let error = joined(&mut cluster, "one-more", model(MAX_MODELS), 1).unwrap_err();
+        assert_eq!(error, Refusal::Full("model"));
     }
 
     #[test]

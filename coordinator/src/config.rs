@@ -18,6 +18,9 @@ use crate::settings::{AliasSettings, Settings};
 /// Default of [`AliasSettings::target_ttft_ms`].
 const TARGET_TTFT_MS: f64 = 2000.0;
 
+/// Most requests that a coordinator may be told to hold.
+const MAX_REQUESTS: usize = 1 << 20;
+
 /// A configuration that cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
@@ -98,7 +101,7 @@ impl TryFrom<Settings> for Config {
             more => Ok(more),
         };
         let limits = Limits {
-            requests: above_0("max_requests", settings.max_requests.unwrap_or(4096))?,
+            requests: requests(settings.max_requests.unwrap_or(4096))?,
             tokens: above_0("max_held_tokens", settings.max_held_tokens.unwrap_or(64 << 20))?,
         };
         let index_blocks = above_0("index_blocks", settings.index_blocks.unwrap_or(4 << 20))?;
@@ -131,6 +134,15 @@ impl TryFrom<Settings> for Config {
             trace_ratio: trace_ratio(settings.trace_ratio.unwrap_or(1.0))?,
         })
     }
+}
+
+/// Queues are made for all of them.
+fn requests(most: usize) -> Result<usize, ConfigError> {
+    if (1..=MAX_REQUESTS).contains(&most) {
+        return Ok(most);
+    }
+    let problem = format!("is {most}; it must be from 1 to {MAX_REQUESTS}");
+    Err(ConfigError::Value { key: "max_requests", problem })
 }
 
 /// One body must find room.

@@ -49,7 +49,12 @@ fn mistakes_are_named() {
         ("model = ['/m']", "identity is not set"),
         ("model = ['/m/a', '/n/a']", "model_name names \"a\" twice"),
         ("model = ['/m']\nmodel_name = []", "model_name has 0 names for 1 models"),
-        ("model = ['/m']\nmax_requests = 0", "max_requests must be above 0"),
+        ("model = ['/m']\nmax_requests = 0", "max_requests is 0; it must be from 1 to 1048576"),
+        (
+            "model = ['/m']\nmax_requests = 9223372036854775807",
+            "max_requests is 9223372036854775807; it must be from 1 to 1048576",
+        ),
+        ("model = ['/m']\nmax_held_tokens = 0", "max_held_tokens must be above 0"),
         (
             "model = ['/m']\nmax_bodies_bytes = 1",
             "max_bodies_bytes is 1; it must be at least 16777216",

@@ -13,7 +13,7 @@ use baton_proto::wire::node::join_server::{Join, JoinServer};
 use baton_proto::wire::node::{FromNode, ToNode, Welcome, to_node};
 use baton_proto::wire::peer::peers_server::PeersServer;
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{Semaphore, mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot};
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 use tokio_stream::wrappers::ReceiverStream;
@@ -58,7 +58,7 @@ pub(crate) async fn serve(
     driver: mpsc::Sender<FromLink>,
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), tonic::transport::Error> {
-    let max_outbox = requests.saturating_mul(OUTBOX_PER_REQUEST).min(Semaphore::MAX_PERMITS);
+    let max_outbox = requests * OUTBOX_PER_REQUEST;
     let exchange = Exchange { name: identity.node_id().clone(), core, driver: driver.clone() };
     let exchange = PeersServer::new(exchange).max_decoding_message_size(MAX_SHARE_BYTES);
     let service = Service { name: identity.node_id().clone(), max_outbox, driver };

@@ -72,8 +72,8 @@ impl Order {
 }
 
 fn is_last_decode(node: &NodeId, member: &Member, cluster: &Cluster) -> bool {
-    let mut decode = cluster.serving(member.hello.root);
-    let mut decode = decode.by_ref().filter(|(_, m)| m.hello.role == Role::Decode);
+    let serving = cluster.serving(member.hello.root);
+    let mut decode = serving.filter(|(_, member)| member.hello.role == Role::Decode);
     decode.next().is_some_and(|(first, _)| first == node) && decode.next().is_none()
 }
 

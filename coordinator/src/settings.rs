@@ -67,7 +67,7 @@ pub struct Settings {
     /// Names that stand for several models each, `[[aliases]]` in the file; they have no flag.
     #[arg(skip)]
     pub aliases: Option<Vec<AliasSettings>>,
-    /// Most requests at a time; further ones are refused. Default: 4096.
+    /// Most requests at a time, at most 1048576; further ones are refused. Default: 4096.
     #[arg(long, env = "BATON_MAX_REQUESTS", value_name = "N")]
     pub max_requests: Option<usize>,
     /// Most tokens of all requests, prompts and outputs; further requests are refused.
@@ -147,10 +147,8 @@ impl Settings {
     /// process with status 2, as clap does.
     pub fn from_process() -> Result<Self, ConfigError> {
         let line = CommandLine::parse();
-        match line.config {
-            Some(file) => Ok(line.settings.over(Self::from_file(&file)?)),
-            None => Ok(line.settings),
-        }
+        let file = line.config.as_deref().map(Self::from_file).transpose()?;
+        Ok(line.settings.over(file.unwrap_or_default()))
     }
 
     /// Reads a configuration file.

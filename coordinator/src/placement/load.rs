@@ -19,6 +19,9 @@ const REPORT_LAG_MS: f64 = REPORT_LAG.as_millis() as f64;
 /// Promises of this age are in the reports to every coordinator.
 const SHARED_MS: f64 = 1000.0;
 
+/// More work of others than this is not believed: a day.
+const MAX_FOREIGN_MS: f64 = 86_400_000.0;
+
 /// How much the last prediction counts in how wrong they are.
 const ERROR_WEIGHT: f64 = 0.05;
 
@@ -161,7 +164,8 @@ impl Load {
                 own += (promised.work.tokens - promised.work.cached) as f64;
             }
         }
-        self.foreign_ms = (report.queued_tokens as f64 - own).max(0.0) * foreign_token_ms;
+        let foreign = (report.queued_tokens as f64 - own).max(0.0) * foreign_token_ms;
+        self.foreign_ms = foreign.min(MAX_FOREIGN_MS);
         self.report_at = now;
         self.reported_sequences = report.running.saturating_add(report.waiting);
         if report.blocks != BlockCounts::default() {
@@ -315,5 +319,7 @@ mod tests {
         assert_eq!(load.queue_ms(50.0), 50.0 + 100.0);
         assert_eq!(load.queue_ms(100.0), 50.0);
         assert_eq!(load.queue_ms(150.0), 50.0, "late by 50, and nothing foreign is left");
+        load.report(&Report { queued_tokens: u64::MAX, ..Report::default() }, 2.0, 150.0);
+        assert!(load.queue_ms(150.0) <= 50.0 + MAX_FOREIGN_MS, "what cannot be is not believed");
     }
 }

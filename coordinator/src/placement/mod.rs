@@ -16,6 +16,7 @@ use baton_proto::message::{Hello, Report};
 use baton_proto::share::SharedLoad;
 
 use crate::aliases::Estimate;
+use crate::cluster::MAX_MODELS;
 use crate::index::{Index, Matches, NodeKey, NodeKeys, Tier};
 use crate::peers::Own;
 use crate::requests::Placed;
@@ -174,6 +175,10 @@ impl Placement {
     pub fn join(&mut self, id: &NodeId, hello: &Hello, now: Instant) {
         let key = self.keys.join(id);
         let node = Node::new(id, hello, self.ms(now));
+        if self.pools.len() >= MAX_MODELS {
+            // What was learnt of models whose nodes are away is for when they come back.
+            self.pools.retain(|_, pool| pool.len() > 0);
+        }
         self.pools.entry(node.root).or_default();
         if self.nodes.len() <= key.0 as usize {
             self.nodes.resize(key.0 as usize + 1, None);
