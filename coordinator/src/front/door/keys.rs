@@ -213,7 +213,7 @@ fn check_limits(what: &str, name: &str, limits: Limits) -> Result<(), String> {
 
 fn digest(hex: &str) -> Option<[u8; 32]> {
     let mut bytes = [0; 32];
-    if hex.len() != 64 || !hex.is_ascii() {
+    if hex.len() != 64 || !hex.bytes().all(|digit| digit.is_ascii_hexdigit()) {
         return None;
     }
     for (at, byte) in bytes.iter_mut().enumerate() {
@@ -337,6 +337,10 @@ mod tests {
                 "keys \"a\" and \"b\" are the same",
             ),
             (entry(&format!("{other}12'\ntenant = 't'")), "sha256 of key \"b\" is not 64"),
+            (
+                entry(&format!("{other}{}'\ntenant = 't'", "+1".repeat(32))),
+                "of key \"b\" is not 64",
+            ),
             (entry(&format!("{other}{:064}'\ntenant = 'Ä'", 1)), "tenant \"Ä\" must be 1 to 64"),
         ];
         for (text, message) in cases {

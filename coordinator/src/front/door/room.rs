@@ -35,7 +35,7 @@ impl Room {
 
     /// A place for a connection from `address`, if there is one.
     pub(crate) fn enter(&self, address: IpAddr) -> Option<Place> {
-        let address = address.to_canonical();
+        let address = one_client(address);
         let mut taken = self.0.taken.lock().unwrap_or_else(PoisonError::into_inner);
         let own = taken.by_address.get(&address).copied().unwrap_or(0);
         if taken.all >= self.0.most || own >= self.0.most.div_ceil(2) {
@@ -44,6 +44,17 @@ impl Room {
         taken.all += 1;
         taken.by_address.insert(address, own + 1);
         Some(Place { room: self.clone(), address })
+    }
+}
+
+/// What counts as one address: of IPv6, a network of 64 bits, as every client has all of its addresses.
+fn one_client(address: IpAddr) -> IpAddr {
+    match address.to_canonical() {
+        IpAddr::V6(address) => {
+            let [a, b, c, d, ..] = address.segments();
+            IpAddr::from([a, b, c, d, 0, 0, 0, 0])
+        }
+        v4 => v4,
     }
 }
 
@@ -78,5 +89,17 @@ mod tests {
         drop(places);
         let taken = room.0.taken.lock().unwrap();
         assert_eq!((taken.all, taken.by_address.len()), (0, 0));
+    }
+
+    #[test]
+    fn a_network_of_ipv6_is_one_address() {
+        let room = Room::new(4);
+        let [a, b, other]: [IpAddr; 3] = ["2001:db8::1", "2001:db8::ffff:2", "2001:db8:0:1::1"]
+            .map(|text| text.parse().unwrap());
+        let places: Vec<_> = [a, b].map(|address| room.enter(address).unwrap()).into();
+        assert!(room.enter(a).is_none() && room.enter(b).is_none());
+        assert!(room.enter(other).is_some());
+        drop(places);
+        assert!(room.enter(b).is_some());
     }
 }
