@@ -1,14 +1,12 @@
 //! One completion of a request: from the core's updates to the messages of the stream.
 
-use std::time::Duration;
-
 use baton_proto::ids::RequestId;
 use baton_proto::message::{Logprobs, NodeFinish};
 use baton_proto::wire::v1::{
-    FinishReason, Finished, GenerateResponse, Placement, Timings, TokenLogprob, TokenLogprobs,
-    Usage,
+    FinishReason, Finished, GenerateResponse, Placement, TokenLogprob, TokenLogprobs, Usage,
 };
 
+use super::explain;
 use super::models::ServedModel;
 use super::prepare::Prepared;
 use super::stop::StopMatcher;
@@ -138,7 +136,7 @@ impl Choice {
                 // The core may have seen tokens that came after a stop string.
                 completion_tokens: self.emitted,
             }),
-            timings: Some(timings(summary)),
+            timings: Some(explain::timings(&summary.timings)),
             placement: Some(placement(summary)),
             model: self.model.clone(),
         };
@@ -160,21 +158,6 @@ fn token_logprobs(token: u32, logprobs: Logprobs) -> TokenLogprobs {
         token_id: token,
         logprob: logprobs.logprob,
         top: top.map(|(token_id, logprob)| TokenLogprob { token_id, logprob }).collect(),
-    }
-}
-
-fn timings(summary: &Summary) -> Timings {
-    let ms = |duration: Duration| duration.as_secs_f64() * 1e3;
-    let times = &summary.timings;
-    Timings {
-        queue_ms: ms(times.queue),
-        place_ms: ms(times.place),
-        prefill_ms: ms(times.prefill),
-        transfer_hidden_ms: ms(times.transfer_hidden),
-        transfer_exposed_ms: ms(times.transfer_exposed),
-        ttft_ms: ms(times.first_token),
-        total_ms: ms(times.total),
-        transfer_bytes: times.transfer_bytes,
     }
 }
 

@@ -6,7 +6,7 @@ use baton_proto::ids::NodeId;
 use baton_proto::wire::v1;
 
 use crate::alerts::Alert;
-use crate::core::Explained;
+use crate::core::{Explained, Timings};
 use crate::decision::{Considered, Decision, Outcome, Why};
 use crate::history::{self, Recent, Record, RequestView};
 use crate::placement::WaitsFor;
@@ -27,7 +27,6 @@ pub(super) fn response(explained: Explained, now: Instant) -> v1::ExplainRespons
 }
 
 pub(super) fn request(view: &RequestView, now: Instant) -> v1::RequestInfo {
-    let times = &view.timings;
     v1::RequestInfo {
         id: view.id.to_string(),
         model: view.model.clone(),
@@ -42,19 +41,23 @@ pub(super) fn request(view: &RequestView, now: Instant) -> v1::RequestInfo {
             cached_tokens: view.usage.cached_tokens,
             completion_tokens: view.usage.completion_tokens,
         }),
-        timings: Some(v1::Timings {
-            queue_ms: ms(times.queue),
-            place_ms: ms(times.place),
-            prefill_ms: ms(times.prefill),
-            transfer_hidden_ms: ms(times.transfer_hidden),
-            transfer_exposed_ms: ms(times.transfer_exposed),
-            ttft_ms: ms(times.first_token),
-            total_ms: ms(times.total),
-            transfer_bytes: times.transfer_bytes,
-        }),
+        timings: Some(timings(&view.timings)),
         held_ms: ms(view.held),
         ended_ms: view.ended.map(|at| now.saturating_duration_since(at).as_millis() as u64),
         error: view.error.clone().unwrap_or_default(),
+    }
+}
+
+pub(super) fn timings(times: &Timings) -> v1::Timings {
+    v1::Timings {
+        queue_ms: ms(times.queue),
+        place_ms: ms(times.place),
+        prefill_ms: ms(times.prefill),
+        transfer_hidden_ms: ms(times.transfer_hidden),
+        transfer_exposed_ms: ms(times.transfer_exposed),
+        ttft_ms: ms(times.first_token),
+        total_ms: ms(times.total),
+        transfer_bytes: times.transfer_bytes,
     }
 }
 
