@@ -23,6 +23,7 @@ use crate::control::Options;
 use crate::core::{CacheQuery, Core, NewRequest, Updates};
 use crate::driver::Driver;
 use crate::exchange::Caller;
+use crate::front::fixtures::until;
 use crate::requests::Limits;
 use crate::testing::{hello, node};
 
@@ -271,9 +272,7 @@ async fn coordinators_hear_each_other_and_no_node() {
     }
     let calling = tokio::spawn(caller("c2", Part::Coordinator).keep_exchanging(address));
     let heard = |core: Core, peers: Vec<String>| async move {
-        while core.status().await.peers != peers {
-            tokio::time::sleep(Duration::from_millis(1)).await;
-        }
+        until(async || (core.status().await.peers == peers).then_some(())).await;
     };
     heard(core.clone(), vec!["c".to_owned()]).await;
     heard(world.core.clone(), vec!["c2".to_owned()]).await;
@@ -295,8 +294,10 @@ async fn news_of_many_blocks_arrives_whole() {
     }
     // Nothing answers an event; what is known tells when both were heard.
     let mut known = BTreeSet::new();
-    while !known.contains(&601) {
+    until(async || {
         known.insert(world.blocks_known().await);
-    }
+        known.contains(&601).then_some(())
+    })
+    .await;
     assert!(known.iter().all(|&blocks| blocks <= 1000), "{known:?}");
 }

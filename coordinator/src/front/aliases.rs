@@ -7,6 +7,7 @@ use baton_proto::wire::v1::GenerateRequest;
 use baton_proto::wire::v1::generate_request::Input;
 
 use super::models::{Models, ServedModel};
+use super::prepare::text_bytes;
 use super::refusal::Refusal;
 use crate::aliases::Alias;
 use crate::core::Core;
@@ -75,11 +76,8 @@ impl Aliases {
 
 /// Tokens of a prompt that nobody has tokenized yet.
 fn about_tokens(input: Option<&Input>) -> usize {
-    let bytes = match input {
-        None => 0,
-        Some(Input::TokenIds(tokens)) => return tokens.ids.len(),
-        Some(Input::Prompt(text)) => text.len(),
-        Some(Input::Chat(chat)) => chat.messages.iter().map(|message| message.content.len()).sum(),
-    };
-    bytes.div_ceil(TOKEN_BYTES).max(1)
+    match input {
+        Some(Input::TokenIds(tokens)) => tokens.ids.len(),
+        input => text_bytes(input).div_ceil(TOKEN_BYTES).max(1),
+    }
 }

@@ -16,7 +16,7 @@ use super::door::Caller;
 use super::door::scope::Scope;
 use super::refusal::Refusal;
 use super::{Front, explain, prepare, watch};
-use crate::core::{CacheQuery, NodeView, SubmitError};
+use crate::core::{CacheQuery, NodeView};
 use crate::history::{FindError, IdPrefix};
 use crate::orders::{Order, OrderError};
 
@@ -187,9 +187,9 @@ impl Front {
         text: String,
     ) -> Result<(String, Vec<u32>), Refusal> {
         let model = self.models.get(model)?.clone();
-        let name = model.name.clone();
-        let tokens = tokio::task::spawn_blocking(move || model.tokenizer.encode(&text, true));
-        let tokens = tokens.await.map_err(|_| SubmitError::ShuttingDown)??;
+        let (name, bytes) = (model.name.clone(), text.len());
+        let tokens =
+            self.computing.run(bytes, move || model.tokenizer.encode(&text, true)).await??;
         Ok((name, tokens))
     }
 }

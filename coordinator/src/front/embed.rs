@@ -14,7 +14,7 @@ use baton_proto::wire::v1::{EmbedRequest, EmbedResponse, Embedding, GenerateRequ
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
-use self::inputs::{check, check_size, tokens};
+use self::inputs::{check, check_size, text_bytes, tokens};
 use super::Front;
 use super::door::{Admission, Caller};
 use super::inference::{count_refused, random};
@@ -42,9 +42,11 @@ struct Prepared {
     trace: Option<TraceContext>,
     /// What all inputs have in common.
     common: NewRequest,
+    /// Of all prompts, as they were charged.
+    prompt_tokens: usize,
     // Until the last input has ended.
     _name: Option<Named>,
-    _admission: Admission,
+    admission: Admission,
     _run: Run,
 }
 
@@ -82,22 +84,34 @@ impl Front {
         arrived: Instant,
     ) -> Result<EmbedResponse, Refusal> {
         let prepared = self.prepare_embedding(caller, request, timeout, arrived).await?;
+        let some_done = Arc::new(AtomicBool::new(false));
+        self.embed_prepared(&prepared, &some_done).await.inspect_err(|refusal| {
+            if matches!(refusal, Refusal::Submit(_)) && !some_done.load(Ordering::Relaxed) {
+                prepared.admission.refund_prompt(prepared.prompt_tokens);
+            }
+        })
+    }
+
+    async fn embed_prepared(
+        &self,
+        prepared: &Prepared,
+        some_done: &Arc<AtomicBool>,
+    ) -> Result<EmbedResponse, Refusal> {
         let mut embeddings = vec![Embedding::default(); prepared.prompts.len()];
         let mut usage = v1::Usage::default();
         let mut waiting = prepared.prompts.iter().cloned().enumerate();
-        let some_done = Arc::new(AtomicBool::new(false));
         // Dropping it cancels what runs.
         let mut running = JoinSet::new();
         loop {
             while running.len() < MAX_AT_ONCE
                 && let Some((at, tokens)) = waiting.next()
             {
-                let (request, span) = self.one_of(&prepared, tokens)?;
+                let (request, span) = self.one_of(prepared, tokens)?;
                 running.spawn(embed_one(self.core.clone(), at, request, span, some_done.clone()));
             }
             let Some(embedded) = running.join_next().await else { break };
             let Embedded { at, id, mut values, usage: used } =
-                embedded.map_err(|_| SubmitError::ShuttingDown)??;
+                embedded.map_err(|_| Refusal::Internal)??;
             some_done.store(true, Ordering::Relaxed);
             if prepared.normalize {
                 normalize(&mut values);
@@ -129,15 +143,15 @@ impl Front {
         self.one_model(&request.model)?;
         let (model, info) = self.model_for(&named(&request)).await?;
         check_size(request.inputs.len(), info.hidden_size as usize)?;
+        let bytes = request.inputs.iter().map(text_bytes).sum();
         let (tokenizing, inputs) = (model.clone(), request.inputs);
-        let tokenized = tokio::task::spawn_blocking(move || {
+        let tokenize = move || -> Result<Vec<_>, Refusal> {
             let inputs = inputs.into_iter().enumerate();
             inputs.map(|(at, input)| tokens(at, input, &tokenizing, &info)).collect()
-        });
-        let prompts: Result<Vec<_>, Refusal> =
-            tokenized.await.map_err(|_| SubmitError::ShuttingDown)?;
-        let prompts = prompts?;
-        admission.charge_prompt(prompts.iter().map(|tokens| tokens.len()).sum())?;
+        };
+        let prompts = self.computing.run(bytes, tokenize).await??;
+        let prompt_tokens = prompts.iter().map(|tokens| tokens.len()).sum();
+        admission.charge_prompt(prompt_tokens)?;
         let own = request.deadline_ms.map(|ms| Duration::from_millis(ms.into()));
         let deadline = [own, timeout].into_iter().flatten().min();
         let common = NewRequest {
@@ -159,8 +173,9 @@ impl Front {
             deadline: deadline.map(|deadline| arrived + deadline),
             trace: caller.trace,
             common,
+            prompt_tokens,
             _name: name,
-            _admission: admission,
+            admission,
             _run: run,
         })
     }

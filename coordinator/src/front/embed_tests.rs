@@ -141,9 +141,7 @@ async fn a_client_that_leaves_stops_all() {
     let call = tokio::spawn(async move {
         client.embed(EmbedRequest { inputs, ..EmbedRequest::default() }).await
     });
-    while played.asked().len() < 2 {
-        tokio::task::yield_now().await;
-    }
+    played.asked_for(2).await;
     call.abort();
     let stopped = [played.dropped().await, played.dropped().await];
     assert_ne!(stopped[0], stopped[1]);
@@ -222,12 +220,7 @@ async fn one_that_is_sent_again_is_not_computed_twice_at_a_time() {
     );
     let mut first = TcpStream::connect(played.http).await.unwrap();
     first.write_all(request.as_bytes()).await.unwrap();
-    let both_asked = async {
-        while played.asked().len() < 2 {
-            tokio::task::yield_now().await;
-        }
-    };
-    timeout(WAIT, both_asked).await.unwrap();
+    played.asked_for(2).await;
     let again = send(&played, &request).await;
     assert_eq!((again.status, &again.json()["error"]["code"]), (409, &json!("duplicate_request")));
     assert_eq!(played.asked().len(), 2);

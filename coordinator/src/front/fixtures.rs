@@ -13,7 +13,11 @@ use metrics_exporter_prometheus::PrometheusBuilder;
 use serde_json::Value;
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, watch};
+use tonic::Code;
 use tonic::transport::{Channel, Endpoint};
+use tonic_health::pb::HealthCheckRequest;
+use tonic_health::pb::health_check_response::ServingStatus;
+use tonic_health::pb::health_client::HealthClient;
 
 use super::door::Entrance;
 use super::models::Models;
@@ -111,9 +115,35 @@ impl Played {
         self.asked.lock().unwrap().clone()
     }
 
+    /// Returns when so many have.
+    pub(crate) async fn asked_for(&self, requests: usize) {
+        until(async || (self.asked().len() >= requests).then_some(())).await;
+    }
+
     /// The next request that was given up.
     pub(crate) async fn dropped(&self) -> RequestId {
-        self.dropped.lock().await.recv().await.unwrap()
+        in_time(async { self.dropped.lock().await.recv().await.unwrap() }).await
+    }
+
+    /// Returns when the service is known and serves, or does not.
+    pub(crate) async fn until_health(&self, service: &str, serving: bool) {
+        let mut health = HealthClient::new(self.channel());
+        let ask = || HealthCheckRequest { service: service.to_owned() };
+        // It appears with the first look at the core.
+        let mut watch = until(async || match health.watch(ask()).await {
+            Ok(watch) => Some(watch.into_inner()),
+            Err(status) => {
+                assert_eq!(status.code(), Code::NotFound);
+                None
+            }
+        })
+        .await;
+        let status = if serving { ServingStatus::Serving } else { ServingStatus::NotServing };
+        until(async || {
+            let now = watch.message().await.unwrap().unwrap();
+            (now.status() == status).then_some(())
+        })
+        .await;
     }
 
     /// From now on a prompt would wait so long for this model.

@@ -23,7 +23,7 @@ use super::choice::{Choice, Step};
 use super::door::{Admission, Caller};
 use super::models::ServedModel;
 use super::names::Named;
-use super::prepare::{Prepared, prepare, prompt_tokens};
+use super::prepare::{Checked, Prepared, prompt_tokens, text_bytes};
 use super::refusal::Refusal;
 use super::running::Run;
 use super::trace::CompletionSpan;
@@ -147,21 +147,19 @@ impl Front {
             if let Some(tenant) = caller.tenant() {
                 request.tenant = tenant.to_owned();
             }
-            let (seed, now) = (u64::from_ne_bytes(random()), SystemTime::now());
-            let (model_there, info) = (model.clone(), info.clone());
-            let preparing = move || prepare(request, &model_there, &info, seed, now);
-            // A long prompt takes milliseconds of computing, which would hold up other requests.
-            let prepared = tokio::task::spawn_blocking(preparing).await;
-            all.push(prepared.map_err(|_| Refusal::Submit(SubmitError::ShuttingDown))??);
+            all.push(self.prepare(request, &model, &info).await?);
         }
-        ticket.admission.charge_prompt(all.iter().map(|prepared| prepared.tokens.len()).sum())?;
-        let (mut prompts, mut accepted) = (Vec::new(), Vec::new());
-        for prepared in all {
+        let prompt_tokens = all.iter().map(|prepared| prepared.tokens.len()).sum();
+        ticket.admission.charge_prompt(prompt_tokens)?;
+        let mut accepted = Vec::new();
+        for prepared in &all {
             let deadline = [prepared.deadline, timeout].into_iter().flatten().min();
             let deadline = deadline.map(|deadline| arrived + deadline);
-            self.submit_all(&model, &prepared, (deadline, caller.trace), &mut accepted).await?;
-            prompts.push(prepared.tokens);
+            let submitted =
+                self.submit_all(&model, prepared, (deadline, caller.trace), &mut accepted).await;
+            submitted.inspect_err(|_| ticket.admission.refund_prompt(prompt_tokens))?;
         }
+        let prompts = all.into_iter().map(|prepared| prepared.tokens).collect();
         let id = accepted[0].updates.id();
         let (sender, messages) = mpsc::channel(WAITING_MESSAGES + accepted.len());
         // All before any runs: then there is room for them.
@@ -176,6 +174,22 @@ impl Front {
         Ok(Started { model, id, prompts, messages })
     }
 
+    /// Checks and completes a request, and makes tokens of its prompt.
+    async fn prepare(
+        &self,
+        request: GenerateRequest,
+        model: &Arc<ServedModel>,
+        info: &ModelInfo,
+    ) -> Result<Prepared, Refusal> {
+        let checked = Checked::new(request, model, info, u64::from_ne_bytes(random()))?;
+        if let Some(grammar) = checked.grammar() {
+            self.compiler.check(grammar, model).await?;
+        }
+        let (model, info) = (model.clone(), info.clone());
+        let (bytes, now) = (checked.text_bytes(), SystemTime::now());
+        self.computing.run(bytes, move || checked.tokenize(&model, &info, now)).await?
+    }
+
     /// The tokens of a request's prompt, and whose they are.
     pub(crate) async fn tokenize(
         &self,
@@ -183,13 +197,12 @@ impl Front {
         add_special_tokens: bool,
     ) -> Result<(Arc<ServedModel>, ModelInfo, Vec<u32>), Refusal> {
         let (model, info) = self.model_for(&request).await?;
-        let now = SystemTime::now();
+        let (bytes, now) = (text_bytes(request.input.as_ref()), SystemTime::now());
         let tokenizing = move || {
             let tokens = prompt_tokens(request.input, &model, &info, add_special_tokens, now)?;
             Ok((model, info, tokens))
         };
-        let tokens = tokio::task::spawn_blocking(tokenizing).await;
-        tokens.map_err(|_| Refusal::Submit(SubmitError::ShuttingDown))?
+        self.computing.run(bytes, tokenizing).await?
     }
 
     /// The model that serves a request.

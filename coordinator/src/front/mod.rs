@@ -7,9 +7,11 @@ use crate::aliases::Alias;
 use crate::core::{Core, StatusView};
 use aliases::Aliases;
 use baton_telemetry::Tracer;
+use computing::Computing;
 use models::Models;
 use names::Names;
 use running::Running;
+use structured::Compiler;
 
 pub mod chat;
 pub mod defaults;
@@ -22,6 +24,7 @@ pub mod tools;
 mod aliases;
 mod choice;
 mod cluster;
+mod computing;
 mod continued;
 mod conversation;
 mod details;
@@ -71,6 +74,8 @@ pub struct Front {
     started: u64,
     running: Running,
     names: Names,
+    computing: Computing,
+    compiler: Compiler,
     tracer: Tracer,
 }
 
@@ -79,9 +84,17 @@ impl Front {
     #[must_use]
     pub fn new(core: Core, models: Models, aliases: Vec<Alias>, tracer: Tracer) -> Self {
         let aliases = Aliases::new(aliases, &models);
-        let (started, running, names) = (openai::unix_now(), Running::default(), Names::default());
-        let (models, aliases) = (Arc::new(models), Arc::new(aliases));
-        Self { core, models, aliases, started, running, names, tracer }
+        Self {
+            core,
+            models: Arc::new(models),
+            aliases: Arc::new(aliases),
+            started: openai::unix_now(),
+            running: Running::default(),
+            names: Names::default(),
+            computing: Computing::default(),
+            compiler: Compiler::default(),
+            tracer,
+        }
     }
 
     /// Begins no more requests, says so wherever it is asked for its health, and returns when those

@@ -7,7 +7,7 @@ use baton_proto::grammar::Grammar;
 use baton_proto::hash::CacheSalt;
 use baton_proto::sampling::SamplingParams;
 use baton_proto::wire::v1::generate_request::Input;
-use baton_proto::wire::v1::{Chat, GenerateRequest, Sampling};
+use baton_proto::wire::v1::{Chat, ChatMessage, GenerateRequest, Sampling};
 
 use super::conversation;
 use super::models::ServedModel;
@@ -48,50 +48,92 @@ pub(crate) struct Prepared {
     pub deadline: Option<Duration>,
 }
 
-/// Checks and completes a request. `drawn_seed` is for a request without a seed; `now` is for
-/// templates that tell the date.
-pub(crate) fn prepare(
-    request: GenerateRequest,
-    model: &ServedModel,
-    info: &ModelInfo,
-    drawn_seed: u64,
-    now: SystemTime,
-) -> Result<Prepared, Refusal> {
-    let given = request.sampling.unwrap_or_default();
-    let grammar = request.structured_output.map(structured::grammar).transpose()?;
-    if grammar.is_some() && given.ignore_eos == Some(true) {
-        let limit = "false with structured_output, which says where the text ends";
-        return Err(Refusal::field("ignore_eos", true, limit));
+/// A request of which all is fine but its prompt, of which nothing is known, and its grammar, which has
+/// a legal size.
+pub(crate) struct Checked {
+    input: Option<Input>,
+    /// Without the prompt's tokens.
+    prepared: Prepared,
+}
+
+impl Checked {
+    /// Checks and completes a request. `drawn_seed` is for one without a seed.
+    pub(crate) fn new(
+        request: GenerateRequest,
+        model: &ServedModel,
+        info: &ModelInfo,
+        drawn_seed: u64,
+    ) -> Result<Self, Refusal> {
+        let given = request.sampling.unwrap_or_default();
+        let grammar = request.structured_output.map(structured::grammar).transpose()?;
+        if grammar.is_some() && given.ignore_eos == Some(true) {
+            let limit = "false with structured_output, which says where the text ends";
+            return Err(Refusal::field("ignore_eos", true, limit));
+        }
+        let choices = request.n.unwrap_or(1);
+        if !(1..=MAX_CHOICES).contains(&choices) {
+            return Err(Refusal::field("n", choices, &format!("from 1 to {MAX_CHOICES}")));
+        }
+        if request.deadline_ms == Some(0) {
+            return Err(Refusal::field("deadline_ms", 0, "at least 1"));
+        }
+        check_stops(&given.stop)?;
+        let prepared = Prepared {
+            tokens: Vec::new(),
+            sampling: sampling(&given, grammar, (model, info), drawn_seed)?,
+            include_stop: given.include_stop_string.unwrap_or(false),
+            skip_special: given.skip_special_tokens.unwrap_or(true),
+            stops: given.stop,
+            choices,
+            salt: salt(&request.tenant, request.cache_salt.as_deref())?,
+            standing: standing(&request.priority, &request.tenant)?,
+            tenant: request.tenant.into(),
+            deadline: request.deadline_ms.map(|ms| Duration::from_millis(ms.into())),
+        };
+        Ok(Self { input: request.input, prepared })
     }
-    let choices = request.n.unwrap_or(1);
-    if !(1..=MAX_CHOICES).contains(&choices) {
-        return Err(Refusal::field("n", choices, &format!("from 1 to {MAX_CHOICES}")));
+
+    /// What the output has to follow, if anything.
+    pub(crate) fn grammar(&self) -> Option<&Arc<Grammar>> {
+        self.prepared.sampling.grammar.as_ref()
     }
-    if request.deadline_ms == Some(0) {
-        return Err(Refusal::field("deadline_ms", 0, "at least 1"));
+
+    /// Bytes of what is to be tokenized.
+    pub(crate) fn text_bytes(&self) -> usize {
+        text_bytes(self.input.as_ref())
     }
-    let standing = standing(&request.priority, &request.tenant)?;
-    let salt = salt(&request.tenant, request.cache_salt.as_deref())?;
-    check_stops(&given.stop)?;
-    // Once with all the room there could be, so that nothing long is tokenized for nothing.
-    sampling(&given, grammar.clone(), (model, info), info.max_model_len, drawn_seed)?;
-    if let Some(grammar) = &grammar {
-        structured::check(grammar, model)?;
+
+    /// Makes tokens of the prompt, which takes long if it is. `now` is for templates that tell the date.
+    pub(crate) fn tokenize(
+        self,
+        model: &ServedModel,
+        info: &ModelInfo,
+        now: SystemTime,
+    ) -> Result<Prepared, Refusal> {
+        let tokens = prompt_tokens(self.input, model, info, true, now)?;
+        let room = room_after(tokens.len(), info)?;
+        let mut prepared = Prepared { tokens, ..self.prepared };
+        // More than fits is no mistake: the output ends with the context.
+        let sampling = &mut prepared.sampling;
+        sampling.max_tokens = sampling.max_tokens.min(room);
+        sampling.min_tokens = sampling.min_tokens.min(sampling.max_tokens);
+        Ok(prepared)
     }
-    let tokens = prompt_tokens(request.input, model, info, true, now)?;
-    let room = room_after(tokens.len(), info)?;
-    Ok(Prepared {
-        sampling: sampling(&given, grammar, (model, info), room, drawn_seed)?,
-        tokens,
-        include_stop: given.include_stop_string.unwrap_or(false),
-        skip_special: given.skip_special_tokens.unwrap_or(true),
-        stops: given.stop,
-        choices,
-        salt,
-        standing,
-        tenant: request.tenant.into(),
-        deadline: request.deadline_ms.map(|ms| Duration::from_millis(ms.into())),
-    })
+}
+
+/// Bytes of text that a prompt is made of.
+pub(crate) fn text_bytes(input: Option<&Input>) -> usize {
+    match input {
+        None | Some(Input::TokenIds(_)) => 0,
+        Some(Input::Prompt(text)) => text.len(),
+        Some(Input::Chat(chat)) => {
+            let calls = |message: &ChatMessage| message.tool_calls.as_ref().map_or(0, String::len);
+            let messages =
+                chat.messages.iter().map(|message| message.content.len() + calls(message));
+            let others = [&chat.tools, &chat.template_kwargs].into_iter().flatten();
+            messages.chain(others.map(String::len)).sum()
+        }
+    }
 }
 
 /// An empty priority or tenant is that of all requests that name none.
@@ -160,11 +202,11 @@ fn room_after(prompt_tokens: usize, info: &ModelInfo) -> Result<u32, SubmitError
     }
 }
 
+/// With as many tokens as there could be room for.
 fn sampling(
     given: &Sampling,
     grammar: Option<Arc<Grammar>>,
     (ServedModel { defaults, .. }, info): (&ServedModel, &ModelInfo),
-    room: u32,
     drawn_seed: u64,
 ) -> Result<SamplingParams, Refusal> {
     let unset = SamplingParams::default();
@@ -173,7 +215,7 @@ fn sampling(
     };
     let mut logit_bias: Vec<_> = given.logit_bias.iter().map(|(&id, &bias)| (id, bias)).collect();
     logit_bias.sort_by_key(|&(id, _)| id);
-    let mut params = SamplingParams {
+    let params = SamplingParams {
         temperature: float(given.temperature, defaults.temperature, unset.temperature),
         top_k: given.top_k.or(defaults.top_k).unwrap_or(unset.top_k),
         top_p: float(given.top_p, defaults.top_p, unset.top_p),
@@ -187,7 +229,7 @@ fn sampling(
         frequency_penalty: given.frequency_penalty.unwrap_or(unset.frequency_penalty),
         logit_bias,
         seed: given.seed.unwrap_or(drawn_seed),
-        max_tokens: given.max_tokens.unwrap_or(room),
+        max_tokens: given.max_tokens.unwrap_or(info.max_model_len),
         min_tokens: given.min_tokens.unwrap_or(unset.min_tokens),
         eos_token_ids: match given.ignore_eos {
             Some(true) => Vec::new(),
@@ -199,9 +241,6 @@ fn sampling(
         grammar,
     };
     params.check(info.vocab_size)?;
-    // More than fits is no mistake: the output ends with the context.
-    params.max_tokens = params.max_tokens.min(room);
-    params.min_tokens = params.min_tokens.min(params.max_tokens);
     Ok(params)
 }
 

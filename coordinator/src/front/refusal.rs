@@ -52,6 +52,9 @@ pub(crate) enum Refusal {
     /// It was started and failed.
     #[error(transparent)]
     Failed(#[from] RequestError),
+    /// This process is at fault.
+    #[error("an internal error; the coordinator's log has more")]
+    Internal,
 }
 
 impl Refusal {
@@ -100,6 +103,7 @@ impl Refusal {
                 | RequestError::ShuttingDown => Code::Unavailable,
                 RequestError::Rejected(_) => Code::FailedPrecondition,
             },
+            Self::Internal => Code::Internal,
         }
     }
 

@@ -56,18 +56,10 @@ async fn orders_name_a_node_and_a_role() {
 async fn health_follows_readiness_and_reflection_names_the_services() {
     let played = start(|_| panic!("no request")).await;
     let mut health = HealthClient::new(played.channel());
-    let service = "baton.v1.Inference".to_owned();
-    // The service appears with the first look at the core.
-    let mut watch = loop {
-        match health.watch(HealthCheckRequest { service: service.clone() }).await {
-            Ok(watch) => break watch.into_inner(),
-            Err(status) => assert_eq!(status.code(), Code::NotFound),
-        }
-    };
-    let serving = tonic_health::pb::health_check_response::ServingStatus::Serving as i32;
-    assert_eq!(watch.message().await.unwrap().unwrap().status, serving);
+    played.until_health("baton.v1.Inference", true).await;
     played.set_ready(false);
-    assert_ne!(watch.message().await.unwrap().unwrap().status, serving);
+    played.until_health("baton.v1.Inference", false).await;
+    let serving = tonic_health::pb::health_check_response::ServingStatus::Serving as i32;
     let overall = health.check(HealthCheckRequest::default()).await.unwrap().into_inner();
     assert_ne!(overall.status, serving);
 

@@ -1,13 +1,14 @@
 //! Structured output: from what a client asks to a grammar that nodes can follow.
 
 use std::fmt::Display;
-use std::sync::mpsc::channel;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use baton_proto::grammar::Grammar;
 use baton_proto::wire::v1::StructuredOutput;
 use baton_proto::wire::v1::structured_output::Kind;
+use tokio::sync::{Semaphore, oneshot};
+use tokio::time::timeout;
 
 use super::models::ServedModel;
 use super::refusal::Refusal;
@@ -41,59 +42,50 @@ pub(crate) fn grammar(output: StructuredOutput) -> Result<Arc<Grammar>, Refusal>
     }))
 }
 
-/// Compiles a grammar of legal size, as nodes will. Blocks for as long as that takes, or may take.
-///
-/// # Errors
-/// If they could not.
-pub(crate) fn check(grammar: &Arc<Grammar>, model: &ServedModel) -> Result<(), Refusal> {
-    let refused = |why: &dyn Display| Refusal::wrong(FIELD, format!("{FIELD}: {why}"));
-    let grammars = model.grammars.as_ref().map_err(|error| refused(error))?;
-    if grammars.keeps(grammar) {
-        return Ok(());
-    }
-    let place = Place::take().ok_or(SubmitError::Overloaded { retry_after: RETRY_AFTER })?;
-    let (tell, told) = channel();
-    let (grammars, grammar) = (grammars.clone(), grammar.clone());
-    // Compiling cannot be stopped. A thread that takes too long goes on in its place.
-    std::thread::spawn(move || {
-        // Nobody may be waiting any more.
-        let _ = tell.send(grammars.guide(&grammar).map(drop));
-        drop(place);
-    });
-    match told.recv_timeout(COMPILE_TIMEOUT) {
-        Ok(compiled) => compiled.map_err(|error| refused(&error)),
-        Err(_) => Err(refused(&format_args!("it takes more than {COMPILE_TIMEOUT:?} to compile"))),
+/// Finds out whether nodes could follow a grammar. Cheap to clone.
+#[derive(Clone, Debug)]
+pub(crate) struct Compiler {
+    places: Arc<Semaphore>,
+}
+
+impl Default for Compiler {
+    fn default() -> Self {
+        Self { places: Arc::new(Semaphore::new(MAX_COMPILING)) }
     }
 }
 
-/// One of the places for grammars that are compiled.
-struct Place;
-
-/// How many are taken.
-static TAKEN: Mutex<usize> = Mutex::new(0);
-static FREED: Condvar = Condvar::new();
-
-impl Place {
-    /// Waits for one, as long as a grammar may take.
-    fn take() -> Option<Self> {
-        let full = |taken: &mut usize| *taken >= MAX_COMPILING;
-        let waited = FREED.wait_timeout_while(taken(), COMPILE_TIMEOUT, full);
-        let (mut taken, waited) = waited.unwrap_or_else(PoisonError::into_inner);
-        (!waited.timed_out()).then(|| {
-            *taken += 1;
-            Self
-        })
+impl Compiler {
+    /// Compiles a grammar of legal size, as nodes will.
+    ///
+    /// # Errors
+    /// If they could not.
+    pub(crate) async fn check(
+        &self,
+        grammar: &Arc<Grammar>,
+        model: &ServedModel,
+    ) -> Result<(), Refusal> {
+        let refused = |why: &dyn Display| Refusal::wrong(FIELD, format!("{FIELD}: {why}"));
+        let grammars = model.grammars.as_ref().map_err(|error| refused(error))?;
+        if grammars.keeps(grammar) {
+            return Ok(());
+        }
+        let place = timeout(COMPILE_TIMEOUT, self.places.clone().acquire_owned()).await;
+        let place = place.map_err(|_| SubmitError::Overloaded { retry_after: RETRY_AFTER })?;
+        let place = place.expect("nobody closes it");
+        let (tell, told) = oneshot::channel();
+        let (grammars, grammar) = (grammars.clone(), grammar.clone());
+        // Compiling cannot be stopped. A thread that takes too long goes on in its place.
+        std::thread::spawn(move || {
+            // Nobody may be waiting any more.
+            let _ = tell.send(grammars.guide(&grammar).map(drop));
+            drop(place);
+        });
+        match timeout(COMPILE_TIMEOUT, told).await {
+            Ok(Ok(compiled)) => compiled.map_err(|error| refused(&error)),
+            Ok(Err(_)) => Err(Refusal::Internal),
+            Err(_) => {
+                Err(refused(&format_args!("it takes more than {COMPILE_TIMEOUT:?} to compile")))
+            }
+        }
     }
-}
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        *taken() -= 1;
-        FREED.notify_one();
-    }
-}
-
-fn taken() -> MutexGuard<'static, usize> {
-    // Nothing panics with the lock.
-    TAKEN.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -3,12 +3,12 @@
 use baton_proto::wire::v1::generate_request::Input;
 use baton_proto::wire::v1::tokenize_request::Input as Text;
 use baton_proto::wire::v1::{
-    DetokenizeRequest, DetokenizeResponse, GenerateRequest, TokenizeRequest, TokenizeResponse,
+    DetokenizeRequest, DetokenizeResponse, GenerateRequest, TokenIds, TokenizeRequest,
+    TokenizeResponse,
 };
 
 use super::Front;
 use super::refusal::Refusal;
-use crate::core::SubmitError;
 
 impl Front {
     /// Token ids of a text or of a conversation.
@@ -31,18 +31,20 @@ impl Front {
         request: DetokenizeRequest,
     ) -> Result<DetokenizeResponse, Refusal> {
         let DetokenizeRequest { model, token_ids, skip_special_tokens } = request;
-        let named = GenerateRequest { model, ..GenerateRequest::default() };
+        // Several models behind one name must agree on what the ids mean.
+        let input = Some(Input::TokenIds(TokenIds::default()));
+        let named = GenerateRequest { model, input, ..GenerateRequest::default() };
         let (model, info) = self.model_for(&named).await?;
         if let Some(id) = token_ids.iter().find(|&&id| id >= info.vocab_size) {
             let limit = format!("below the vocabulary size ({})", info.vocab_size);
             let what = format!("an id in token_ids is {id}; it must be {limit}");
             return Err(Refusal::wrong("token_ids", what));
         }
+        let bytes = size_of_val(&*token_ids);
         let decoding = move || match skip_special_tokens.unwrap_or(true) {
             true => model.tokenizer.decode(&token_ids),
             false => model.tokenizer.decode_with_special(&token_ids),
         };
-        let text = tokio::task::spawn_blocking(decoding).await;
-        Ok(DetokenizeResponse { text: text.map_err(|_| SubmitError::ShuttingDown)? })
+        Ok(DetokenizeResponse { text: self.computing.run(bytes, decoding).await? })
     }
 }

@@ -82,6 +82,13 @@ impl Admission {
         door.quotas(|quotas, now| quotas.charge_prompt(&key.accounts, tokens as u64, now))
     }
 
+    /// Gives back what was charged for a prompt for which nothing was done.
+    pub(crate) fn refund_prompt(&self, tokens: usize) {
+        if let Some((door, key)) = &self.0.key {
+            door.quotas(|quotas, now| quotas.refund_prompt(&key.accounts, tokens as u64, now));
+        }
+    }
+
     /// Charges tokens that were generated.
     pub(crate) fn charge_output(&self, tokens: usize) {
         if let Some((door, key)) = &self.0.key {

@@ -117,12 +117,18 @@ impl Quotas {
         now: Instant,
     ) -> Result<(), Exceeded> {
         self.check(accounts, tokens, now)?;
-        for (account, limits) in accounts {
-            let used = self.used(account, now);
-            used.requests.take(1.0, limits.requests_per_minute.map(f64::from), now);
-            used.tokens.take(tokens as f64, limits.tokens_per_minute.map(|most| most as f64), now);
-        }
+        self.charge(accounts, 1.0, tokens as f64, now);
         Ok(())
+    }
+
+    /// Gives back what was charged with a prompt of so many tokens, for which nothing was done.
+    pub(crate) fn refund_prompt(
+        &mut self,
+        accounts: &[(Account, Limits)],
+        tokens: u64,
+        now: Instant,
+    ) {
+        self.charge(accounts, -1.0, -(tokens as f64), now);
     }
 
     /// Charges generated tokens, if need be as a debt.
@@ -132,9 +138,14 @@ impl Quotas {
         tokens: u64,
         now: Instant,
     ) {
+        self.charge(accounts, 0.0, tokens as f64, now);
+    }
+
+    fn charge(&mut self, accounts: &[(Account, Limits)], requests: f64, tokens: f64, now: Instant) {
         for (account, limits) in accounts {
-            let most = limits.tokens_per_minute.map(|most| most as f64);
-            self.used(account, now).tokens.take(tokens as f64, most, now);
+            let used = self.used(account, now);
+            used.requests.take(requests, limits.requests_per_minute.map(f64::from), now);
+            used.tokens.take(tokens, limits.tokens_per_minute.map(|most| most as f64), now);
         }
     }
 
@@ -258,6 +269,11 @@ mod tests {
         let refused = quotas.charge_prompt(&accounts, 21, now).unwrap_err();
         assert_eq!(refused.account, Account::Tenant("t".into()));
         quotas.charge_prompt(&accounts, 20, now).unwrap();
+        // What is given back can be had again, and no more than that.
+        quotas.refund_prompt(&accounts, 20, now);
+        quotas.refund_prompt(&accounts, 1000, now);
+        assert!(quotas.charge_prompt(&accounts, 30, now).is_ok());
+        assert!(quotas.charge_prompt(&accounts, 1, now).is_err());
     }
 
     #[test]

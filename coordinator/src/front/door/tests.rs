@@ -1,6 +1,7 @@
 //! Clients with and without keys, in a hurry and slow, before a front whose core is played.
 
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use baton_proto::hash::CacheSalt;
@@ -22,8 +23,8 @@ use super::entrance::Patience;
 use super::keys::NewKey;
 use super::scope::Scope;
 use super::{Door, Entrance, MAX_CONNECTIONS};
-use crate::core::{NewRequest, Update};
-use crate::front::fixtures::{Play, Played, demo_model, output, start_behind};
+use crate::core::{NewRequest, SubmitError, Update};
+use crate::front::fixtures::{Play, Played, demo_model, output, start_behind, until};
 use crate::placement::TenantId;
 
 /// A file of keys, and the keys.
@@ -239,10 +240,30 @@ async fn what_is_over_the_quota_is_refused_before_the_core_hears_of_it() {
         drop(running);
     }
     // The place of a request whose client has left is free as soon as that is noticed.
-    while let Err(refused) = client.generate(with_key(&busy, prompt("Hello"))).await {
-        assert_eq!(refused.code(), Code::ResourceExhausted);
-        tokio::task::yield_now().await;
-    }
+    until(async || match client.generate(with_key(&busy, prompt("Hello"))).await {
+        Ok(_) => Some(()),
+        Err(refused) => {
+            assert_eq!(refused.code(), Code::ResourceExhausted);
+            None
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn what_the_core_refuses_is_charged_to_nobody() {
+    let mut keys = Keys::new();
+    let limits = "requests_per_minute = 1\ntokens_per_minute = 2";
+    let few = keys.add("few", "acme", &[Scope::Generate], limits);
+    let full = AtomicBool::new(true);
+    let full_once = move |request: &NewRequest| match full.swap(false, Ordering::Relaxed) {
+        true => Play::Refuse(SubmitError::NoNodes("demo".to_owned())),
+        false => answer(request),
+    };
+    let played = start(behind(&keys.path()), full_once).await;
+    assert_eq!(generate(&played, &few).await.unwrap_err().code(), Code::Unavailable);
+    assert_eq!(generate(&played, &few).await.unwrap().len(), 2);
+    assert_eq!(generate(&played, &few).await.unwrap_err().code(), Code::ResourceExhausted);
 }
 
 #[tokio::test]
@@ -304,25 +325,12 @@ async fn one_address_cannot_take_all_connections() {
     }
 }
 
-/// Returns when the service is known and serves, or does not.
-async fn until_health(played: &Played, service: &str, serving: bool) {
-    let mut health = HealthClient::new(played.channel());
-    let ask = || HealthCheckRequest { service: service.to_owned() };
-    let mut watch = loop {
-        match health.watch(ask()).await {
-            Ok(watch) => break watch.into_inner(),
-            Err(status) => assert_eq!(status.code(), Code::NotFound),
-        }
-    };
-    while (watch.message().await.unwrap().unwrap().status == 1) != serving {}
-}
-
 #[tokio::test]
 async fn a_coordinator_that_drains_says_so_and_finishes_what_runs() {
     let silent = |_: &NewRequest| Play::UntilStopped(vec![Update::Tokens(vec![output(20, None)])]);
     let played = start(Entrance::open(), silent).await;
     for service in ["", "baton.v1.Inference", "decode"] {
-        until_health(&played, service, true).await;
+        played.until_health(service, true).await;
     }
     let mut client = InferenceClient::new(played.channel());
     let mut stream = client.generate(prompt("Hello")).await.unwrap().into_inner();
@@ -330,9 +338,9 @@ async fn a_coordinator_that_drains_says_so_and_finishes_what_runs() {
     let front = played.front.clone();
     let drained = tokio::spawn(async move { front.drain().await });
     for service in ["", "baton.v1.Inference", "decode"] {
-        until_health(&played, service, false).await;
+        played.until_health(service, false).await;
     }
-    until_health(&played, "baton.v1.Cluster", true).await;
+    played.until_health("baton.v1.Cluster", true).await;
     let refused = client.generate(prompt("Hello")).await.unwrap_err();
     assert_eq!(refused.code(), Code::Unavailable);
     assert_eq!(http(&played, "GET /health HTTP/1.1", b"").await.0, 503);

@@ -45,6 +45,14 @@ pub(super) fn check_size(inputs: usize, hidden_size: usize) -> Result<(), Refusa
     Err(Refusal::wrong("inputs", format!("there are {inputs} inputs; there must be {limit}")))
 }
 
+/// Bytes of text that an input is made of.
+pub(super) fn text_bytes(input: &EmbedInput) -> usize {
+    match &input.input {
+        Some(Input::Text(text)) => text.len(),
+        Some(Input::TokenIds(_)) | None => 0,
+    }
+}
+
 /// The tokens of input number `at`.
 pub(super) fn tokens(
     at: usize,

@@ -157,6 +157,7 @@ impl From<Refusal> for ApiError {
                 Self::new(overloaded(), "overloaded", message).after(RETRY_AFTER)
             }
             Refusal::SlowClient => Self::new(client_closed(), "slow_client", message),
+            Refusal::Internal => Self::internal(&message),
             Refusal::Submit(error) => match error {
                 SubmitError::UnknownModel(_)
                 | SubmitError::NoNodes(_)

@@ -3,21 +3,21 @@
 use axum::extract::State;
 use axum::response::Json;
 use baton_proto::wire::v1::generate_request::Input;
-use baton_proto::wire::v1::{GenerateRequest, TokenIds};
+use baton_proto::wire::v1::{DetokenizeRequest, GenerateRequest};
 use serde_json::{Value, json};
 
 use super::body::Body;
 use super::error::ApiError;
+use super::fields::Fields;
 use super::messages;
 use super::tools;
-use crate::core::SubmitError;
 use crate::front::Front;
 use crate::front::refusal::Refusal;
 
 /// Token ids of a text or a conversation.
 pub(super) async fn tokenize(
     State(front): State<Front>,
-    Body(mut fields): Body,
+    Body(mut fields): Body<Fields>,
 ) -> Result<Json<Value>, ApiError> {
     let model = fields.string("model")?.unwrap_or_default();
     let prompt = fields.string("prompt")?;
@@ -48,20 +48,19 @@ pub(super) async fn tokenize(
 /// The text of token ids, special tokens included.
 pub(super) async fn detokenize(
     State(front): State<Front>,
-    Body(mut fields): Body,
+    Body(mut fields): Body<Fields>,
 ) -> Result<Json<Value>, ApiError> {
-    let model = fields.string("model")?.unwrap_or_default();
-    let ids = fields.token_ids("tokens")?;
+    let request = DetokenizeRequest {
+        model: fields.string("model")?.unwrap_or_default(),
+        token_ids: fields.token_ids("tokens")?,
+        skip_special_tokens: Some(false),
+    };
     fields.finish()?;
-    let input = Some(Input::TokenIds(TokenIds { ids: ids.clone() }));
-    let request = GenerateRequest { model, input, ..GenerateRequest::default() };
-    let (model, info) = front.model_for(&request).await?;
-    if let Some(id) = ids.iter().find(|&&id| id >= info.vocab_size) {
-        let what = format!("tokens contains {id}; this model's ids are below {}", info.vocab_size);
-        return Err(ApiError::invalid("tokens", what));
-    }
-    let decoding = move || model.tokenizer.decode_with_special(&ids);
-    let prompt = tokio::task::spawn_blocking(decoding).await;
-    let prompt = prompt.map_err(|_| Refusal::from(SubmitError::ShuttingDown))?;
-    Ok(Json(json!({ "prompt": prompt })))
+    let answer = front.text_of(request).await.map_err(|refusal| match refusal {
+        Refusal::Field { field, message } if field == "token_ids" => {
+            ApiError::invalid("tokens", message.replace(&field, "tokens"))
+        }
+        refusal => refusal.into(),
+    })?;
+    Ok(Json(json!({ "prompt": answer.text })))
 }
