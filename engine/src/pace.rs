@@ -2,12 +2,13 @@
 
 use std::time::Duration;
 
-/// How long a step should take at most: a cancel waits for the step to end.
+/// How long a step should take at most: generating sequences and cancels wait for it to end.
 const STEP_TARGET: Duration = Duration::from_millis(50);
-/// Prompt tokens of a step before any speed is known.
-const FIRST_PREFILL: usize = 64;
-/// Fewest prompt tokens of a step, whatever it takes.
+/// Fewest prompt tokens of a step beside generating sequences, whatever it takes.
 const MIN_PREFILL: usize = 16;
+/// Fewest prompt tokens of a step in which nothing generates: matrix products of fewer rows lose much of their speed.
+/// So many, too, before any speed is known.
+const MIN_PREFILL_ALONE: usize = 64;
 /// Measurements lose half of their weight with every so many prompt tokens.
 const HALF_LIFE_TOKENS: f64 = 1024.0;
 /// Share of the newest decode step in the average.
@@ -46,11 +47,15 @@ impl Pace {
     pub fn prefill_limit(&self, decoding: bool) -> usize {
         let speed = self.prefill_tokens_per_second();
         if speed == 0.0 {
-            return FIRST_PREFILL;
+            return MIN_PREFILL_ALONE;
         }
-        let taken = if decoding { self.decode_seconds.unwrap_or(0.0) } else { 0.0 };
+        let (taken, least) = if decoding {
+            (self.decode_seconds.unwrap_or(0.0), MIN_PREFILL)
+        } else {
+            (0.0, MIN_PREFILL_ALONE)
+        };
         let left = (STEP_TARGET.as_secs_f64() - taken).max(0.0);
-        ((left * speed) as usize).max(MIN_PREFILL)
+        ((left * speed) as usize).max(least)
     }
 
     /// 0 until measured.
@@ -75,7 +80,7 @@ mod tests {
         // 10 ms for a step, and 0.5 ms for each of its tokens.
         let model = |tokens: usize| Duration::from_secs_f64(0.01 + 0.0005 * tokens as f64);
         let mut pace = Pace::default();
-        assert_eq!((pace.prefill_limit(false), pace.decode_step_ms()), (FIRST_PREFILL, 0.0));
+        assert_eq!((pace.prefill_limit(false), pace.decode_step_ms()), (MIN_PREFILL_ALONE, 0.0));
         for _ in 0..200 {
             let tokens = pace.prefill_limit(false);
             pace.observe(tokens, 0, model(tokens));
@@ -91,7 +96,7 @@ mod tests {
         assert_eq!(pace.prefill_limit(true), 50);
         pace.observe(0, 3, Duration::from_millis(20));
         assert_eq!(pace.decode_step_ms(), 20.0);
-        assert_eq!((pace.prefill_limit(true), pace.prefill_limit(false)), (30, 50));
+        assert_eq!((pace.prefill_limit(true), pace.prefill_limit(false)), (30, MIN_PREFILL_ALONE));
         pace.observe(0, 3, Duration::from_millis(20) * 100);
         assert_eq!(pace.prefill_limit(true), MIN_PREFILL, "prompts never starve");
         pace.observe(1, 0, Duration::from_secs(9));
