@@ -40,13 +40,17 @@ impl<S: Send + Sync, T: Asked> FromRequest<S> for Body<T> {
 
     async fn from_request(mut request: Request, _: &S) -> Result<Self, ApiError> {
         check_headers(request.headers())?;
-        // Until it is parsed; the door has read all of the body.
-        let _reserved = request.extensions_mut().remove::<Arc<Reserved>>();
+        // The door has read all of the body; its memory is taken until it is parsed.
+        let reserved = request.extensions_mut().remove::<Arc<Reserved>>();
         let bytes = to_bytes(request.into_body(), MAX_BODY_BYTES).await.map_err(|error| {
             ApiError::new(StatusCode::BAD_REQUEST, "unreadable_body", error.to_string())
         })?;
         let long = bytes.len() > LONG_BODY_BYTES;
-        let read = move || parse(&bytes).and_then(T::parse);
+        let read = move || {
+            let asked = parse(&bytes).and_then(T::parse);
+            drop((bytes, reserved));
+            asked
+        };
         let asked = match long {
             true => tokio::task::spawn_blocking(read).await,
             false => Ok(read()),

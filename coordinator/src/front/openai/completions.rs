@@ -18,6 +18,7 @@ use super::sampling::{self, MAX_LOGPROBS, Reply, token_ids};
 use super::stream::stream;
 use crate::front::Front;
 use crate::front::door::Caller;
+use crate::front::refusal::Refusal;
 
 /// Most completions of all prompts of a request.
 const MAX_COMPLETIONS: usize = 256;
@@ -34,7 +35,7 @@ pub(super) async fn create(
     let texts: Vec<_> = requests.iter().map(text_of).collect();
     let started = front.start(&caller, requests, None, arrived).await?;
     let (mut answering, mut messages) = Answering::new("cmpl", started, reply, per_prompt);
-    let echo = echo.then(|| prompt_texts(&answering, texts));
+    let echo = if echo { Some(prompt_texts(&front, &answering, texts).await?) } else { None };
     let form = Form { per_prompt, echo, logprobs, prompt_only };
     if reply.stream {
         return stream(messages, TextEvents::new(answering, form)).await;
@@ -44,17 +45,23 @@ pub(super) async fn create(
         answering.tally.take(message);
     };
     let gathered = gather(&mut messages, choices, each).await?;
-    Ok(Json(completion(&answering, &form, gathered)).into_response())
+    let with_prompts = form.echo.is_some();
+    let write = move || Json(completion(&answering, &form, gathered)).into_response();
+    // Log-probabilities of a long prompt are millions of values.
+    if with_prompts { Ok(front.computing.run(0, write).await?) } else { Ok(write()) }
 }
 
 /// Each prompt's text: as it was given, or that of its token ids.
-fn prompt_texts(answering: &Answering, given: Vec<Option<String>>) -> Vec<String> {
-    let tokenizer = &answering.model.tokenizer;
-    let prompts = answering.prompts.iter().zip(given);
-    let text = |(ids, given): (&Vec<u32>, Option<String>)| {
-        given.unwrap_or_else(|| tokenizer.decode_with_special(ids))
+async fn prompt_texts(
+    front: &Front,
+    answering: &Answering,
+    given: Vec<Option<String>>,
+) -> Result<Vec<String>, Refusal> {
+    let (model, prompts) = (answering.model.clone(), answering.prompts.clone());
+    let text = move |(ids, given): (Vec<u32>, Option<String>)| {
+        given.unwrap_or_else(|| model.tokenizer.decode_with_special(&ids))
     };
-    prompts.map(text).collect()
+    front.computing.run(0, move || prompts.into_iter().zip(given).map(text).collect()).await
 }
 
 /// The text of a prompt, if it was given as text.

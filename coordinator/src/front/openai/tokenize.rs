@@ -35,14 +35,18 @@ pub(super) async fn tokenize(
     let mut request = GenerateRequest { model, input: Some(input), ..GenerateRequest::default() };
     tools::apply(&front, &mut request, tools.as_ref()).await?;
     let (model, info, tokens) = front.tokenize(request, add_special_tokens).await?;
-    let text = |&id: &u32| String::from_utf8_lossy(&model.tokenizer.token_bytes(id)).into_owned();
-    let strings = strings.then(|| tokens.iter().map(text).collect::<Vec<_>>());
-    Ok(Json(json!({
-        "count": tokens.len(),
-        "max_model_len": info.max_model_len,
-        "tokens": tokens,
-        "token_strs": strings,
-    })))
+    let write = move || {
+        let bytes = |id| model.tokenizer.token_bytes(id);
+        let text = |&id: &u32| String::from_utf8_lossy(&bytes(id)).into_owned();
+        let strings = strings.then(|| tokens.iter().map(text).collect::<Vec<_>>());
+        Json(json!({
+            "count": tokens.len(),
+            "max_model_len": info.max_model_len,
+            "tokens": tokens,
+            "token_strs": strings,
+        }))
+    };
+    Ok(front.computing.run(0, write).await?)
 }
 
 /// The text of token ids, special tokens included.
