@@ -5,21 +5,18 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use baton_proto::hash::BlockHash;
-use baton_proto::ids::{NodeId, RequestId, Role};
-use baton_proto::message::{Command, Hello, NodeEvent};
+use baton_proto::ids::{NodeId, RequestId};
+use baton_proto::message::{Command, Hello, NodeEvent, Report};
 use baton_proto::share::Share;
 
-use crate::aliases::Estimate;
 use crate::cluster::{Cluster, LinkId, NodeRef, Refusal};
-use crate::core::{
-    CacheView, ModelInfo, NewRequest, NodeCacheView, NodeView, StatusView, SubmitError,
-};
+use crate::core::{NewRequest, SubmitError};
 use crate::events::{Events, Happening};
 use crate::index::{Heard, Index, Matches, Tier};
 use crate::orders::{Order, OrderError};
 use crate::peers::Shares;
 use crate::placement::{self, Placement, Turn};
-use crate::requests::{Action, Context, Limits, Requests, Totals};
+use crate::requests::{Action, Context, Limits, Requests};
 use crate::roles::Roles;
 
 mod looks;
@@ -89,12 +86,7 @@ impl Control {
         self.shares.joined(node, hello.epoch);
         self.placement.join(node, &hello, now);
         self.placement.share(node, self.shares.load(node));
-        self.requests.node_joined(&mut Context {
-            now,
-            placer: &mut self.placement,
-            events: &mut self.events,
-            out,
-        });
+        self.of_requests(now, out, Requests::node_joined);
         self.take_turns(now, out);
         Ok(())
     }
@@ -114,10 +106,7 @@ impl Control {
         self.placement.leave(node);
         self.shares.left(node);
         let lost = NodeRef { node: node.clone(), epoch: member.hello.epoch };
-        self.requests.node_lost(
-            &lost,
-            &mut Context { now, placer: &mut self.placement, events: &mut self.events, out },
-        );
+        self.of_requests(now, out, |requests, cx| requests.node_lost(&lost, cx));
         self.take_turns(now, out);
         true
     }
@@ -134,29 +123,22 @@ impl Control {
         let Some(member) = self.cluster.member(node).filter(|m| m.link == link) else {
             return;
         };
-        let from = || NodeRef { node: node.clone(), epoch: member.hello.epoch };
+        let (was, from) = (
+            (member.hello.role, member.report.draining),
+            NodeRef { node: node.clone(), epoch: member.hello.epoch },
+        );
         let Some(key) = self.placement.key(node) else { return };
         let index = &mut self.placement.index;
         match event {
             NodeEvent::Report(report) => {
-                index.sweep(SWEEP_PER_REPORT);
-                self.shares.reported(node, now);
-                let alone = self.shares.peers().next().is_none();
-                self.placement.report(node, &report, alone, now);
-                self.placement.share(node, self.shares.load(node));
-                self.events.reported(
-                    node,
-                    (member.hello.role, member.report.draining),
-                    &report,
-                    now,
-                );
-                self.cluster.report(node, report, now);
+                self.events.reported(node, was, &report, now);
+                self.reported(node, report, now);
             }
             NodeEvent::Cache { sequence, stored, removed } => {
                 let heard = index.event(key, sequence, Tier::Device, &stored, &removed);
                 self.placement.evicted(key, removed.len());
                 if heard == Heard::NeedSnapshot {
-                    out.push(Action::Send { to: from(), command: Command::SendSnapshot });
+                    out.push(Action::Send { to: from, command: Command::SendSnapshot });
                 }
                 return;
             }
@@ -164,14 +146,18 @@ impl Control {
                 index.snapshot(key, sequence, Tier::Device, &hashes, last);
                 return;
             }
-            other => {
-                let from = from();
-                let mut cx =
-                    Context { now, placer: &mut self.placement, events: &mut self.events, out };
-                self.requests.event(&from, other, &mut cx);
-            }
+            other => self.of_requests(now, out, |requests, cx| requests.event(&from, other, cx)),
         }
         self.take_turns(now, out);
+    }
+
+    fn reported(&mut self, node: &NodeId, report: Report, now: Instant) {
+        self.placement.index.sweep(SWEEP_PER_REPORT);
+        self.shares.reported(node, now);
+        let alone = self.shares.peers().next().is_none();
+        self.placement.report(node, &report, alone, now);
+        self.placement.share(node, self.shares.load(node));
+        self.cluster.report(node, report, now);
     }
 
     /// A request arrives, with the hashes of its full blocks.
@@ -185,8 +171,9 @@ impl Control {
     ) -> Result<(), SubmitError> {
         let model = self.cluster.model(&request.model).cloned();
         let model = model.ok_or_else(|| SubmitError::UnknownModel(request.model.clone()))?;
-        let mut cx = Context { now, placer: &mut self.placement, events: &mut self.events, out };
-        self.requests.arrive(request, Arc::new(chain), model, arrived, &mut cx)
+        self.of_requests(now, out, |requests, cx| {
+            requests.arrive(request, Arc::new(chain), model, arrived, cx)
+        })
     }
 
     /// How long it took to choose the nodes of a request that just arrived.
@@ -196,28 +183,17 @@ impl Control {
 
     /// The client is gone, or wants no more.
     pub fn cancel(&mut self, id: RequestId, now: Instant, out: &mut Vec<Action>) {
-        self.requests.cancel(
-            id,
-            &mut Context { now, placer: &mut self.placement, events: &mut self.events, out },
-        );
+        self.of_requests(now, out, |requests, cx| requests.cancel(id, cx));
     }
 
     /// The client has what it wanted.
     pub fn stop(&mut self, id: RequestId, now: Instant, out: &mut Vec<Action>) {
-        self.requests.stop(
-            id,
-            &mut Context { now, placer: &mut self.placement, events: &mut self.events, out },
-        );
+        self.of_requests(now, out, |requests, cx| requests.stop(id, cx));
     }
 
     /// Ends all requests.
     pub fn shut_down(&mut self, now: Instant, out: &mut Vec<Action>) {
-        self.requests.shut_down(&mut Context {
-            now,
-            placer: &mut self.placement,
-            events: &mut self.events,
-            out,
-        });
+        self.of_requests(now, out, Requests::shut_down);
     }
 
     /// When [`Self::handle_timeout`] must be called next.
@@ -237,12 +213,7 @@ impl Control {
         }
         self.events.handle_timeout(now);
         self.move_nodes(now, out);
-        self.requests.handle_timeout(&mut Context {
-            now,
-            placer: &mut self.placement,
-            events: &mut self.events,
-            out,
-        });
+        self.of_requests(now, out, Requests::handle_timeout);
         self.take_turns(now, out);
     }
 
@@ -291,88 +262,6 @@ impl Control {
         self.learn_shares();
     }
 
-    /// All models known.
-    #[must_use]
-    pub fn models(&self) -> Vec<ModelInfo> {
-        self.cluster.models()
-    }
-
-    /// Counts since the start.
-    #[must_use]
-    pub fn totals(&self) -> Totals {
-        self.requests.totals()
-    }
-
-    /// Joined nodes, by name.
-    #[must_use]
-    pub fn nodes(&self, now: Instant) -> Vec<NodeView> {
-        self.cluster.views(now)
-    }
-
-    /// The coordinator as a whole.
-    #[must_use]
-    pub fn status(&self, now: Instant) -> StatusView {
-        let cluster = &self.cluster;
-        let ready = cluster.models().into_iter().filter(|model| cluster.is_ready(model));
-        let models: Vec<String> = ready.map(|model| model.name).collect();
-        let decode_nodes = cluster.count(Role::Decode);
-        let reason = match (models.is_empty(), decode_nodes) {
-            (false, _) => "",
-            (true, 0) => "no decode node has joined",
-            (true, _) => "every decode node is draining",
-        };
-        let Totals { finished, failed, retried, .. } = self.requests.totals();
-        StatusView {
-            ready: !models.is_empty(),
-            reason: reason.to_owned(),
-            models,
-            requests_active: self.requests.len(),
-            requests_waiting: self.placement.waiting(),
-            prefill_nodes: cluster.count(Role::Prefill),
-            decode_nodes,
-            peers: self.shares.peers().map(ToString::to_string).collect(),
-            uptime: now.saturating_duration_since(self.started),
-            requests_finished: finished,
-            requests_failed: failed,
-            requests_retried: retried,
-        }
-    }
-
-    /// What a prompt of so many tokens would take with this model, if it can be served now.
-    #[must_use]
-    pub fn estimate(&self, model: &str, tokens: usize, now: Instant) -> Option<Estimate> {
-        let model = self.cluster.model(model).filter(|model| self.cluster.is_ready(model))?;
-        self.placement.estimate(model.root, tokens, now)
-    }
-
-    /// What the prefix caches hold, of one node or of all, and how much of a prompt.
-    pub fn cache(
-        &mut self,
-        node: Option<&NodeId>,
-        chain: &[BlockHash],
-        block_tokens: usize,
-    ) -> CacheView {
-        let Self { cluster, placement, matches, .. } = self;
-        placement.index.longest(chain, matches);
-        let names = cluster.names().filter(|id| node.is_none_or(|node| node == *id));
-        let view = |id: &NodeId| {
-            let key = placement.key(id)?;
-            let matched_tokens = (matches.of(key).blocks * block_tokens) as u64;
-            let blocks = placement.index.blocks_of(key);
-            let hits = placement.hits(key);
-            Some(NodeCacheView { node: id.clone(), blocks, matched_tokens, hits })
-        };
-        let nodes = names.filter_map(view).collect();
-        let index_bytes = placement.index.bytes() as u64;
-        CacheView { nodes, index_blocks: self.index_blocks(), index_bytes }
-    }
-
-    /// Blocks in the index.
-    #[must_use]
-    pub fn index_blocks(&self) -> u64 {
-        self.placement.index.len() as u64
-    }
-
     /// Attempts that are promised to nodes: none once all requests have ended.
     #[must_use]
     pub fn owes_nothing(&self) -> bool {
@@ -382,13 +271,22 @@ impl Control {
     /// Sends what waited and may go now.
     fn take_turns(&mut self, now: Instant, out: &mut Vec<Action>) {
         while let Some(turn) = self.placement.next(now) {
-            let mut cx =
-                Context { now, placer: &mut self.placement, events: &mut self.events, out };
-            match turn {
-                Turn::Go(request, placed) => self.requests.turn(request, placed, &mut cx),
-                Turn::Again(request) => self.requests.again(request, &mut cx),
-            }
+            self.of_requests(now, out, |requests, cx| match turn {
+                Turn::Go(request, placed) => requests.turn(request, placed, cx),
+                Turn::Again(request) => requests.again(request, cx),
+            });
         }
+    }
+
+    /// Does something with the requests, and what they need for it.
+    fn of_requests<T>(
+        &mut self,
+        now: Instant,
+        out: &mut Vec<Action>,
+        act: impl FnOnce(&mut Requests, &mut Context<'_>) -> T,
+    ) -> T {
+        let Self { requests, placement, events, .. } = self;
+        act(requests, &mut Context { now, placer: placement, events, out })
     }
 
     fn learn_shares(&mut self) {

@@ -9,19 +9,21 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use baton_proto::hash::{BlockHash, ModelRoot};
-use baton_proto::ids::{NodeId, RequestId, TransferId};
-use baton_proto::message::{Command, NodeEvent, Peer, Retry};
+use baton_proto::hash::BlockHash;
+use baton_proto::ids::{RequestId, TransferId};
+use baton_proto::message::{Command, NodeEvent, Retry};
 
 use crate::cluster::NodeRef;
 use crate::core::{ModelInfo, NewRequest, RETRY_AFTER, RequestError, SubmitError, Update};
-use crate::decision::Decision;
 use crate::embedding;
 use crate::events::{Events, Happening, RefusedFor};
 use crate::history::{History, IdPrefix, Stage};
 use crate::life::{self, Flow, Start};
-use crate::placement::Standing;
 use crate::request::{Phase, Request};
+
+mod placer;
+
+pub use placer::{Answer, Placed, Placer, Wanted};
 
 /// Attempts that may fail in a row without a token.
 pub const MAX_FRUITLESS_ATTEMPTS: u32 = 8;
@@ -45,87 +47,6 @@ pub enum Action {
         /// What.
         update: Update,
     },
-}
-
-/// An attempt that needs nodes.
-#[derive(Debug)]
-pub struct Wanted<'a> {
-    /// The attempt.
-    pub id: TransferId,
-    /// The model.
-    pub model: &'a ModelInfo,
-    /// Tokens of prompt and output so far.
-    pub tokens: usize,
-    /// Most tokens that it can come to.
-    pub longest: usize,
-    /// Its prompt is embedded: one node computes it, and its KV goes nowhere.
-    pub embeds: bool,
-    /// Hashes of their full blocks.
-    pub chain: &'a Arc<Vec<BlockHash>>,
-    /// Lives of nodes that must not be used.
-    pub avoid: &'a [NodeRef],
-    /// Whose it is, and how urgent.
-    pub standing: Standing,
-    /// When the request arrived.
-    pub arrived: Instant,
-    /// When it is over.
-    pub deadline: Option<Instant>,
-    /// It arrives now, and may be refused.
-    pub arrives: bool,
-}
-
-/// Where an attempt goes.
-#[derive(Clone, Debug)]
-pub struct Placed {
-    /// Who computes the prompt; `None`: the other node itself.
-    pub prefill: Option<Peer>,
-    /// Who generates the tokens, or embeds.
-    pub decode: Peer,
-    /// Who has a cached prefix that is to be fetched first, and its tokens.
-    pub pull: Option<(Peer, usize)>,
-    /// What it was compared with.
-    pub decision: Decision,
-}
-
-/// What becomes of an attempt that needs nodes.
-#[derive(Clone, Debug)]
-pub enum Answer {
-    /// It is sent to these now.
-    Go(Placed),
-    /// It waits for its turn, which [`Requests::turn`] brings; this is how it would go now.
-    Held(Decision),
-    /// No node can take it; this is why.
-    NoNodes(Decision),
-    /// It would not be answered in time.
-    TooLate {
-        /// When it might.
-        retry_after: Duration,
-        /// The best that there is.
-        decision: Decision,
-    },
-}
-
-/// Chooses nodes and keeps account of what they were given.
-pub trait Placer {
-    /// Chooses nodes for an attempt.
-    fn place(&mut self, wanted: &Wanted<'_>, now: Instant) -> Answer;
-    /// A request that is held needs no nodes any more.
-    fn withdraw(&mut self, request: RequestId);
-    /// The node begins with the attempt and has so many of its tokens cached.
-    fn started(&mut self, node: &NodeId, id: TransferId, cached: usize);
-    /// The node has computed the attempt's prompt.
-    fn prefilled(&mut self, node: &NodeId, id: TransferId, took: Duration, now: Instant);
-    /// The attempt's KV arrived, so long after it was computed.
-    fn handed_over(&mut self, id: TransferId, exposed: Duration, bytes: u64, now: Instant);
-    /// The attempt's pull is over and brought so many tokens.
-    fn pulled(&mut self, id: TransferId, tokens: usize, took: Duration, now: Instant);
-    /// The node has nothing to do with the attempt any more.
-    fn ended(&mut self, node: &NodeId, id: TransferId, now: Instant);
-    /// The node failed an attempt by its own fault.
-    fn failed(&mut self, node: &NodeId, now: Instant);
-    /// A request of this model was answered with so many tokens, the last of them by this node, or
-    /// with an embedding if there are none.
-    fn answered(&mut self, by: &NodeId, root: ModelRoot, tokens: usize, now: Instant);
 }
 
 /// What every call needs.
@@ -277,11 +198,7 @@ impl Requests {
             }
             NodeEvent::Started { id, cached_tokens, queued } => {
                 self.attempt(id, from, cx, |r, cx| {
-                    if r.on_nodes().is_some_and(|attempt| attempt.computes(from)) {
-                        cx.placer.started(&from.node, id, cached_tokens as usize);
-                        r.started(cached_tokens, queued);
-                    }
-                    Flow::Go
+                    life::started(r, from, cached_tokens, queued, cx)
                 });
             }
             NodeEvent::PromptLogprobs { id, tokens } => {
@@ -305,17 +222,7 @@ impl Requests {
                     Flow::Go
                 });
             }
-            NodeEvent::Failed { id, reason, retry } => {
-                let may_repeat = self.retries >= 1.0;
-                let mut counts = false;
-                self.attempt(id, from, cx, |r, cx| {
-                    counts = retry == Retry::OtherNode;
-                    life::node_failed(r, from, reason, retry, may_repeat, cx)
-                });
-                if counts && may_repeat {
-                    self.retries -= 1.0;
-                }
-            }
+            NodeEvent::Failed { id, reason, retry } => self.failed(from, id, reason, retry, cx),
             NodeEvent::Pulled { id, tokens, took } => {
                 self.attempt(id, from, cx, |r, cx| {
                     r.pull_ended();
@@ -324,6 +231,26 @@ impl Requests {
                 });
             }
             NodeEvent::Report(_) | NodeEvent::Cache { .. } | NodeEvent::Snapshot { .. } => {}
+        }
+    }
+
+    /// A node failed an attempt.
+    fn failed(
+        &mut self,
+        from: &NodeRef,
+        id: TransferId,
+        reason: String,
+        retry: Retry,
+        cx: &mut Context<'_>,
+    ) {
+        let may_repeat = self.retries >= 1.0;
+        let mut counts = false;
+        self.attempt(id, from, cx, |r, cx| {
+            counts = retry == Retry::OtherNode;
+            life::node_failed(r, from, reason, retry, may_repeat, cx)
+        });
+        if counts && may_repeat {
+            self.retries -= 1.0;
         }
     }
 

@@ -2,13 +2,13 @@
 
 use std::collections::VecDeque;
 
-use baton_proto::hash::CacheSalt;
-use baton_proto::ids::{Epoch, Role};
-use baton_proto::message::{Job, Logprobs, NodeFinish, Retry, TokenEvent};
+use baton_proto::hash::{CacheSalt, ModelRoot};
+use baton_proto::ids::{Epoch, NodeId, Role};
+use baton_proto::message::{Job, Logprobs, NodeFinish, Peer, Retry, TokenEvent};
 use baton_proto::sampling::SamplingParams;
 
 use super::*;
-use crate::decision::Considered;
+use crate::decision::{Considered, Decision};
 use crate::placement::cost::Cost;
 use crate::testing::{hello, node};
 

@@ -9,12 +9,12 @@ use baton_identity::{ClientPortError, Identity};
 use baton_telemetry::Tracer;
 use metrics_exporter_prometheus::{BuildError, PrometheusHandle};
 use tokio::net::TcpListener;
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 
 use crate::config::Config;
 use crate::core::Core;
-use crate::driver::Driver;
+use crate::driver::{Driver, FromLink};
 use crate::exchange::Caller;
 use crate::front::door::keys::KeysError;
 use crate::front::door::{Door, Entrance, Tls};
@@ -128,33 +128,11 @@ impl Coordinator {
         };
         let front = Front::new(core.clone(), models, config.aliases.clone(), tracer);
         let (closing, closed) = watch::channel(false);
-        let (mut servers, mut nodes) = (JoinSet::new(), JoinSet::new());
         tokio::spawn(driver.run());
-        let (to_serve, door, stop) = (front.clone(), entrance.clone(), until(closed.clone()));
-        servers.spawn(async move {
-            serve_grpc(to_serve, grpc_listener, &door, stop).await.map_err(|e| e.to_string())
-        });
-        let (to_serve, door, stop) = (front.clone(), entrance.clone(), until(closed));
-        servers.spawn(async move {
-            serve_http(to_serve, metrics, http_listener, &door, stop).await;
-            Ok(())
-        });
-        let requests = config.options.limits.requests;
-        for address in config.peers.clone() {
-            let (identity, core, driver) = (identity.clone(), core.clone(), links.clone());
-            nodes.spawn(async move {
-                let exchanging = Caller { identity, core, driver }.keep_exchanging(address);
-                exchanging.await.map_err(|e| e.to_string())
-            });
-        }
-        let folder = config.identity.clone();
-        let reload = Reload { folder, identity: identity.clone(), entrance };
-        let own = core.clone();
-        nodes.spawn(async move {
-            let never = std::future::pending();
-            let served = join::serve(cluster_listener, &identity, requests, own, links, never);
-            served.await.map_err(|e| e.to_string())
-        });
+        let listeners = (grpc_listener, http_listener);
+        let servers = serve_clients(&front, metrics, listeners, &entrance, &closed);
+        let nodes = meet_members(config, &identity, cluster_listener, &core, &links);
+        let reload = Reload { folder: config.identity.clone(), identity, entrance };
         Ok(Self { grpc, http, cluster, core, front, reload, closing, servers, nodes })
     }
 
@@ -207,6 +185,53 @@ impl Coordinator {
 /// Lets the process count, and gives what shows the counts.
 pub fn install_metrics() -> Result<PrometheusHandle, StartError> {
     Ok(crate::metrics::install()?)
+}
+
+/// Serves both client ports until `closed`.
+fn serve_clients(
+    front: &Front,
+    metrics: PrometheusHandle,
+    (grpc, http): (TcpListener, TcpListener),
+    entrance: &Entrance,
+    closed: &watch::Receiver<bool>,
+) -> JoinSet<Result<(), String>> {
+    let mut servers = JoinSet::new();
+    let (to_serve, door, stop) = (front.clone(), entrance.clone(), until(closed.clone()));
+    servers.spawn(async move {
+        serve_grpc(to_serve, grpc, &door, stop).await.map_err(|e| e.to_string())
+    });
+    let (to_serve, door, stop) = (front.clone(), entrance.clone(), until(closed.clone()));
+    servers.spawn(async move {
+        serve_http(to_serve, metrics, http, &door, stop).await;
+        Ok(())
+    });
+    servers
+}
+
+/// Serves nodes, and talks with other coordinators.
+fn meet_members(
+    config: &Config,
+    identity: &Identity,
+    listener: TcpListener,
+    core: &Core,
+    links: &mpsc::Sender<FromLink>,
+) -> JoinSet<Result<(), String>> {
+    let mut members = JoinSet::new();
+    for address in config.peers.clone() {
+        let (identity, core, driver) = (identity.clone(), core.clone(), links.clone());
+        members.spawn(async move {
+            let exchanging = Caller { identity, core, driver }.keep_exchanging(address);
+            exchanging.await.map_err(|e| e.to_string())
+        });
+    }
+    let (identity, core, links) = (identity.clone(), core.clone(), links.clone());
+    let requests = config.options.limits.requests;
+    members.spawn(async move {
+        let never = std::future::pending();
+        let served = join::serve(listener, &identity, requests, core, links, never);
+        served.await.map_err(|e| e.to_string())
+    });
+    members
 }
 
 async fn bind(

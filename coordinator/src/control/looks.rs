@@ -1,18 +1,105 @@
-//! What operators look at beyond nodes and caches: requests, events, and the cluster's pulse.
+//! What operators and the front look at: models, nodes and caches, requests, events, and the cluster's
+//! pulse.
 
 use std::time::Instant;
 
-use baton_proto::ids::RequestId;
+use baton_proto::hash::BlockHash;
+use baton_proto::ids::{NodeId, RequestId, Role};
 
 use super::Control;
 use crate::alerts::Facts;
-use crate::core::{Explained, Pulse, RequestList};
+use crate::aliases::Estimate;
+use crate::core::{
+    CacheView, Explained, ModelInfo, NodeCacheView, NodeView, Pulse, RequestList, StatusView,
+};
 use crate::events::{Event, Happening};
 use crate::history::{FindError, IdPrefix, Record, RequestView};
 use crate::request::Request;
-use crate::requests::Action;
+use crate::requests::{Action, Totals};
 
 impl Control {
+    /// All models known.
+    #[must_use]
+    pub fn models(&self) -> Vec<ModelInfo> {
+        self.cluster.models()
+    }
+
+    /// Counts since the start.
+    #[must_use]
+    pub fn totals(&self) -> Totals {
+        self.requests.totals()
+    }
+
+    /// Joined nodes, by name.
+    #[must_use]
+    pub fn nodes(&self, now: Instant) -> Vec<NodeView> {
+        self.cluster.views(now)
+    }
+
+    /// The coordinator as a whole.
+    #[must_use]
+    pub fn status(&self, now: Instant) -> StatusView {
+        let cluster = &self.cluster;
+        let ready = cluster.models().into_iter().filter(|model| cluster.is_ready(model));
+        let models: Vec<String> = ready.map(|model| model.name).collect();
+        let decode_nodes = cluster.count(Role::Decode);
+        let reason = match (models.is_empty(), decode_nodes) {
+            (false, _) => "",
+            (true, 0) => "no decode node has joined",
+            (true, _) => "every decode node is draining",
+        };
+        let Totals { finished, failed, retried, .. } = self.requests.totals();
+        StatusView {
+            ready: !models.is_empty(),
+            reason: reason.to_owned(),
+            models,
+            requests_active: self.requests.len(),
+            requests_waiting: self.placement.waiting(),
+            prefill_nodes: cluster.count(Role::Prefill),
+            decode_nodes,
+            peers: self.shares.peers().map(ToString::to_string).collect(),
+            uptime: now.saturating_duration_since(self.started),
+            requests_finished: finished,
+            requests_failed: failed,
+            requests_retried: retried,
+        }
+    }
+
+    /// What a prompt of so many tokens would take with this model, if it can be served now.
+    #[must_use]
+    pub fn estimate(&self, model: &str, tokens: usize, now: Instant) -> Option<Estimate> {
+        let model = self.cluster.model(model).filter(|model| self.cluster.is_ready(model))?;
+        self.placement.estimate(model.root, tokens, now)
+    }
+
+    /// What the prefix caches hold, of one node or of all, and how much of a prompt.
+    pub fn cache(
+        &mut self,
+        node: Option<&NodeId>,
+        chain: &[BlockHash],
+        block_tokens: usize,
+    ) -> CacheView {
+        let Self { cluster, placement, matches, .. } = self;
+        placement.index.longest(chain, matches);
+        let names = cluster.names().filter(|id| node.is_none_or(|node| node == *id));
+        let view = |id: &NodeId| {
+            let key = placement.key(id)?;
+            let matched_tokens = (matches.of(key).blocks * block_tokens) as u64;
+            let blocks = placement.index.blocks_of(key);
+            let hits = placement.hits(key);
+            Some(NodeCacheView { node: id.clone(), blocks, matched_tokens, hits })
+        };
+        let nodes = names.filter_map(view).collect();
+        let index_bytes = placement.index.bytes() as u64;
+        CacheView { nodes, index_blocks: self.index_blocks(), index_bytes }
+    }
+
+    /// Blocks in the index.
+    #[must_use]
+    pub fn index_blocks(&self) -> u64 {
+        self.placement.index.len() as u64
+    }
+
     /// Requests that run, the oldest first, then those that ended or were refused, the newest first.
     #[must_use]
     pub fn requests(&self, only_active: bool, limit: usize, now: Instant) -> RequestList {

@@ -1,4 +1,5 @@
-//! Work that keeps a processor busy, such as tokenizing: it is done beside the tasks that serve everybody.
+//! Work that keeps a processor busy for a while, such as tokenizing: it is done beside the tasks that serve
+//! everybody.
 
 use std::sync::Arc;
 use std::thread::available_parallelism;

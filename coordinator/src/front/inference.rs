@@ -19,46 +19,14 @@ use tonic::metadata::MetadataMap;
 use tonic::{Request, Response, Status};
 
 use super::Front;
-use super::choice::{Choice, Step};
-use super::door::{Admission, Caller};
+use super::choice::Choice;
+use super::completion::{self, Accepted, Message, Ticket};
+use super::door::Caller;
 use super::models::ServedModel;
-use super::names::Named;
 use super::prepare::{Checked, Prepared, prompt_tokens, text_bytes};
 use super::refusal::Refusal;
-use super::running::Run;
 use super::trace::CompletionSpan;
-use crate::core::{Core, ModelInfo, NewRequest, RequestError, SubmitError, Update, Updates};
-
-/// Messages that wait for a slow client; the rest waits as tokens in the core's channel.
-const WAITING_MESSAGES: usize = 16;
-
-/// A client that takes none of them for so long is given up.
-const SLOW_CLIENT: Duration = Duration::from_secs(60);
-
-/// What a request holds until its last completion has ended.
-struct Ticket {
-    admission: Admission,
-    _run: Run,
-}
-
-/// Where a completion's messages go.
-struct Out {
-    messages: mpsc::Sender<Message>,
-    /// A place that is kept for an error.
-    last_word: mpsc::OwnedPermit<Message>,
-    ticket: Arc<Ticket>,
-    name: Option<Arc<Named>>,
-}
-
-/// A completion that the core has accepted. Dropping it cancels it.
-struct Accepted {
-    choice: Choice,
-    updates: Updates,
-    span: CompletionSpan,
-}
-
-/// A part of a completion, or why there is none.
-type Message = Result<GenerateResponse, Refusal>;
+use crate::core::{ModelInfo, NewRequest, SubmitError};
 
 /// Completions under way. Dropping it cancels them.
 pub(crate) struct Started {
@@ -138,9 +106,8 @@ impl Front {
         arrived: Instant,
     ) -> Result<Started, Refusal> {
         let begun = self.running.begin().ok_or(SubmitError::ShuttingDown)?;
-        let ticket = Arc::new(Ticket { admission: caller.enter()?, _run: begun });
+        let ticket = Ticket { admission: caller.enter()?, _run: begun };
         let name = caller.name_of(&requests[0])?.map(|name| self.names.take(name)).transpose()?;
-        let name = name.map(Arc::new);
         let (model, info) = self.model_for(&requests[0]).await?;
         let mut all = Vec::new();
         for mut request in requests {
@@ -161,16 +128,7 @@ impl Front {
         }
         let prompts = all.into_iter().map(|prepared| prepared.tokens).collect();
         let id = accepted[0].updates.id();
-        let (sender, messages) = mpsc::channel(WAITING_MESSAGES + accepted.len());
-        // All before any runs: then there is room for them.
-        let room = |_: &Accepted| sender.clone().try_reserve_owned();
-        let last_words: Result<Vec<_>, _> = accepted.iter().map(room).collect();
-        let last_words = last_words.expect("the channel has a place for each completion");
-        for (accepted, last_word) in accepted.into_iter().zip(last_words) {
-            let (ticket, name) = (ticket.clone(), name.clone());
-            let out = Out { messages: sender.clone(), last_word, ticket, name };
-            tokio::spawn(run(accepted, self.core.clone(), out));
-        }
+        let messages = completion::run_all(accepted, &self.core, ticket, name);
         Ok(Started { model, id, prompts, messages })
     }
 
@@ -252,63 +210,6 @@ impl Front {
             accepted.push(Accepted { choice, updates: self.core.submit(request).await?, span });
         }
         Ok(())
-    }
-}
-
-/// Carries one choice's updates to the client. A client that goes away closes `messages`; dropping
-/// `updates` then cancels the request.
-async fn run(accepted: Accepted, core: Core, out: Out) {
-    // In this order, so that the request has been given up before its name is free.
-    let Out { messages, last_word, ticket, mut name } = out;
-    let Accepted { mut choice, mut updates, mut span } = accepted;
-    loop {
-        let update = tokio::select! {
-            () = messages.closed() => return,
-            () = aborted(name.as_deref()) => Some(Update::Failed(RequestError::Cancelled)),
-            update = updates.recv() => update,
-        };
-        let (message, last) = match update.map(|update| choice.take(update)) {
-            Some(Step::Nothing) => continue,
-            Some(Step::Send(message)) => (Ok(message), false),
-            Some(Step::Stop(message)) => {
-                core.stop(updates.id()).await;
-                (Ok(message), false)
-            }
-            Some(Step::Last(message)) => (Ok(message), true),
-            Some(Step::Fail(error)) => (Err(error.into()), true),
-            None => (Err(SubmitError::ShuttingDown.into()), true),
-        };
-        match &message {
-            Ok(GenerateResponse { request_id, finished: Some(finished), .. }) => {
-                span.finished(request_id, finished);
-            }
-            Ok(_) => {}
-            Err(refusal) => span.failed(refusal),
-        }
-        if let Ok(message) = &message {
-            ticket.admission.charge_output(message.token_ids.len());
-        }
-        if last {
-            // Whoever has the end may send the request again.
-            name = None;
-        }
-        match tokio::time::timeout(SLOW_CLIENT, messages.send(message)).await {
-            Ok(Ok(())) if !last => {}
-            Ok(_) => return,
-            // An end without an error would look like success.
-            Err(_) => {
-                last_word.send(Err(Refusal::SlowClient));
-                return;
-            }
-        }
-    }
-}
-
-/// Returns when the client ends the request by its name.
-async fn aborted(name: Option<&Named>) {
-    match name {
-        Some(name) => name.aborted().await,
-        None => std::future::pending().await,
     }
 }
 

@@ -24,6 +24,7 @@ pub mod tools;
 mod aliases;
 mod choice;
 mod cluster;
+mod completion;
 mod computing;
 mod continued;
 mod conversation;

@@ -1,0 +1,124 @@
+//! Completions under way: from the core's updates to messages for the client.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use baton_proto::wire::v1::GenerateResponse;
+use tokio::sync::mpsc;
+
+use super::choice::{Choice, Step};
+use super::door::Admission;
+use super::names::Named;
+use super::refusal::Refusal;
+use super::running::Run;
+use super::trace::CompletionSpan;
+use crate::core::{Core, RequestError, SubmitError, Update, Updates};
+
+/// Messages that wait for a slow client; the rest waits as tokens in the core's channel.
+const WAITING_MESSAGES: usize = 16;
+
+/// A client that takes none of them for so long is given up.
+const SLOW_CLIENT: Duration = Duration::from_secs(60);
+
+/// A part of a completion, or why there is none.
+pub(super) type Message = Result<GenerateResponse, Refusal>;
+
+/// What a request holds until its last completion has ended.
+pub(super) struct Ticket {
+    pub(super) admission: Admission,
+    pub(super) _run: Run,
+}
+
+/// A completion that the core has accepted. Dropping it cancels it.
+pub(super) struct Accepted {
+    pub(super) choice: Choice,
+    pub(super) updates: Updates,
+    pub(super) span: CompletionSpan,
+}
+
+/// Where a completion's messages go.
+struct Out {
+    messages: mpsc::Sender<Message>,
+    /// A place that is kept for an error.
+    last_word: mpsc::OwnedPermit<Message>,
+    ticket: Arc<Ticket>,
+    name: Option<Arc<Named>>,
+}
+
+/// Carries out a request's completions. Who drops the messages cancels them.
+pub(super) fn run_all(
+    accepted: Vec<Accepted>,
+    core: &Core,
+    ticket: Ticket,
+    name: Option<Named>,
+) -> mpsc::Receiver<Message> {
+    let (ticket, name) = (Arc::new(ticket), name.map(Arc::new));
+    let (sender, messages) = mpsc::channel(WAITING_MESSAGES + accepted.len());
+    // All before any runs: then there is room for them.
+    let room = |_: &Accepted| sender.clone().try_reserve_owned();
+    let last_words: Result<Vec<_>, _> = accepted.iter().map(room).collect();
+    let last_words = last_words.expect("the channel has a place for each completion");
+    for (accepted, last_word) in accepted.into_iter().zip(last_words) {
+        let (ticket, name) = (ticket.clone(), name.clone());
+        let out = Out { messages: sender.clone(), last_word, ticket, name };
+        tokio::spawn(run(accepted, core.clone(), out));
+    }
+    messages
+}
+
+/// Carries one choice's updates to the client. A client that goes away closes `messages`; dropping
+/// `updates` then cancels the request.
+async fn run(accepted: Accepted, core: Core, out: Out) {
+    // In this order, so that the request has been given up before its name is free.
+    let Out { messages, last_word, ticket, mut name } = out;
+    let Accepted { mut choice, mut updates, mut span } = accepted;
+    loop {
+        let update = tokio::select! {
+            () = messages.closed() => return,
+            () = aborted(name.as_deref()) => Some(Update::Failed(RequestError::Cancelled)),
+            update = updates.recv() => update,
+        };
+        let (message, last) = match update.map(|update| choice.take(update)) {
+            Some(Step::Nothing) => continue,
+            Some(Step::Send(message)) => (Ok(message), false),
+            Some(Step::Stop(message)) => {
+                core.stop(updates.id()).await;
+                (Ok(message), false)
+            }
+            Some(Step::Last(message)) => (Ok(message), true),
+            Some(Step::Fail(error)) => (Err(error.into()), true),
+            None => (Err(SubmitError::ShuttingDown.into()), true),
+        };
+        match &message {
+            Ok(GenerateResponse { request_id, finished: Some(finished), .. }) => {
+                span.finished(request_id, finished);
+            }
+            Ok(_) => {}
+            Err(refusal) => span.failed(refusal),
+        }
+        if let Ok(message) = &message {
+            ticket.admission.charge_output(message.token_ids.len());
+        }
+        if last {
+            // Whoever has the end may send the request again.
+            name = None;
+        }
+        match tokio::time::timeout(SLOW_CLIENT, messages.send(message)).await {
+            Ok(Ok(())) if !last => {}
+            Ok(_) => return,
+            // An end without an error would look like success.
+            Err(_) => {
+                last_word.send(Err(Refusal::SlowClient));
+                return;
+            }
+        }
+    }
+}
+
+/// Returns when the client ends the request by its name.
+async fn aborted(name: Option<&Named>) {
+    match name {
+        Some(name) => name.aborted().await,
+        None => std::future::pending().await,
+    }
+}
