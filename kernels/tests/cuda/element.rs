@@ -8,7 +8,8 @@ use crate::support::{Random, assert_rounded, read, upload};
 #[test]
 fn gates_are_applied() {
     testing::schedules(|stream| {
-        for (rows, width) in [(1, 8), (3, 264), (2, 4096)] {
+        let shapes = [(1, 8), (3, 264), (2, 4096)].into_iter();
+        for (rows, width) in shapes.chain(Random::new(2).shapes(6, 3000)) {
             let mut random = Random::new(width as u64);
             // Up to where e^-g overflows and underflows.
             let mut gate_up = random.sized(rows * 2 * width, 12.0);
@@ -32,8 +33,10 @@ fn gates_are_applied() {
 #[test]
 fn rows_are_taken_by_number() {
     testing::schedules(|stream| {
-        for (rows, width, count) in [(1, 8, 3), (5, 520, 40), (7, 4104, 9)] {
+        let shapes = [(1, 8), (5, 520), (7, 4104)].into_iter();
+        for (rows, width) in shapes.chain(Random::new(3).shapes(40, 2500)) {
             let mut random = Random::new(width as u64);
+            let count = 3 + random.below(38);
             let table = random.sized(count * width, 1.0);
             let ids: Vec<u32> = (0..rows).map(|_| random.below(count) as u32).collect();
             let out = upload(stream, &vec![bf16::NAN; rows * width]);

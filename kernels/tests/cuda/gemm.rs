@@ -17,7 +17,10 @@ fn products_are_sums_of_products() {
     let Some(stream) = testing::products_stream() else { return };
     let gemm = Gemm::new(stream.device()).unwrap();
     let mut random = Random::new(5);
-    for (rows, outputs, inputs) in SHAPES {
+    let mut drawn = Random::new(8);
+    let drawn = drawn.shapes(140, 200).into_iter().zip(drawn.shapes(1, 300));
+    let drawn = drawn.map(|((rows, outputs), (_, inputs))| (rows, outputs, inputs));
+    for (rows, outputs, inputs) in SHAPES.into_iter().chain(drawn) {
         let (x, w) = (random.bf16s(rows * inputs), random.bf16s(outputs * inputs));
         let (bias, residual) = (random.bf16s(outputs), random.bf16s(rows * outputs));
         let plain = reference(&f64s(&x), &f64s(&w), inputs);

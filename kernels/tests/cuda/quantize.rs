@@ -14,7 +14,8 @@ fn rows_of_many_sizes(rows: usize, width: usize) -> Vec<bf16> {
 #[test]
 fn rows_are_rounded_to_the_nearest_with_their_own_scale() {
     testing::schedules(|stream| {
-        for (rows, width) in [(6, 8), (5, 520), (2, 8192), (1, 32_768)] {
+        let shapes = [(6, 8), (5, 520), (2, 8192), (1, 32_768)].into_iter();
+        for (rows, width) in shapes.chain(Random::new(4).shapes(6, 3000)) {
             let x = rows_of_many_sizes(rows, width);
             let values = upload(stream, &vec![0xff_u8; rows * width]);
             let scales = upload(stream, &vec![f32::NAN; rows]);

@@ -61,10 +61,32 @@ struct Case {
 impl Case {
     /// A chunk of one sequence that crosses blocks, a padding row, and two rows that decode.
     fn new(shape: HeadShape, block_tokens: usize, normed: bool) -> Self {
-        let mut random = Random::new(shape.row() as u64);
         let start = block_tokens as u32 - 1;
         let positions = vec![start, start + 1, start + 2, NO_POSITION, 0, 3 * start];
-        let sequences = vec![1, 1, 1, 0, 2, 0];
+        Self::of(shape, block_tokens, normed, (positions, vec![1, 1, 1, 0, 2, 0]))
+    }
+
+    /// Rows of which no two are of the same place.
+    fn random(random: &mut Random) -> Self {
+        let (group, kv_heads) = (1 + random.below(8), 1 + random.below(6));
+        let shape =
+            HeadShape { heads: kv_heads * group, kv_heads, head_dim: [64, 128][random.below(2)] };
+        let block_tokens = [16, 32, 64][random.below(3)];
+        let places = random.permutation(9 * block_tokens);
+        let rows = 1 + random.below(12);
+        let place = |place: &u32| (place / 3, place % 3);
+        let places = places[..rows].iter().map(place).unzip();
+        Self::of(shape, block_tokens, random.below(2) == 0, places)
+    }
+
+    /// Rows by their positions and sequences.
+    fn of(
+        shape: HeadShape,
+        block_tokens: usize,
+        normed: bool,
+        (positions, sequences): (Vec<u32>, Vec<u32>),
+    ) -> Self {
+        let mut random = Random::new(shape.row() as u64);
         let (max_blocks, pairs) = (3, shape.head_dim / 2);
         let norms = [(); 2].map(|()| random.sized(shape.head_dim, 1.5));
         let norms = normed.then(|| (norms[0].clone(), norms[1].clone()));
@@ -209,6 +231,10 @@ fn queries_turn_and_keys_and_values_are_kept() {
             for elements in [KvElements::Bf16, e4m3] {
                 Case::new(shape, [16, 32, 64][i % 3], i % 2 == 0).check(stream, elements);
             }
+        }
+        let mut random = Random::new(5);
+        for elements in [KvElements::Bf16, e4m3, KvElements::Bf16, e4m3] {
+            Case::random(&mut random).check(stream, elements);
         }
     });
 }

@@ -45,6 +45,12 @@ impl Random {
         all
     }
 
+    /// A few pairs of a number of rows and a width that is a multiple of 8, up to these.
+    pub(crate) fn shapes(&mut self, most_rows: usize, most_width: usize) -> Vec<(usize, usize)> {
+        let mut shape = || (1 + self.below(most_rows), 8 * (1 + self.below(most_width / 8)));
+        [(); 4].map(|()| shape()).into()
+    }
+
     pub(crate) fn bf16s(&mut self, len: usize) -> Vec<bf16> {
         (0..len).map(|_| bf16::from_f32(self.number())).collect()
     }
