@@ -59,6 +59,27 @@ const FAULTS: &[Fault] = &[
         tests: "attention::a_long_sequence",
     },
     Fault {
+        source: "prefill_attention.cu",
+        file: "prefill_consumer.cuh",
+        from: "column_of(i) > newest",
+        to: "column_of(i) > newest + 1",
+        tests: "attention::greater_scores",
+    },
+    Fault {
+        source: "decode_attention.cu",
+        file: "decode_products.cuh",
+        from: "at <= position - window",
+        to: "at < position - window",
+        tests: "attention::single_rows_see",
+    },
+    Fault {
+        source: "sampling_scan.cu",
+        file: "sampling_scan.cu",
+        from: ">> token % 32 & 1",
+        to: ">> (token ^ 1) % 32 & 1",
+        tests: "sampling::",
+    },
+    Fault {
         source: "norm.cu",
         file: "norm.cu",
         from: "place(i) < width ? load_vector",
