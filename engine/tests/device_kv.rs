@@ -213,6 +213,39 @@ fn a_slot_can_be_filled_again_at_once() {
     }
 }
 
+#[test]
+fn pieces_are_there_when_their_copy_was_waited_for() {
+    let Some(stream) = testing::test_stream() else { return };
+    let (kv, bytes) = (cache(&stream, WHOLE, 3), WHOLE.piece_bytes());
+    let mut copies = DeviceKv::copies(std::slice::from_ref(&kv)).unwrap();
+    let mut slots: Vec<_> = (0..6).map(|_| slot(&stream)).collect();
+    for (n, slot) in slots.iter_mut().enumerate() {
+        slot.as_mut().iter_mut().enumerate().for_each(|(at, to)| *to = byte(20 + n, at));
+        // SAFETY: nobody else uses the cache, and the slots only when they were waited for.
+        unsafe { copies.scatter(n % LAYERS, slot, &[(1, 30 + n as u32)]) }.unwrap();
+    }
+    for n in 0..slots.len() {
+        copies.wait().unwrap();
+        let start = (n % LAYERS * BLOCKS + 30 + n) * bytes;
+        let piece = stream.read(kv.pieces.slice(start..start + bytes)).unwrap();
+        assert!(piece.iter().enumerate().all(|(i, &found)| found == byte(20 + n, bytes + i)));
+    }
+}
+
+#[test]
+fn copies_need_all_of_their_waits() {
+    let (out, into) =
+        ("a_slot_can_be_filled_again_at_once", "pieces_are_there_when_their_copy_was_waited_for");
+    for test in [out, into] {
+        let Some((waits, not_missed)) = testing::waits_not_missed(test) else { return };
+        println!("{test}: {waits} waits");
+        assert!(
+            waits > 5 && not_missed.is_empty(),
+            "{test} does not miss {not_missed:?} of {waits}"
+        );
+    }
+}
+
 const DESCRIPTIONS: &str = "BATON_TEST_DESCRIPTIONS";
 /// Of the first device of the caches that are copied from.
 const THEIRS: usize = 4;

@@ -13,6 +13,8 @@ mod parallel;
 mod serving;
 #[path = "gpu/support.rs"]
 mod support;
+#[path = "gpu/waits.rs"]
+mod waits;
 
 use std::path::Path;
 use std::time::Duration;

@@ -26,7 +26,7 @@ use crate::{BASE, assert_greedy, checkpoint, tokens};
 const PATIENCE: Duration = Duration::from_secs(300);
 
 pub(crate) struct Node {
-    engine: Engine,
+    pub(crate) engine: Engine,
     events: Receiver<EngineEvent>,
 }
 
@@ -46,7 +46,7 @@ fn grammars(vocab_size: usize) -> Arc<Grammars> {
     Arc::new(Grammars::new(&Vocabulary::parse(&file.to_string()).unwrap(), vocab_size))
 }
 
-fn job(request: u32, tokens: Vec<u32>, max_tokens: u32) -> Job {
+pub(crate) fn job(request: u32, tokens: Vec<u32>, max_tokens: u32) -> Job {
     let sampling = SamplingParams { temperature: 0.0, max_tokens, ..SamplingParams::default() };
     let (prompt_tokens, salt) = (tokens.len(), CacheSalt::default());
     Job {
@@ -71,6 +71,16 @@ impl Node {
     }
 
     pub(crate) fn start_as(dir: &Path, count: usize, types: Types) -> Option<Self> {
+        Self::start_telling(dir, count, types, |_| {})
+    }
+
+    /// `told` hears of everything first, on the engine's thread.
+    pub(crate) fn start_telling(
+        dir: &Path,
+        count: usize,
+        types: Types,
+        told: impl Fn(&EngineEvent) + Send + 'static,
+    ) -> Option<Self> {
         let config = EngineConfig {
             block_tokens: 16,
             kv_blocks: 20,
@@ -93,12 +103,15 @@ impl Node {
         };
         let model = load_model(&devices(count)?, options).unwrap();
         let (sink, events) = channel();
-        let sink = Box::new(move |event| drop(sink.send(event)));
+        let sink = Box::new(move |event| {
+            told(&event);
+            drop(sink.send(event));
+        });
         let grammars = Some(grammars(model.vocab_size()));
         Some(Self { engine: Engine::start(config, model, grammars, sink), events })
     }
 
-    fn submit(&self, job: &Job, kind: Kind) {
+    pub(crate) fn submit(&self, job: &Job, kind: Kind) {
         self.engine.submit(Submission { job: job.clone(), kind, held: false }).unwrap();
     }
 
@@ -107,7 +120,7 @@ impl Node {
     }
 
     /// The tokens of jobs, once all of them have ended.
-    fn until_ended(&self, jobs: usize) -> HashMap<TransferId, Vec<u32>> {
+    pub(crate) fn until_ended(&self, jobs: usize) -> HashMap<TransferId, Vec<u32>> {
         let (mut tokens, mut ended) = (HashMap::new(), 0);
         while ended < jobs {
             match self.next() {
@@ -125,7 +138,7 @@ impl Node {
         tokens
     }
 
-    fn lease(&self) -> Arc<BlockLease> {
+    pub(crate) fn lease(&self) -> Arc<BlockLease> {
         loop {
             if let EngineEvent::Admitted { lease: Some(lease), .. } = self.next() {
                 return lease;
@@ -134,7 +147,7 @@ impl Node {
     }
 
     /// Nothing is left once the last step has ended, which may be one that nobody waited for.
-    fn idle(&self) {
+    pub(crate) fn idle(&self) {
         let until = Instant::now() + PATIENCE;
         loop {
             let blocks = self.engine.report().blocks;
@@ -147,7 +160,7 @@ impl Node {
     }
 }
 
-fn wait<T>(soon: Soon<T>) -> Result<T, MemoryLost> {
+pub(crate) fn wait<T>(soon: Soon<T>) -> Result<T, MemoryLost> {
     tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(soon)
 }
 

@@ -3,6 +3,7 @@
 #![expect(clippy::print_stderr, clippy::print_stdout, reason = "tests say why they are skipped")]
 
 use std::path::PathBuf;
+use std::process::Command;
 use std::sync::{Arc, OnceLock};
 
 use libloading::os::unix::{Library, Symbol};
@@ -132,6 +133,37 @@ pub fn fail_streams(device: &Device) {
         // SAFETY: marks streams.
         unsafe { fail(device.ordinal() as i32) };
     }
+}
+
+/// Runs a test of this binary, given by its whole name, once without each of its waits for events
+/// that have not happened yet, until there are no more. How many they were, and those without which
+/// it passes and prints the same lines with the word `outcome`. None on a real device.
+///
+/// # Panics
+/// As [`test_device`], and if the test does not pass with all of its waits.
+pub fn waits_not_missed(test: &str) -> Option<(usize, Vec<usize>)> {
+    let device = test_device().filter(|device| device.emulator.is_some())?;
+    let (mut not_missed, mut expected) = (Vec::new(), Vec::new());
+    for ignored in 0.. {
+        let mut command = Command::new(std::env::current_exe().expect("this binary"));
+        command.args(["--exact", test]).env(EMULATOR_FOLDER, &device.paths.folders[0]);
+        command.env("BATON_TEST_DEVICE", "emulator");
+        command.env("BATON_EMULATOR_IGNORE_WAIT", ignored.to_string());
+        let output = command.arg("--nocapture").output().expect("it runs again");
+        let [out, error] = [&output.stdout, &output.stderr].map(|s| String::from_utf8_lossy(s));
+        let passed = output.status.success() && out.contains("1 passed");
+        let results = out.lines().filter(|line| line.contains("outcome ")).map(str::to_owned);
+        let results: Vec<_> = results.collect();
+        if ignored == 0 {
+            assert!(passed, "{test} with all of its waits:\n{out}{error}");
+            expected = results;
+        } else if !error.contains("emulator: wait") {
+            return Some((ignored - 1, not_missed));
+        } else if passed && results == expected {
+            not_missed.push(ignored);
+        }
+    }
+    unreachable!("a test ends")
 }
 
 /// Breaks the emulator's NCCL on one of its devices: only so many further messages that it sends or

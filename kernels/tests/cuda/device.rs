@@ -38,6 +38,30 @@ fn pinned_memory_waits_for_its_copies() {
     assert_eq!(second.read(buffer.all()).unwrap(), [7, 8]);
 }
 
+/// Also when nobody looked at it between the copies of two streams.
+#[test]
+fn pinned_memory_waits_for_copies_of_all_streams() {
+    let Some(first) = testing::test_stream() else { return };
+    let second = Stream::new(first.device()).unwrap();
+    let [mut from, mut to] = [(); 2].map(|()| Pinned::<u32>::new(first.device(), 2).unwrap());
+    let [one, other] = [(); 2].map(|()| Buffer::<u32>::new(first.device(), 2).unwrap());
+    from.as_mut_slice().unwrap().copy_from_slice(&[7, 8]);
+    first.upload(&mut from, 0, one.all()).unwrap();
+    second.upload(&mut from, 0, other.all()).unwrap();
+    from.as_mut_slice().unwrap().fill(0);
+    first.download(one.slice(0..1), &mut to, 0).unwrap();
+    second.download(other.slice(1..2), &mut to, 1).unwrap();
+    assert_eq!(to.as_slice().unwrap(), [7, 8]);
+}
+
+#[test]
+fn pinned_memory_needs_all_of_its_waits() {
+    let test = "device::pinned_memory_waits_for_copies_of_all_streams";
+    let Some((waits, not_missed)) = testing::waits_not_missed(test) else { return };
+    // Of both streams for the other one's copies, and of the host for the second one's.
+    assert_eq!((waits, not_missed), (4, Vec::new()));
+}
+
 #[test]
 fn streams_wait_for_events() {
     let Some(first) = testing::test_stream() else { return };
