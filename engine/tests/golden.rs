@@ -9,40 +9,10 @@ use std::path::Path;
 use baton_engine::Wanted;
 use baton_engine::model::LoadFormat;
 use baton_proto::geometry::KvDtype;
-use safetensors::SafeTensors;
 
-use common::{Numbers, Part, Runner, bits, golden, load, log_probabilities};
+use common::{Expected, Numbers, Part, Runner, bits, golden, load, log_probabilities};
 
 const TOLERANCE: f64 = 1e-3;
-
-/// What transformers computes, in single precision and without a KV cache.
-struct Expected {
-    prompt: Vec<u32>,
-    /// `[prompt, vocab]`
-    logprobs: Vec<f32>,
-    greedy: Vec<u32>,
-}
-
-impl Expected {
-    fn read(dir: &Path) -> Self {
-        let bytes = std::fs::read(dir.join("expected.safetensors")).unwrap();
-        let file = SafeTensors::deserialize(&bytes).unwrap();
-        let ids = |name| {
-            let ids = file.tensor(name).unwrap().data().as_chunks().0;
-            ids.iter().map(|id| i64::from_le_bytes(*id) as u32).collect()
-        };
-        let logprobs = file.tensor("logprobs").unwrap().data().as_chunks().0;
-        Self {
-            prompt: ids("prompt"),
-            logprobs: logprobs.iter().copied().map(f32::from_le_bytes).collect(),
-            greedy: ids("greedy"),
-        }
-    }
-
-    fn tokens(&self) -> usize {
-        self.prompt.len() + self.greedy.len()
-    }
-}
 
 fn runner(dir: &Path, expected: &Expected, block_tokens: usize, threads: usize) -> Runner {
     let model = load(dir, LoadFormat::Safetensors, threads, Some(KvDtype::F32));

@@ -13,6 +13,7 @@ use baton_engine::{Chunk, Forward, Wanted};
 use baton_kernels::Dtype;
 use baton_kernels::cpu::{KvLayout, KvStore};
 use baton_proto::geometry::{KvDtype, KvGeometry};
+use safetensors::SafeTensors;
 
 /// Folders of `tests/golden` that hold a checkpoint and what transformers computes from it.
 pub fn golden() -> Vec<PathBuf> {
@@ -25,6 +26,35 @@ pub fn golden() -> Vec<PathBuf> {
     found.sort();
     assert!(found.len() >= 14, "only {} fixtures in {}", found.len(), root.display());
     found
+}
+
+/// What transformers computes, in single precision and without a KV cache.
+pub struct Expected {
+    pub prompt: Vec<u32>,
+    /// `[prompt, vocab]`
+    pub logprobs: Vec<f32>,
+    pub greedy: Vec<u32>,
+}
+
+impl Expected {
+    pub fn read(dir: &Path) -> Self {
+        let bytes = std::fs::read(dir.join("expected.safetensors")).unwrap();
+        let file = SafeTensors::deserialize(&bytes).unwrap();
+        let ids = |name| {
+            let ids = file.tensor(name).unwrap().data().as_chunks().0;
+            ids.iter().map(|id| i64::from_le_bytes(*id) as u32).collect()
+        };
+        let logprobs = file.tensor("logprobs").unwrap().data().as_chunks().0;
+        Self {
+            prompt: ids("prompt"),
+            logprobs: logprobs.iter().copied().map(f32::from_le_bytes).collect(),
+            greedy: ids("greedy"),
+        }
+    }
+
+    pub fn tokens(&self) -> usize {
+        self.prompt.len() + self.greedy.len()
+    }
 }
 
 /// Loads a folder; `kv_dtype` none: that of the weights.
