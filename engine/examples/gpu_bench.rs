@@ -1,8 +1,9 @@
 //! Speed of a model on a GPU, through the engine, as a node drives it:
-//! `cargo run --release -p baton-engine --example gpu_bench -- [--json] [--fp8] [FOLDER]`.
+//! `cargo run --release -p baton-engine --example gpu_bench -- [--json] [--fp8] [--cold] [FOLDER]`.
 //!
 //! Without a folder the model has the shape of Qwen3-8B and made-up weights. With `--fp8` weights and
-//! KV cache are e4m3, and figures' names begin with `fp8.`. Prints, beside tokens
+//! KV cache are e4m3, and figures' names begin with `fp8.`. With `--cold` it ends with the first
+//! token, and tells when that came. Prints, beside tokens
 //! per second, what matters to the device: operations per second of prefill, and the bytes of
 //! weights and KV cache that a decode step must read, per second.
 
@@ -49,7 +50,7 @@ fn main() -> Result<(), Failure> {
     let (flags, folders): (Vec<_>, Vec<_>) =
         std::env::args().skip(1).partition(|argument| argument.starts_with("--"));
     let has = |flag: &str| flags.iter().any(|given| given == flag);
-    let (json, fp8) = (has("--json"), has("--fp8"));
+    let (json, fp8, cold) = (has("--json"), has("--fp8"), has("--cold"));
     let device = match gpu::open(0, &[]) {
         Ok(device) => device,
         Err(reason) => {
@@ -63,10 +64,13 @@ fn main() -> Result<(), Failure> {
     };
     let warm_up = model.warm_up().took.as_secs_f64();
     let mut bench = Bench::start(model, json, fp8)?;
-    bench.say("load", began.elapsed().as_secs_f64(), "s");
-    bench.say("warm_up", warm_up, "s");
-    bench.run(&[0], 1, 1)?;
-    bench.say("cold_start", began.elapsed().as_secs_f64(), "s");
+    if cold {
+        bench.say("cold_start.load", began.elapsed().as_secs_f64(), "s");
+        bench.say("cold_start.warm_up", warm_up, "s");
+        bench.run(&[0], 1, 1)?;
+        bench.say("cold_start", began.elapsed().as_secs_f64(), "s");
+        return Ok(());
+    }
     bench.prefill()?;
     BATCHES.iter().try_for_each(|&batch| bench.decode(batch))
 }

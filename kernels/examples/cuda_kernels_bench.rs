@@ -23,6 +23,8 @@ const VOCAB: usize = 128_256;
 const BLOCK_TOKENS: usize = 64;
 /// Rows of a step that decodes, and of one that computes a prompt.
 const ROWS: [usize; 3] = [1, 64, 8192];
+/// Rows (or blocks) of which `scripts/gpu-check` is told.
+const TOLD: [usize; 3] = [64, 1024, 8192];
 /// Runs of which the fastest counts, and launches in each.
 const RUNS: usize = 10;
 const LAUNCHES: usize = 20;
@@ -109,6 +111,12 @@ impl Bench {
         let speed = bytes as f64 / seconds / 1e9;
         let share = 100.0 * speed / self.copy;
         println!("{name:<22} {rows:>7} {:>9.1} {speed:>9.0} {share:>6.0} %", seconds * 1e6);
+        if TOLD.contains(&rows) {
+            let name = name.replace(' ', ".");
+            println!(
+                r#"{{"name": "kernel.{name}.{rows}", "value": {speed:.0}, "unit": "GB/s, {share:.0} % of copying"}}"#
+            );
+        }
         Ok(())
     }
 

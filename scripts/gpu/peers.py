@@ -146,7 +146,8 @@ def transformers():
     loaded = attempt("model", model)
     if loaded is not None:
         attempt("prefill", lambda: prefill(loaded))
-        for batch in (1, 64):
+        # Should there be no time for all of them, the ends say most.
+        for batch in (1, 64, 8, 32):
             attempt(f"decode.{batch}", lambda: decode(loaded, batch))
 
 
