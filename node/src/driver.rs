@@ -283,6 +283,7 @@ impl Driver {
         let outgoing = Outgoing { transfer: id, peer, root, geometry, hashes, blocks, source };
         let send = Arc::new(self.endpoint.send(outgoing));
         self.sends.insert(id, send.clone());
+        self.spans.sends(id);
         let events = self.events.clone();
         tokio::spawn(async move {
             let outcome = send.outcome().await;

@@ -17,8 +17,8 @@ pub(crate) struct Spans {
 
 struct Open {
     span: Span,
-    /// Ends with its first token: what follows is the transfer.
-    export: bool,
+    /// Its blocks are being sent, which outlives the sequence.
+    sends: bool,
     tokens: i64,
     admitted: Option<SystemTime>,
 }
@@ -44,8 +44,7 @@ impl Spans {
         };
         span.set("baton.attempt", i64::from(job.id.attempt));
         span.set("baton.prompt_tokens", job.prompt_tokens as i64);
-        let export = *kind == Kind::Export;
-        self.open.insert(job.id, Open { span, export, tokens: 0, admitted: None });
+        self.open.insert(job.id, Open { span, sends: false, tokens: 0, admitted: None });
     }
 
     /// The job has blocks.
@@ -53,6 +52,13 @@ impl Spans {
         if let Some(open) = self.open.get_mut(&id) {
             open.admitted = Some(SystemTime::now());
             open.span.set("baton.cached_tokens", i64::from(cached_tokens));
+        }
+    }
+
+    /// The job's blocks are offered to another node; [`Self::sent`] follows.
+    pub(crate) fn sends(&mut self, id: TransferId) {
+        if let Some(open) = self.open.get_mut(&id) {
+            open.sends = true;
         }
     }
 
@@ -100,9 +106,7 @@ impl Spans {
 
     /// The engine is done with the job; `failure` says why it has no result.
     pub(crate) fn ended(&mut self, id: TransferId, failure: Option<&str>) {
-        // A transfer outlives the sequence that it sends.
-        let sends = |open: &Open| open.export && open.admitted.is_some();
-        if failure.is_none() && self.open.get(&id).is_some_and(sends) {
+        if failure.is_none() && self.open.get(&id).is_some_and(|open| open.sends) {
             return;
         }
         let Some(Open { mut span, tokens, .. }) = self.open.remove(&id) else { return };
@@ -111,5 +115,47 @@ impl Spans {
             span.fail(reason);
         }
         span.end(SystemTime::now());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use baton_proto::hash::CacheSalt;
+    use baton_proto::ids::RequestId;
+    use baton_proto::message::Job;
+    use baton_proto::sampling::SamplingParams;
+    use baton_proto::trace::TraceContext;
+
+    use super::*;
+
+    fn export(request: u128) -> Submission {
+        let job = Job {
+            id: TransferId { request: RequestId(request), attempt: 1 },
+            tokens: vec![1].into(),
+            prompt_tokens: 1,
+            sampling: SamplingParams::default(),
+            salt: CacheSalt::default(),
+            deadline: None,
+            trace: Some(TraceContext { trace: 7, span: 5, sampled: true }),
+        };
+        Submission { job, kind: Kind::Export, held: false }
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_span_waits_for_a_transfer_only_if_there_is_one() {
+        let tracer = Tracer::start("http://127.0.0.1:9", "test", "a", 0.0).expect("an endpoint");
+        let mut spans = Spans::new(tracer);
+        let [sent, cancelled] = [1, 2].map(export);
+        for job in [&sent, &cancelled] {
+            spans.submitted(job);
+            spans.admitted(job.job.id, 0);
+        }
+        spans.sends(sent.job.id);
+        for job in [&sent, &cancelled] {
+            spans.ended(job.job.id, None);
+        }
+        assert!(spans.open.keys().eq([&sent.job.id]), "what was cancelled is not sent");
+        spans.sent(sent.job.id, &Err(SendError::Cancelled));
+        assert!(spans.open.is_empty());
     }
 }
