@@ -1,6 +1,7 @@
 //! Which life of a node this is.
 
-use std::io;
+use std::fs::File;
+use std::io::{self, Write};
 use std::path::Path;
 
 use baton_proto::ids::Epoch;
@@ -20,9 +21,12 @@ pub fn next_epoch(state: Option<&Path>, now_ms: u64) -> io::Result<Epoch> {
         Err(error) => return Err(error),
     };
     let epoch = now_ms.max(last + 1);
-    // Renamed into place, so that a crash leaves the old number or the new one.
+    // Renamed into place once it is on the disk, so that a crash, of the machine too, leaves the old
+    // number or the new one, and not an empty file.
     let temporary = state.join("epoch.new");
-    std::fs::write(&temporary, epoch.to_string())?;
+    let mut file = File::create(&temporary)?;
+    file.write_all(epoch.to_string().as_bytes())?;
+    file.sync_all()?;
     std::fs::rename(temporary, state.join(FILE))?;
     Ok(Epoch(epoch))
 }
