@@ -73,9 +73,8 @@ impl Memory {
         Self { source: source.into(), sink: Arc::new(sink.collect()), piece }
     }
 
-    fn write(&self, index: usize, offset: usize, bytes: &[u8]) {
-        let mut piece = self.sink[index].lock().expect("no panics");
-        piece[offset..offset + bytes.len()].copy_from_slice(bytes);
+    fn write(&self, index: usize, piece: &[u8]) {
+        self.sink[index].lock().expect("no panics").copy_from_slice(piece);
     }
 
     fn blocks(&self) -> u32 {
@@ -89,7 +88,7 @@ impl Memory {
     fn copy(&self) -> Duration {
         let start = Instant::now();
         for (index, part) in self.source.chunks(self.piece).enumerate() {
-            self.write(index, 0, part);
+            self.write(index, part);
         }
         start.elapsed()
     }
@@ -141,8 +140,8 @@ struct InPlace {
 }
 
 impl Place for InPlace {
-    fn write(&mut self, ordinal: u32, offset: usize, bytes: &[u8]) {
-        self.memory.write(self.memory.index(self.layer, ordinal), offset, bytes);
+    fn write(&mut self, ordinal: u32, piece: &[u8]) {
+        self.memory.write(self.memory.index(self.layer, ordinal), piece);
     }
 
     fn apply(self: Box<Self>) -> Soon<()> {

@@ -65,9 +65,8 @@ pub const MAX_REMEMBERED: usize = 16_384;
 pub const MAX_LINKS: usize = 1024;
 /// Handshakes in progress.
 pub const MAX_HANDSHAKES: usize = 64;
-/// Payload streams that one peer may have open. A stream whose unit waits for staging memory is not
-/// read; were there more of them than the connection's window takes, those that have staging memory
-/// could not end their units.
+/// Payload streams that one peer may have open: for each, two units may be in memory, one that is read
+/// and one that waits for its place.
 pub const MAX_PAYLOAD_STREAMS: u32 = 96;
 /// Control frames waiting to be written to one connection. When it comes up, every transfer that
 /// waited for it makes its offer.
@@ -77,7 +76,6 @@ pub const MAX_QUEUED_FRAMES: usize = 2 * MAX_OUTGOING;
 pub const STREAM_WINDOW: u32 = 16 << 20;
 /// Unread bytes of one connection: 100 Gb/s at a round trip of 5 ms.
 pub const CONNECTION_WINDOW: u32 = 64 << 20;
-const _: () = assert!(MAX_PAYLOAD_STREAMS as usize * UNIT_BYTES < CONNECTION_WINDOW as usize);
 /// Unacknowledged bytes of one connection.
 pub const SEND_WINDOW: u64 = 64 << 20;
 

@@ -49,8 +49,8 @@ pub trait BlockSource: Send + Sync + 'static {
 
 /// The blocks reserved for one sequence at the receiving end.
 pub trait BlockSink: Send + Sync + 'static {
-    /// A place for the bytes of `pieces`, which are among the granted ones. The future waits for
-    /// staging memory; the payload is not read on meanwhile.
+    /// A place for the bytes of `pieces`, which are among the granted ones and at hand. The future waits
+    /// for staging memory; no more than one further unit of the transfer is read meanwhile.
     fn place(self: Arc<Self>, pieces: LayerRun) -> Soon<Box<dyn Place>>;
 
     /// Copies `pieces` from blocks `references` of a peer's memory. False: they cannot be read.
@@ -75,11 +75,10 @@ pub trait BlockSink: Send + Sync + 'static {
 /// Where one payload unit goes. What is written counts only once it is applied; a place that is
 /// dropped before is given up.
 pub trait Place: Send {
-    /// Copies `bytes` to `offset` of the piece of the sequence's block `ordinal`. Within the unit;
-    /// never called for a piece that has landed, nor after the transfer has ended.
-    fn write(&mut self, ordinal: u32, offset: usize, bytes: &[u8]);
+    /// Copies the whole, verified piece of the sequence's block `ordinal`. Within the unit; never called
+    /// for a piece that had landed before, nor after the transfer has ended.
+    fn write(&mut self, ordinal: u32, piece: &[u8]);
 
-    /// What was written was verified. Done when whoever uses the blocks next sees it: the transfer
-    /// is not complete before. Once begun it comes to its end, also when the transfer does not.
+    /// Done when whoever uses the blocks next sees what was written: the transfer is not complete before. Once begun it comes to its end, also when the transfer does not.
     fn apply(self: Box<Self>) -> Soon<()>;
 }

@@ -4,9 +4,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use baton_proto::ids::TransferId;
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use crc32c::crc32c_append;
 use quinn::{ReadExactError, RecvStream, SendStream};
+use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
 use crate::direct::Transport;
@@ -14,7 +15,7 @@ use crate::endpoint::{Shared, lock};
 use crate::frame::{FrameError, LayerRun, UnitHeader};
 use crate::limits::MAX_REFERENCES;
 use crate::link::{Link, LinkError, STREAM_ABANDONED};
-use crate::receive::Inbound;
+use crate::receive::{Inbound, Late};
 use crate::sender::LinkId;
 
 /// The sending end: a transfer's stream of the current connection and transport, opened by the
@@ -130,9 +131,15 @@ async fn read_rest(
 ) -> Stop {
     let mut outcome = inbound.outcome();
     let read = async {
-        let mut header = first;
+        let (mut header, mut unit) = (first, Unit::default());
         loop {
-            if let Err(stop) = read_unit(shared, link, stream, &header, inbound).await {
+            let read = match header.transport {
+                Transport::Quic => unit.read(shared, link, stream, &header, inbound).await,
+                Transport::Ipc => read_references(shared, link, stream, &header, inbound).await,
+                // Parcels are announced.
+                Transport::Nccl => Err(LinkError::Unexpected("payload unit".to_owned()).into()),
+            };
+            if let Err(stop) = read {
                 return stop;
             }
             header = match read_header(stream).await {
@@ -148,37 +155,46 @@ async fn read_rest(
     }
 }
 
-async fn read_unit(
-    shared: &Arc<Shared>,
-    link: &Link,
-    stream: &mut RecvStream,
-    header: &UnitHeader,
-    inbound: &Arc<Inbound>,
-) -> Result<(), Stop> {
-    match header.transport {
-        Transport::Quic => {}
-        Transport::Ipc => return read_references(shared, link, stream, header, inbound).await,
-        // Parcels are announced.
-        Transport::Nccl => return Err(LinkError::Unexpected("payload unit".to_owned()).into()),
-    }
-    if !inbound.begin_unit(shared, link.id, header).await {
-        return Err(Stop::Over);
-    }
-    let (mut at, length) = (0, header.length as usize);
-    let mut checksum = header.checksum_start();
-    while at < length {
-        let chunk = match stream.read_chunk(length - at, true).await {
-            Ok(Some(chunk)) => chunk.bytes,
-            Ok(None) | Err(_) => return Err(Stop::Over),
-        };
-        checksum = crc32c_append(checksum, &chunk);
-        if !inbound.write(link.id, header.pieces, at, &chunk) {
-            return Err(Stop::Over);
+/// The unit that is being read, and the one before it.
+#[derive(Default)]
+struct Unit {
+    bytes: BytesMut,
+    landing: Option<JoinHandle<()>>,
+}
+
+impl Unit {
+    /// Reads a unit, and then waits for the one before it to land. It is read whole before it asks for
+    /// a place: who is slow to send keeps no place from others.
+    async fn read(
+        &mut self,
+        shared: &Arc<Shared>,
+        link: &Link,
+        stream: &mut RecvStream,
+        header: &UnitHeader,
+        inbound: &Arc<Inbound>,
+    ) -> Result<(), Stop> {
+        let length = header.length as usize;
+        // Refused before it is read: a peer cannot make this end buffer more.
+        if length > inbound.most_bytes() {
+            return Err(FrameError::OutOfRange { what: "a unit", value: header.length }.into());
         }
-        at += chunk.len();
+        self.bytes.reserve(length);
+        let mut checksum = header.checksum_start();
+        while self.bytes.len() < length {
+            let Ok(Some(chunk)) = stream.read_chunk(length - self.bytes.len(), true).await else {
+                return Err(Stop::Over);
+            };
+            checksum = crc32c_append(checksum, &chunk.bytes);
+            self.bytes.extend_from_slice(&chunk.bytes);
+        }
+        if let Some(before) = self.landing.take() {
+            let _ = before.await;
+        }
+        let landing =
+            inbound.unit(shared, link.id, (header, checksum), self.bytes.split().freeze());
+        self.landing = landing.map_err(|Late| Stop::Over)?;
+        Ok(())
     }
-    inbound.end_unit(shared, link.id, checksum);
-    Ok(())
 }
 
 /// A unit of references: it is read whole, and what they refer to is copied while the next one

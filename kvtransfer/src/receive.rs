@@ -1,23 +1,26 @@
 //! The receiving end of one transfer, driven over QUIC.
 
 use std::sync::{Arc, Mutex};
-use std::task::{Context, Poll, Waker};
+use std::task::{Context, Waker};
 use std::time::{Duration, Instant};
 
 use baton_proto::geometry::KvGeometry;
 use baton_proto::hash::{BlockHash, ModelRoot};
 use baton_proto::ids::{Epoch, NodeId, TransferId};
+use bytes::Bytes;
 use tokio::sync::{Notify, OwnedSemaphorePermit, watch};
+use tokio::task::JoinHandle;
 use tokio::time::sleep_until;
 
 use crate::channel::Parcel;
 use crate::direct::Transport;
 use crate::endpoint::{Shared, lock};
 use crate::error::ReceiveError;
-use crate::frame::{FirstToken, LayerRun, Manifest, Offer, UnitHeader};
+use crate::frame::{FirstToken, LayerRun, Manifest, Offer, Run, UnitHeader};
 use crate::inbox::Routed;
+use crate::limits::UNIT_BYTES;
 use crate::link::Link;
-use crate::memory::{BlockSink, MemoryLost, Place};
+use crate::memory::{BlockSink, MemoryLost, Place, Soon};
 use crate::receiver::Receiver;
 use crate::sender::LinkId;
 
@@ -51,6 +54,9 @@ pub struct Room {
     /// Where the others go.
     pub sink: Arc<dyn BlockSink>,
 }
+
+/// What came is no part of its transfer any more.
+pub(crate) struct Late;
 
 type Outcome = Option<Result<FirstToken, ReceiveError>>;
 
@@ -129,7 +135,6 @@ fn begin(shared: &Arc<Shared>, incoming: Incoming) -> Result<Arc<Inbound>, Recei
         state: Mutex::new(State {
             machine,
             sink: incoming.room.map(|room| room.sink),
-            place: None,
             link: None,
             told: false,
         }),
@@ -187,8 +192,6 @@ struct State {
     machine: Receiver,
     /// From the reservation of the blocks to the end.
     sink: Option<Arc<dyn BlockSink>>,
-    /// Of the unit that is arriving.
-    place: Option<Box<dyn Place>>,
     link: Option<Arc<Link>>,
     /// The end has been told.
     told: bool,
@@ -209,9 +212,6 @@ impl Inbound {
         let ended = after.is_none() && !std::mem::replace(&mut state.told, true);
         if after.is_none() {
             state.sink = None;
-        }
-        if !state.machine.is_arriving() {
-            state.place = None;
         }
         let offered = after.is_none() || state.machine.offered();
         let outcome = state.machine.outcome().filter(|_| ended).cloned();
@@ -240,82 +240,64 @@ impl Inbound {
         self.input(shared, |receiver, now| receiver.reserve(now, room.held));
     }
 
-    /// Announces a unit and finds a place for it; false if its stream is not to be read on.
-    pub(crate) async fn begin_unit(
-        &self,
-        shared: &Shared,
-        link: LinkId,
-        unit: &UnitHeader,
-    ) -> bool {
-        let place = self.change(shared, |State { machine, sink, .. }, now| {
-            let begun = machine.begin_unit(now, link, unit) == Ok(true);
-            sink.as_ref().filter(|_| begun).map(|sink| sink.clone().place(unit.pieces))
-        });
-        let Some(place) = place else { return false };
-        let place = place.await;
-        self.change(shared, |state, _| match place {
-            // It may have waited for long.
-            Ok(place) if state.machine.is_current(link) => {
-                state.place = Some(place);
-                true
-            }
-            Ok(_) => false,
-            Err(MemoryLost) => {
-                state.machine.handle_memory_lost();
-                false
-            }
-        })
+    /// Most bytes of a unit.
+    pub(crate) fn most_bytes(&self) -> usize {
+        UNIT_BYTES.max(self.piece_bytes)
     }
 
-    /// The unit's bytes have all come, with this checksum: if they are sound, they are applied
-    /// while the next unit arrives.
-    pub(crate) fn end_unit(self: &Arc<Self>, shared: &Arc<Shared>, link: LinkId, checksum: u32) {
-        let applying = self.change(shared, |state, now| {
-            if !state.machine.is_current(link) {
-                return None;
-            }
-            let place = state.place.take()?;
-            if !state.machine.end_unit(now, link, checksum) {
-                return None;
-            }
-            let mut applying = place.apply();
-            let Poll::Ready(applied) =
-                applying.as_mut().poll(&mut Context::from_waker(Waker::noop()))
-            else {
-                return Some(applying);
-            };
-            drop(applying);
-            state.applied(now, applied);
-            None
-        });
-        let Some(applying) = applying else { return };
+    /// A whole unit has come, with this checksum: if it is sound it goes to its place, if need be while
+    /// the next one arrives. An error: its stream is not to be read on.
+    pub(crate) fn unit(
+        self: &Arc<Self>,
+        shared: &Arc<Shared>,
+        link: LinkId,
+        (unit, checksum): (&UnitHeader, u32),
+        bytes: Bytes,
+    ) -> Result<Option<JoinHandle<()>>, Late> {
+        let pieces = unit.pieces;
+        let place = self.change(shared, |State { machine, sink, .. }, now| {
+            let new = machine.unit(now, link, unit, checksum).ok().flatten();
+            let place = new.zip(sink.clone()).map(|(new, sink)| (new, sink.place(pieces)));
+            if machine.is_current(link) { Ok(place) } else { Err(Late) }
+        })?;
+        let Some((new, place)) = place else { return Ok(None) };
         let (transfer, shared) = (self.clone(), shared.clone());
-        tokio::spawn(async move {
-            let applied = applying.await;
+        let mut landing = Box::pin(async move {
+            let applied = transfer.land(place, (pieces, new), &bytes).await;
             transfer.change(&shared, |state, now| state.applied(now, applied));
         });
+        // Of memory that is at hand it ends at once.
+        let waits = landing.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_pending();
+        // It does not end with the connection: the unit has landed.
+        Ok(waits.then(|| tokio::spawn(landing)))
     }
 
-    /// Writes bytes that stand at `offset` of a unit to their pieces; false if they are late.
-    /// Holds the lock, so that nothing is written once the transfer has ended.
-    pub(crate) fn write(&self, link: LinkId, unit: LayerRun, offset: usize, bytes: &[u8]) -> bool {
-        let mut state = lock(&self.state);
-        let State { machine, place, .. } = &mut *state;
-        let (Some(place), true) = (place, machine.is_current(link)) else {
-            return false;
+    /// Writes the new pieces of a unit to their place, once there is one, unless the transfer ends
+    /// before.
+    async fn land(
+        &self,
+        place: Soon<Box<dyn Place>>,
+        (pieces, new): (LayerRun, Vec<Run>),
+        bytes: &[u8],
+    ) -> Result<(), MemoryLost> {
+        let mut ended = self.outcome();
+        let mut place = tokio::select! {
+            biased;
+            place = place => place?,
+            _ = ended.wait_for(Option::is_some) => return Ok(()),
         };
-        let now = Instant::now();
-        let (mut ordinal, mut within) =
-            (unit.run.first + (offset / self.piece_bytes) as u32, offset % self.piece_bytes);
-        let mut rest = bytes;
-        while !rest.is_empty() {
-            let (part, next) = rest.split_at(rest.len().min(self.piece_bytes - within));
-            if machine.accepts(now, link, unit.layer, ordinal) {
-                place.write(ordinal, within, part);
+        {
+            // Held, so that nothing is written once the transfer has ended.
+            let state = lock(&self.state);
+            if state.machine.outcome().is_some() {
+                return Ok(());
             }
-            (rest, ordinal, within) = (next, ordinal + 1, 0);
+            for ordinal in new.into_iter().flat_map(Run::range) {
+                let at = (ordinal - pieces.run.first) as usize * self.piece_bytes;
+                place.write(ordinal, &bytes[at..][..self.piece_bytes]);
+            }
         }
-        true
+        place.apply().await
     }
 
     /// Becomes `Some` at the end.
@@ -334,8 +316,8 @@ impl Inbound {
         permit: OwnedSemaphorePermit,
     ) -> bool {
         let copying = self.change(shared, |State { machine, sink, .. }, now| {
-            let sound = machine.references(now, link.id, unit, checksum);
-            let remote = link.remote.as_ref().filter(|_| sound == Ok(true));
+            let sound = matches!(machine.unit(now, link.id, unit, checksum), Ok(Some(_)));
+            let remote = link.remote.as_ref().filter(|_| sound);
             let copy = remote.zip(sink.as_ref());
             let copy =
                 copy.map(|(from, sink)| sink.clone().copy(&from.memory, unit.pieces, blocks));
@@ -365,7 +347,9 @@ impl Inbound {
         link: LinkId,
         parcel: &UnitHeader,
     ) -> Result<bool, &'static str> {
-        self.change(shared, |state, now| state.machine.announced(now, link, parcel))
+        let checksum = parcel.checksum;
+        let new = self.change(shared, |state, now| state.machine.unit(now, link, parcel, checksum));
+        new.map(|new| new.is_some())
     }
 
     /// Copies a parcel to its blocks, unless the transfer has ended. Until then nothing of it holds

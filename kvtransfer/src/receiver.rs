@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use crate::direct::Transport;
 use crate::error::ReceiveError;
-use crate::frame::{FirstToken, Frame, Grant, Manifest, Offer, Reason, Run, UnitHeader};
+use crate::frame::{FirstToken, Frame, Grant, Manifest, Offer, Reason, Run};
 use crate::grid::Grid;
 use crate::limits::{MAX_LANDED_RUNS, Timing};
 use crate::memory::MemoryLost;
@@ -15,19 +15,19 @@ mod units;
 
 /// Receives one transfer.
 ///
-/// Inputs are the owner's [`cancel`](Self::cancel) and the driver's `handle_*`. Payload units are
-/// announced by [`begin_unit`](Self::begin_unit), written where [`accepts`](Self::accepts) allows
-/// it, closed by [`end_unit`](Self::end_unit), and, if that found them sound, put into the pool and
-/// [`applied`](Self::applied). After each input, the driver drains [`poll_frame`](Self::poll_frame), and calls [`handle_timeout`](Self::handle_timeout) when
-/// [`poll_timeout`](Self::poll_timeout) says so, until there is an [`outcome`](Self::outcome).
+/// Inputs are the owner's [`cancel`](Self::cancel) and the driver's `handle_*`. A payload
+/// [`unit`](Self::unit) that has come whole and was found sound and new is put into the pool, and then
+/// [`applied`](Self::applied). After each input, the driver drains [`poll_frame`](Self::poll_frame),
+/// and calls [`handle_timeout`](Self::handle_timeout) when [`poll_timeout`](Self::poll_timeout) says so,
+/// until there is an [`outcome`](Self::outcome).
 ///
 /// It may be there before its blocks are: an offer is then held with heartbeats until the owner
 /// [reserves](Self::reserve) them.
 ///
-/// Always true: only granted pieces are accepted, one unit at a time; a piece lands once, after
-/// its checksum held, and is not written to again; complete exactly if every wanted piece has
-/// landed and is applied and the first token is here; nothing is accepted after the end, or over
-/// an earlier connection than the current one.
+/// Always true: only granted pieces are accepted; a piece lands once, after its checksum held, and is
+/// not written to before or again; complete exactly if every wanted piece has landed and is applied
+/// and the first token is here; nothing is accepted after the end, or over an earlier connection
+/// than the current one.
 ///
 /// A parcel's pieces count as landed when it is announced, and are unreadable if it does not come.
 ///
@@ -54,8 +54,6 @@ pub struct Receiver {
     landed: Grid,
     /// Units of them that are not applied yet.
     applying: u32,
-    /// The unit that is arriving.
-    arriving: Option<UnitHeader>,
     first: Option<FirstToken>,
     retries: u32,
     frames: VecDeque<Frame>,
@@ -93,7 +91,6 @@ impl Receiver {
             outcome: None,
             landed: Grid::new(manifest.geometry.layers, manifest.blocks),
             applying: 0,
-            arriving: None,
             first: None,
             retries: 0,
             frames: VecDeque::new(),
@@ -360,7 +357,6 @@ impl Receiver {
 
     fn unlink(&mut self) {
         self.link = None;
-        self.arriving = None;
         self.frames.clear();
         (self.grant_due, self.asked) = (false, false);
         if self.transport != Some(Transport::Quic) {
@@ -378,7 +374,6 @@ impl Receiver {
 
     fn end(&mut self, outcome: Result<FirstToken, ReceiveError>) {
         self.outcome = Some(outcome);
-        self.arriving = None;
         self.frames.clear();
     }
 

@@ -200,7 +200,7 @@ impl BlockSink for Sink {
     fn unpack(self: Arc<Self>, LayerRun { layer, run }: LayerRun, parcel: Parcel) -> Soon<bool> {
         let bytes = parcel.downcast::<Vec<u8>>().unwrap();
         for (ordinal, piece) in run.range().zip(bytes.chunks(GEOMETRY.piece_bytes())) {
-            self.0.write(layer, ordinal, 0, piece);
+            self.0.write(layer, ordinal, piece);
         }
         at_hand(true)
     }

@@ -89,7 +89,7 @@ impl BlockSink for Sink {
             permit.forget();
             for (ordinal, block) in pieces.run.range().zip(blocks) {
                 let piece = from.bytes(pieces.layer, block);
-                self.pool.write(pieces.layer, ordinal, 0, &piece);
+                self.pool.write(pieces.layer, ordinal, &piece);
             }
             Ok(true)
         })

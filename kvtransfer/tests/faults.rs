@@ -8,9 +8,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use baton_kvtransfer::frame::{Frame, Hello, LayerRun, Manifest, Offer, Run, UnitHeader};
-use baton_kvtransfer::limits::MAX_PENDING_OFFERS_PER_PEER;
+use baton_kvtransfer::limits::{MAX_PENDING_OFFERS_PER_PEER, UNIT_BYTES};
 use baton_kvtransfer::{
-    Endpoint, Incoming, Reason, ReceiveError, Room, SendError, SendHandle, Timing, Transport,
+    BlockSink, Endpoint, Incoming, MemoryLost, Place, Reason, ReceiveError, Room, SendError,
+    SendHandle, Soon, Timing, Transport,
 };
 use baton_proto::ids::TransferId;
 use common::{
@@ -18,6 +19,7 @@ use common::{
     transfer,
 };
 use quinn::crypto::rustls::QuicClientConfig;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 const PIECES: usize = (GEOMETRY.layers * BLOCKS) as usize;
 
@@ -409,11 +411,101 @@ async fn payload_that_was_not_granted_is_not_written() {
     // A block that is not wanted.
     let mut stream = hostile.connection.open_uni().await.unwrap();
     stream.write_all(&header(transfer(1), 9, 4096).encode()).await.unwrap();
+    stream.write_all(&[0; 4096]).await.unwrap();
     assert!(matches!(receive.outcome().await, Err(ReceiveError::Protocol(_))));
     let told = Frame::Cancel(transfer(1), Reason::Protocol);
     assert_eq!(hostile.hear().await, told);
     sink.assert_holds(&Pool::source(), BLOCKS);
     passes(&pair, transfer(3)).await;
+}
+
+/// A sink with as many places as the semaphore has permits.
+struct Places(Arc<Pool>, Arc<Semaphore>);
+
+struct OnePlace(Box<dyn Place>, OwnedSemaphorePermit);
+
+impl BlockSink for Places {
+    fn place(self: Arc<Self>, pieces: LayerRun) -> Soon<Box<dyn Place>> {
+        Box::pin(async move {
+            let place = self.0.clone().place(pieces).await?;
+            let permit = self.1.clone().acquire_owned().await.map_err(|_| MemoryLost)?;
+            Ok(Box::new(OnePlace(place, permit)) as Box<dyn Place>)
+        })
+    }
+}
+
+impl Place for OnePlace {
+    fn write(&mut self, ordinal: u32, piece: &[u8]) {
+        self.0.write(ordinal, piece);
+    }
+
+    fn apply(self: Box<Self>) -> Soon<()> {
+        let Self(place, permit) = *self;
+        drop(permit);
+        place.apply()
+    }
+}
+
+#[tokio::test]
+async fn who_is_slow_to_send_keeps_no_place_from_others() {
+    let pair = Pair::new();
+    let (sink, one) = (Pool::sink(), Arc::new(Semaphore::new(1)));
+    let room = || Some(Room { held: 0, sink: Arc::new(Places(sink.clone(), one.clone())) });
+    let mut slow = Hostile::connect(&pair, "p9").await;
+    slow.greet().await;
+    let _of_slow = pair.decode.expect(Incoming {
+        from: "p9".parse().unwrap(),
+        hashes: Vec::new(),
+        room: room(),
+        ..pair.incoming(transfer(1), 0, &sink)
+    });
+    slow.say(&Hostile::offer(transfer(1))).await;
+    assert!(matches!(slow.hear().await, Frame::Grant(_)));
+    let pieces = LayerRun { layer: 0, run: Run { first: 0, count: 2 } };
+    let unit = UnitHeader {
+        transfer: transfer(1),
+        pieces,
+        transport: Transport::Quic,
+        length: 2 * GEOMETRY.piece_bytes() as u32,
+        checksum: 0,
+    };
+    let mut stream = slow.connection.open_uni().await.unwrap();
+    stream.write_all(&unit.encode()).await.unwrap();
+    stream.write_all(&[0; 100]).await.unwrap();
+
+    let incoming = Incoming { room: room(), ..pair.incoming(transfer(2), 0, &sink) };
+    let receive = pair.decode.expect(incoming);
+    let source = Pool::source();
+    let send = pair.prefill.send(pair.outgoing(transfer(2), &source));
+    ready(&send, 0..GEOMETRY.layers);
+    send.finish(first_token());
+    assert_eq!(receive.outcome().await, Ok(first_token()));
+    sink.assert_holds(&source, 0);
+}
+
+#[tokio::test]
+async fn units_larger_than_agreed_close_their_connection() {
+    let pair = Pair::new();
+    let mut hostile = Hostile::connect(&pair, "p9").await;
+    hostile.greet().await;
+    let sink = Pool::sink();
+    let _receive = pair.decode.expect(Incoming {
+        from: "p9".parse().unwrap(),
+        hashes: Vec::new(),
+        ..pair.incoming(transfer(1), 0, &sink)
+    });
+    hostile.say(&Hostile::offer(transfer(1))).await;
+    assert!(matches!(hostile.hear().await, Frame::Grant(_)));
+    let unit = UnitHeader {
+        transfer: transfer(1),
+        pieces: LayerRun { layer: 0, run: Run { first: 0, count: 1 } },
+        transport: Transport::Quic,
+        length: UNIT_BYTES as u32 + 1,
+        checksum: 0,
+    };
+    let mut stream = hostile.connection.open_uni().await.unwrap();
+    stream.write_all(&unit.encode()).await.unwrap();
+    assert_eq!(hostile.closed().await, PROTOCOL);
 }
 
 #[tokio::test]

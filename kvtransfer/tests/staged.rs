@@ -114,21 +114,21 @@ impl BlockSink for StagedSink {
 struct StagedPlace {
     sink: Arc<StagedSink>,
     pieces: LayerRun,
-    written: Vec<(u32, usize, Vec<u8>)>,
+    written: Vec<(u32, Vec<u8>)>,
 }
 
 impl Place for StagedPlace {
-    fn write(&mut self, ordinal: u32, offset: usize, bytes: &[u8]) {
+    fn write(&mut self, ordinal: u32, piece: &[u8]) {
         assert!(self.pieces.run.range().contains(&ordinal));
-        self.written.push((ordinal, offset, bytes.to_vec()));
+        self.written.push((ordinal, piece.to_vec()));
     }
 
     fn apply(self: Box<Self>) -> Soon<()> {
         self.sink.writes.ask();
         Box::pin(async move {
             self.sink.writes.one().await?;
-            for (ordinal, offset, bytes) in &self.written {
-                self.sink.pool.write(self.pieces.layer, *ordinal, *offset, bytes);
+            for (ordinal, piece) in &self.written {
+                self.sink.pool.write(self.pieces.layer, *ordinal, piece);
             }
             self.sink.slots.permits.add_permits(1);
             Ok(())
@@ -178,8 +178,8 @@ async fn complete_means_applied() {
     let pair = Pair::new();
     let (reads, sink) = (Copies::new(MANY), StagedSink::new(MANY, 0));
     let (source, send, receive) = begin(&pair, transfer(1), &reads, &sink);
-    sink.writes.wait_asked(LAYERS).await;
     sink.writes.permits.add_permits(LAYERS - 1);
+    sink.writes.wait_asked(LAYERS).await;
     assert!(is_pending(receive.outcome()).await, "one unit is not in the blocks");
     assert!(is_pending(send.outcome()).await);
     sink.writes.permits.add_permits(1);

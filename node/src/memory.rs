@@ -172,8 +172,8 @@ impl BlockSink for LeaseSink {
 struct LeasePlace(baton_engine::Place);
 
 impl Place for LeasePlace {
-    fn write(&mut self, ordinal: u32, offset: usize, bytes: &[u8]) {
-        self.0.write(ordinal as usize, offset, bytes);
+    fn write(&mut self, ordinal: u32, piece: &[u8]) {
+        self.0.write(ordinal as usize, 0, piece);
     }
 
     fn apply(self: Box<Self>) -> Soon<()> {

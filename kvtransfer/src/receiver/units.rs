@@ -5,100 +5,51 @@ use std::time::Instant;
 use super::Receiver;
 use crate::direct::Transport;
 use crate::error::ReceiveError;
-use crate::frame::{Frame, LayerRun, UnitHeader};
-use crate::limits::{MAX_REFERENCES, MAX_RETRIES, PARCEL_BYTES};
+use crate::frame::{Frame, LayerRun, Run, UnitHeader};
+use crate::grid::runs;
+use crate::limits::{MAX_REFERENCES, MAX_RETRIES, PARCEL_BYTES, UNIT_BYTES};
 use crate::sender::{LinkId, pieces_of};
 
 impl Receiver {
-    /// A unit begins to arrive over `link`. False: it is late and to be dropped. An error: it is
-    /// not what was granted, and the transfer has failed.
-    pub fn begin_unit(
+    /// A whole unit came over `link`, and its bytes have this checksum; or a parcel is announced.
+    /// `Some`: it is sound, these of its pieces have not landed before and are to be put into the
+    /// pool, and [`applied`](Self::applied) or [`unreadable`](Self::unreadable) is to follow,
+    /// whatever happens to the connection. `None`: it is late, damaged, or nothing of it is new.
+    /// An error: it is not what was granted, and the transfer has failed.
+    pub fn unit(
         &mut self,
         now: Instant,
         link: LinkId,
         unit: &UnitHeader,
-    ) -> Result<bool, &'static str> {
+        checksum: u32,
+    ) -> Result<Option<Vec<Run>>, &'static str> {
         // What was sent before another way was asked for is late.
         if !self.is_current(link) || self.transport != Some(unit.transport) {
-            return Ok(false);
+            return Ok(None);
         }
         if let Err(what) = self.check_unit(unit) {
             self.fail(ReceiveError::Protocol(what));
             return Err(what);
         }
         self.alive(now);
-        self.arriving = Some(*unit);
-        Ok(true)
-    }
-
-    /// Whether bytes that came over `link` may be written to this piece of the arriving unit.
-    pub fn accepts(&mut self, now: Instant, link: LinkId, layer: u32, ordinal: u32) -> bool {
-        if !self.is_current(link) {
-            return false;
+        if checksum != unit.checksum {
+            self.damaged(unit.pieces);
+            return Ok(None);
         }
-        self.alive(now);
-        !self.landed.contains(layer, ordinal)
+        let LayerRun { layer, run } = unit.pieces;
+        let new: Vec<_> = runs(run.range().filter(|&o| self.landed.insert(layer, o))).collect();
+        if new.is_empty() {
+            return Ok(None);
+        }
+        self.progress(now);
+        self.applying += 1;
+        Ok(Some(new))
     }
 
-    /// Whether bytes that come over `link` are part of the transfer.
+    /// Whether what comes over `link` is part of the transfer.
     #[must_use]
     pub fn is_current(&self, link: LinkId) -> bool {
         self.outcome.is_none() && self.link == Some(link)
-    }
-
-    /// The arriving unit is complete, and its bytes have this checksum. True: it is sound, and
-    /// [`applied`](Self::applied) is to follow, whatever happens to the connection.
-    #[must_use]
-    pub fn end_unit(&mut self, now: Instant, link: LinkId, checksum: u32) -> bool {
-        if !self.is_current(link) {
-            return false;
-        }
-        let Some(unit) = self.arriving.take() else {
-            return false;
-        };
-        self.alive(now);
-        if checksum != unit.checksum {
-            self.damaged(unit.pieces);
-            return false;
-        }
-        for ordinal in unit.pieces.run.range() {
-            if self.landed.insert(unit.pieces.layer, ordinal) {
-                self.progress(now);
-            }
-        }
-        self.applying += 1;
-        true
-    }
-
-    /// A unit of references came over `link`, and its bytes have this checksum. True: its pieces
-    /// are to be copied, and [`applied`](Self::applied) or [`unreadable`](Self::unreadable) is to
-    /// follow, whatever happens to the connection.
-    pub fn references(
-        &mut self,
-        now: Instant,
-        link: LinkId,
-        unit: &UnitHeader,
-        checksum: u32,
-    ) -> Result<bool, &'static str> {
-        Ok(self.begin_unit(now, link, unit)? && self.end_unit(now, link, checksum))
-    }
-
-    /// A parcel is announced over `link`. True: it is wanted, and [`applied`](Self::applied) or
-    /// [`unreadable`](Self::unreadable) is to follow, whatever happens to the connection. An error:
-    /// it is not what was granted, and the transfer has failed.
-    pub fn announced(
-        &mut self,
-        now: Instant,
-        link: LinkId,
-        parcel: &UnitHeader,
-    ) -> Result<bool, &'static str> {
-        Ok(self.begin_unit(now, link, parcel)? && self.end_unit(now, link, parcel.checksum))
-    }
-
-    /// Whether a unit has begun and not ended.
-    #[must_use]
-    pub fn is_arriving(&self) -> bool {
-        self.arriving.is_some()
     }
 
     /// A sound unit is in the pool.
@@ -124,9 +75,6 @@ impl Receiver {
     fn check_unit(&self, unit: &UnitHeader) -> Result<(), &'static str> {
         let LayerRun { layer, run } = unit.pieces;
         let geometry = &self.manifest.geometry;
-        if self.arriving.is_some() {
-            return Err("two units at a time");
-        }
         if layer >= geometry.layers
             || self.held.is_none_or(|held| run.first < held)
             || run.range().end > self.manifest.blocks
@@ -134,7 +82,7 @@ impl Receiver {
             return Err("payload that was not granted");
         }
         let (most, bytes) = match unit.transport {
-            Transport::Quic => (u32::MAX, geometry.piece_bytes()),
+            Transport::Quic => (pieces_of(UNIT_BYTES, geometry), geometry.piece_bytes()),
             Transport::Nccl => (pieces_of(PARCEL_BYTES, geometry), geometry.piece_bytes()),
             Transport::Ipc => (MAX_REFERENCES, size_of::<u32>()),
         };

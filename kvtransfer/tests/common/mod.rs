@@ -173,9 +173,8 @@ impl Pool {
         }
     }
 
-    pub fn write(&self, layer: u32, ordinal: u32, offset: usize, bytes: &[u8]) {
-        let mut piece = self.at(layer, ordinal).lock().unwrap();
-        piece[offset..offset + bytes.len()].copy_from_slice(bytes);
+    pub fn write(&self, layer: u32, ordinal: u32, piece: &[u8]) {
+        self.at(layer, ordinal).lock().unwrap().copy_from_slice(piece);
     }
 
     fn at(&self, layer: u32, ordinal: u32) -> &Mutex<Vec<u8>> {
@@ -203,10 +202,10 @@ struct InPlace {
 }
 
 impl Place for InPlace {
-    fn write(&mut self, ordinal: u32, offset: usize, bytes: &[u8]) {
-        self.pool.write(self.layer, ordinal, offset, bytes);
+    fn write(&mut self, ordinal: u32, piece: &[u8]) {
+        self.pool.write(self.layer, ordinal, piece);
         if let Some(watched) = &self.written {
-            watched.written.send_modify(|written| *written += bytes.len());
+            watched.written.send_modify(|written| *written += piece.len());
         }
     }
 

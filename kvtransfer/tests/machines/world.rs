@@ -3,7 +3,7 @@
 use std::collections::{HashSet, VecDeque};
 use std::time::{Duration, Instant};
 
-use baton_kvtransfer::frame::{Frame, LayerRun, Manifest, UnitHeader};
+use baton_kvtransfer::frame::{Frame, LayerRun, Manifest, Run, UnitHeader};
 use baton_kvtransfer::limits::MAX_RETRIES;
 use baton_kvtransfer::{FirstToken, LinkId, Receiver, Sender, Timing, Transport};
 use baton_proto::geometry::{KvDtype, KvGeometry};
@@ -51,7 +51,7 @@ pub(crate) enum Step {
     /// Deliver the frame at this place of the queue (0: in order).
     ToReceiver(usize),
     ToSender(usize),
-    /// Deliver the next part of the payload.
+    /// Deliver the next unit.
     Payload,
     DropToReceiver,
     DropToSender,
@@ -92,21 +92,20 @@ pub(crate) enum Sink {
 
 /// A copy into the sink that has begun.
 pub(crate) enum Copy {
-    /// Bytes as (index of the piece, offset, byte).
-    Staged(Vec<(usize, usize, u8)>),
+    /// Bytes, as index and content of each piece.
+    Staged(Vec<(usize, [u8; 8])>),
     /// Pieces of the sender's memory, as it is when the copy ends.
     From(LayerRun),
     /// Pieces as they were sent.
     Parcel(LayerRun),
 }
 
-/// A unit on its way; it arrives in two parts and then ends.
+/// A unit on its way.
 #[derive(Clone)]
 pub(crate) struct Flying {
     pub(crate) link: LinkId,
     pub(crate) header: UnitHeader,
     pub(crate) bytes: Vec<u8>,
-    pub(crate) arrived: usize,
 }
 
 pub(crate) struct World {
@@ -127,8 +126,6 @@ pub(crate) struct World {
     pub(crate) sent: u64,
     pub(crate) sink: Vec<[u8; 8]>,
     pub(crate) kind: Sink,
-    /// Bytes of the arriving unit that were accepted, as (index of the piece, offset, byte).
-    pub(crate) staging: Vec<(usize, usize, u8)>,
     /// Sound units on their way into the sink.
     pub(crate) applying: VecDeque<Copy>,
     /// Pieces whose checksum held.
@@ -160,7 +157,6 @@ impl World {
             sent: 0,
             sink: vec![[0xEE; 8]; (LAYERS * blocks) as usize],
             kind,
-            staging: Vec::new(),
             applying: VecDeque::new(),
             landed: HashSet::new(),
             visible: false,
@@ -246,12 +242,7 @@ impl World {
             length: bytes.len() as u32,
             checksum: crc32c(&bytes),
         };
-        self.payload.push_back(Flying {
-            link: self.sender.link().unwrap(),
-            header,
-            bytes,
-            arrived: 0,
-        });
+        self.payload.push_back(Flying { link: self.sender.link().unwrap(), header, bytes });
     }
 
     pub(crate) fn receive(&mut self, link: LinkId, frame: Frame) {
@@ -268,72 +259,35 @@ impl World {
         }
     }
 
-    /// The unit in front arrives a part further.
+    /// The unit in front has arrived.
     pub(crate) fn deliver(&mut self) {
-        let Some(mut unit) = self.payload.pop_front() else {
+        let Some(Flying { link, header, bytes }) = self.payload.pop_front() else {
             return;
         };
-        let now = self.now;
-        if unit.header.transport == Transport::Nccl {
-            if self.receiver.announced(now, unit.link, &unit.header) == Ok(true) {
-                self.applying.push_back(Copy::Parcel(unit.header.pieces));
-            }
+        let (current, checksum) = (self.receiver.is_current(link), crc32c(&bytes));
+        let Ok(Some(new)) = self.receiver.unit(self.now, link, &header, checksum) else {
             return;
-        }
-        if unit.header.transport == Transport::Ipc {
-            let checksum = crc32c(&unit.bytes);
-            if self.receiver.references(now, unit.link, &unit.header, checksum) == Ok(true) {
-                self.applying.push_back(Copy::From(unit.header.pieces));
-            }
-            return;
-        }
-        if unit.arrived == 0 {
-            if self.receiver.begin_unit(now, unit.link, &unit.header) != Ok(true) {
-                return;
-            }
-            self.staging.clear();
-        }
-        if unit.arrived == unit.bytes.len() {
-            self.end_unit(&unit);
-            return;
-        }
-        let half = (unit.bytes.len() / 2).max(1);
-        let until = if unit.arrived < half { half } else { unit.bytes.len() };
-        for at in unit.arrived..until {
-            self.write(&unit, at);
-        }
-        unit.arrived = until;
-        self.payload.push_front(unit);
-    }
-
-    pub(crate) fn write(&mut self, unit: &Flying, at: usize) {
-        let (layer, run) = (unit.header.pieces.layer, unit.header.pieces.run);
-        let ordinal = run.first + (at / 8) as u32;
-        if self.receiver.accepts(self.now, unit.link, layer, ordinal) {
-            assert!(!self.visible, "nothing is written once the blocks are visible");
-            assert!(ordinal >= self.held, "nor to blocks that are not wanted");
-            assert!(!self.landed.contains(&(layer, ordinal)), "nor to a piece that has landed");
-            let piece = (layer * self.blocks + ordinal) as usize;
-            match self.kind {
-                Sink::InPlace => self.sink[piece][at % 8] = unit.bytes[at],
-                _ => self.staging.push((piece, at % 8, unit.bytes[at])),
-            }
+        };
+        assert!(current && checksum == header.checksum, "what lands is verified");
+        let copy = match header.transport {
+            Transport::Nccl => Copy::Parcel(header.pieces),
+            Transport::Ipc => Copy::From(header.pieces),
+            Transport::Quic => self.staged(header.pieces, &new, &bytes),
+        };
+        self.applying.push_back(copy);
+        if self.kind == Sink::InPlace {
+            self.applied();
         }
     }
 
-    pub(crate) fn end_unit(&mut self, unit: &Flying) {
-        let LayerRun { layer, run } = unit.header.pieces;
-        let current = self.receiver.is_current(unit.link);
-        let checksum = crc32c(&unit.bytes);
-        let sound = self.receiver.end_unit(self.now, unit.link, checksum);
-        assert!(!sound || (current && checksum == unit.header.checksum), "sound means verified");
-        if sound {
-            self.landed.extend(run.range().map(|o| (layer, o)));
-            self.applying.push_back(Copy::Staged(std::mem::take(&mut self.staging)));
-            if self.kind == Sink::InPlace {
-                self.applied();
-            }
-        }
+    fn staged(&mut self, LayerRun { layer, run }: LayerRun, new: &[Run], bytes: &[u8]) -> Copy {
+        let piece = |ordinal: u32| {
+            assert!(ordinal >= self.held, "nothing is written to blocks that are not wanted");
+            assert!(self.landed.insert((layer, ordinal)), "nor to a piece that has landed");
+            let (pieces, _) = bytes.as_chunks();
+            ((layer * self.blocks + ordinal) as usize, pieces[(ordinal - run.first) as usize])
+        };
+        Copy::Staged(new.iter().flat_map(|run| run.range()).map(piece).collect())
     }
 
     fn applied(&mut self) {
@@ -342,9 +296,9 @@ impl World {
         };
         assert!(!self.visible, "nothing is copied to blocks that are visible");
         match unit {
-            Copy::Staged(bytes) => {
-                for (piece, at, byte) in bytes {
-                    self.sink[piece][at] = byte;
+            Copy::Staged(pieces) => {
+                for (at, piece) in pieces {
+                    self.sink[at] = piece;
                 }
             }
             Copy::Parcel(LayerRun { layer, run }) => {
@@ -373,7 +327,7 @@ impl World {
 
     pub(crate) fn corrupt(&mut self) {
         if self.corrupted < MAX_RETRIES
-            && let Some(unit) = self.payload.iter_mut().find(|unit| unit.arrived == 0)
+            && let Some(unit) = self.payload.front_mut()
         {
             let at = unit.bytes.len() / 3;
             unit.bytes[at] ^= 0x10;

@@ -46,10 +46,8 @@ pub(crate) enum Message {
     KvHello(Epoch),
     /// KV connection, control stream.
     Frame(Box<Frame>),
-    /// KV connection, payload stream: the first byte of a unit arrives.
-    UnitBegins(UnitHeader),
-    /// KV connection, payload stream: the last byte.
-    UnitEnds(UnitHeader, Vec<Piece>),
+    /// KV connection, payload stream: a unit.
+    Unit(UnitHeader, Vec<Piece>),
     /// KV connection, payload stream: a unit of references to the sender's blocks.
     References(UnitHeader, Vec<u32>),
     /// The other end has closed.
@@ -244,8 +242,7 @@ impl Net {
         let free = &mut self.free.entry(target).or_insert([now; 2])[1];
         let ends = begins.max(*free + takes);
         *free = ends;
-        self.send_at(id, 0, stream, ends - takes, Message::UnitBegins(header));
-        self.send_at(id, 0, stream, ends, Message::UnitEnds(header, pieces));
+        self.send_at(id, 0, stream, ends, Message::Unit(header, pieces));
     }
 
     /// When a unit of `bytes` that `node` wants to send now has left it.

@@ -1,11 +1,11 @@
 //! Connections from nodes that send to this one, and what arrives over them.
 
-use baton_kvtransfer::frame::{Frame, Offer, UnitHeader};
+use baton_kvtransfer::frame::{Frame, LayerRun, Offer, Run, UnitHeader};
 use baton_kvtransfer::inbox::{Origin, Routed};
-use baton_kvtransfer::{LinkId, Transport};
-use baton_proto::ids::{Epoch, NodeId, TransferId};
+use baton_kvtransfer::{LinkId, Receiver, Transport};
+use baton_proto::ids::{Epoch, NodeId};
 
-use super::{Around, Copy, Endpoint, Happened, Inbound, checksum};
+use super::{Around, Copy, Endpoint, Happened, checksum};
 use crate::world::NodeTimer;
 use crate::world::memory::Piece;
 use crate::world::net::{Close, Message, Party, WireId};
@@ -44,8 +44,7 @@ impl Endpoint {
                 Frame::Offer(offer) => self.take_offer(&link, offer, around),
                 frame => self.pass_on(&link, frame, around),
             },
-            Message::UnitBegins(unit) => self.unit_begins(&link, unit, around),
-            Message::UnitEnds(unit, pieces) => self.unit_ends(&link, unit, &pieces, around),
+            Message::Unit(unit, pieces) => self.unit(&link, unit, &pieces, around),
             Message::References(unit, blocks) => self.references(&link, unit, blocks, around),
             Message::Closed(why) => self.lost_in(wire, why == Close::Stopping, around),
             other => panic!("a sender said {other:?}"),
@@ -132,7 +131,7 @@ impl Endpoint {
         let Some(id) = self.inbox.find(unit.transfer, link) else { return };
         let mut sound = false;
         self.receiver(id, around, |machine, now| {
-            sound = machine.references(now, link.wire, &unit, unit.checksum) == Ok(true);
+            sound = matches!(machine.unit(now, link.wire, &unit, unit.checksum), Ok(Some(_)));
         });
         let from = around.net.party(link.wire, 0);
         let (Some(Party::Node(from)), Some(inbound), true) = (from, self.inbound.get(&id), sound)
@@ -170,49 +169,19 @@ impl Endpoint {
         }
     }
 
-    fn unit_begins(&mut self, link: &LinkIn, unit: UnitHeader, around: &mut Around<'_>) {
+    fn unit(&mut self, link: &LinkIn, unit: UnitHeader, pieces: &[Piece], around: &mut Around<'_>) {
         let Some(id) = self.inbox.find(unit.transfer, link) else { return };
-        let mut begun = false;
-        self.receiver(id, around, |machine, now| {
-            begun = machine.begin_unit(now, link.wire, &unit) == Ok(true);
-        });
-        if begun {
-            let torn = vec![Piece::TORN; unit.pieces.run.count as usize];
-            self.write(id, link.wire, &unit, &torn, around);
-        }
-    }
-
-    fn unit_ends(
-        &mut self,
-        link: &LinkIn,
-        unit: UnitHeader,
-        pieces: &[Piece],
-        around: &mut Around<'_>,
-    ) {
-        let Some(id) = self.inbox.find(unit.transfer, link) else { return };
-        self.write(id, link.wire, &unit, pieces, around);
         let checksum = checksum(&unit, pieces);
+        let mut new = None;
         self.receiver(id, around, |machine, now| {
-            if machine.end_unit(now, link.wire, checksum) {
-                machine.applied(now);
-            }
+            new = machine.unit(now, link.wire, &unit, checksum).ok().flatten();
         });
-    }
-
-    fn write(
-        &mut self,
-        id: TransferId,
-        wire: WireId,
-        unit: &UnitHeader,
-        pieces: &[Piece],
-        around: &mut Around<'_>,
-    ) {
-        let now = around.net.now();
-        let Some(Inbound { machine, .. }) = self.inbound.get_mut(&id) else { return };
-        for (ordinal, &piece) in unit.pieces.run.range().zip(pieces) {
-            if machine.accepts(now, wire, unit.pieces.layer, ordinal) {
-                around.engine.write(id, unit.pieces.layer, ordinal, piece);
-            }
+        let Some(new) = new else { return };
+        let LayerRun { layer, run } = unit.pieces;
+        for ordinal in new.into_iter().flat_map(Run::range) {
+            let piece = pieces[(ordinal - run.first) as usize];
+            around.engine.write(id, layer, ordinal, piece);
         }
+        self.receiver(id, around, Receiver::applied);
     }
 }
