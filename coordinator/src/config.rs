@@ -28,7 +28,7 @@ pub enum ConfigError {
     #[error(transparent)]
     File(#[from] baton_proto::config::ConfigError),
     /// Nothing was given and there is no default.
-    #[error("{0} is not set")]
+    #[error("{0} is not set; give --{0}, or {0} in the configuration file")]
     Missing(&'static str),
     /// A value that cannot be used.
     #[error("{key} {problem}")]

@@ -45,8 +45,11 @@ fn an_alias_stands_for_several_models() {
 fn mistakes_are_named() {
     let cases = [
         ("modle = ['/m']", "c.toml:1:1: unknown key `modle`; did you mean `model`?"),
-        ("identity = '/i'", "model is not set"),
-        ("model = ['/m']", "identity is not set"),
+        ("identity = '/i'", "model is not set; give --model, or model in the configuration file"),
+        (
+            "model = ['/m']",
+            "identity is not set; give --identity, or identity in the configuration file",
+        ),
         ("model = ['/m/a', '/n/a']", "model_name names \"a\" twice"),
         ("model = ['/m']\nmodel_name = []", "model_name has 0 names for 1 models"),
         ("model = ['/m']\nmax_requests = 0", "max_requests is 0; it must be from 1 to 1048576"),
