@@ -52,7 +52,8 @@ impl Identity {
     pub fn reload(&self, dir: &Path) -> Result<(), LoadError> {
         let (name, part, certified) = Certified::load(dir, &self.0.roots)?;
         if (&name, part) != (self.node_id(), self.part()) {
-            let what = format!("it is {part:?} {name}'s, and this is {self:?}");
+            let what =
+                format!("that of {part} {name}, and this is {} {}", self.part(), self.node_id());
             return Err(FileError::new(&dir.join(NODE_CERT), what).into());
         }
         self.0.current.replace(certified);

@@ -1,5 +1,7 @@
 //! The name and the part of a member, as its certificate states them.
 
+use std::fmt;
+
 use baton_proto::ids::NodeId;
 use rustls::pki_types::{CertificateDer, ServerName};
 use x509_parser::extensions::GeneralName;
@@ -30,6 +32,12 @@ impl Part {
     /// `<name>.node.baton` or `<name>.coordinator.baton`.
     pub(crate) fn dns_name(self, name: &NodeId) -> String {
         format!("{name}.{}", self.domain())
+    }
+}
+
+impl fmt::Display for Part {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(if *self == Self::Node { "node" } else { "coordinator" })
     }
 }
 

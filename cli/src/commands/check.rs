@@ -7,6 +7,7 @@ use baton_coordinator::front::door::{Door, Tls};
 use baton_coordinator::{config as coordinator, settings::Settings as CoordinatorSettings};
 use baton_identity::{Identity, Part};
 use baton_node::{config as node, settings::Settings as NodeSettings};
+use baton_proto::config::load_toml;
 use clap::{Args, Command, ValueEnum};
 
 use super::CommandError;
@@ -38,18 +39,19 @@ pub(crate) fn run(args: &CheckArgs) -> Result<(), CommandError> {
         Daemon::Coordinator => check_coordinator(file, identity),
         Daemon::Node => check_node(file, identity),
     };
-    let report = report.map_err(|error| -> CommandError {
-        let (error, name) = (error.to_string(), file.display().to_string());
-        if error.starts_with(&name) { error.into() } else { format!("{name}: {error}").into() }
-    })?;
-    Ok(print(&report)?)
+    Ok(print(&report.map_err(|error| named(file, &*error))?)?)
+}
+
+/// What is wrong with `file`, which some errors name themselves.
+pub(super) fn named(file: &Path, error: &dyn std::error::Error) -> String {
+    let (error, name) = (error.to_string(), file.display().to_string());
+    if error.starts_with(&name) { error } else { format!("{name}: {error}") }
 }
 
 /// The daemon that knows more of the file's keys. A file that cannot be read is reported by whoever
 /// reads it next.
 pub(super) fn guess(file: &Path) -> Daemon {
-    let text = std::fs::read_to_string(file).unwrap_or_default();
-    let table: toml::Table = toml::from_str(&text).unwrap_or_default();
+    let table: toml::Table = load_toml(file).unwrap_or_default();
     let knows = |command: Command| {
         command.get_arguments().filter(|key| table.contains_key(key.get_id().as_str())).count()
     };
@@ -58,15 +60,33 @@ pub(super) fn guess(file: &Path) -> Daemon {
     if node > coordinator { Daemon::Node } else { Daemon::Coordinator }
 }
 
-fn check_coordinator(file: &Path, identity: Option<PathBuf>) -> Result<String, CommandError> {
+/// A coordinator's configuration, and its identity's folder if `identity` or the file names it.
+pub(super) fn coordinator_config(
+    file: &Path,
+    identity: Option<PathBuf>,
+) -> Result<(coordinator::Config, Option<PathBuf>), coordinator::ConfigError> {
     let mut settings = CoordinatorSettings::from_file(file)?;
-    settings.identity = identity.or(settings.identity);
-    let known = settings.identity.is_some();
-    settings.identity.get_or_insert_default();
-    let config = coordinator::Config::try_from(settings)?;
-    let who = known.then(|| load_identity(&config.identity, Part::Coordinator)).transpose()?;
+    let identity = identity.or(settings.identity);
+    settings.identity = Some(identity.clone().unwrap_or_default());
+    Ok((settings.try_into()?, identity))
+}
+
+/// The same for a node.
+pub(super) fn node_config(
+    file: &Path,
+    identity: Option<PathBuf>,
+) -> Result<(node::Config, Option<PathBuf>), node::ConfigError> {
+    let mut settings = NodeSettings::from_file(file)?;
+    let identity = identity.or(settings.identity);
+    settings.identity = Some(identity.clone().unwrap_or_default());
+    Ok((settings.try_into()?, identity))
+}
+
+fn check_coordinator(file: &Path, identity: Option<PathBuf>) -> Result<String, CommandError> {
+    let (config, identity) = coordinator_config(file, identity)?;
+    let who = identity.map(|folder| load_identity(&folder, Part::Coordinator)).transpose()?;
     for (_, folder) in &config.models {
-        require(folder, &["tokenizer.json"])?;
+        require(folder, "tokenizer.json")?;
     }
     let names: Vec<&str> = config.models.iter().map(|(name, _)| name.as_str()).collect();
     let door = Door::new(config.api_keys.clone()).map_err(|e| format!("api_keys: {e}"))?;
@@ -91,13 +111,9 @@ fn check_coordinator(file: &Path, identity: Option<PathBuf>) -> Result<String, C
 }
 
 fn check_node(file: &Path, identity: Option<PathBuf>) -> Result<String, CommandError> {
-    let mut settings = NodeSettings::from_file(file)?;
-    settings.identity = identity.or(settings.identity);
-    let known = settings.identity.is_some();
-    settings.identity.get_or_insert_default();
-    let config = node::Config::try_from(settings)?;
-    let who = known.then(|| load_identity(&config.identity, Part::Node)).transpose()?;
-    require(&config.model, &["config.json"])?;
+    let (config, identity) = node_config(file, identity)?;
+    let who = identity.map(|folder| load_identity(&folder, Part::Node)).transpose()?;
+    require(&config.model, "config.json")?;
     let lines = [
         format!("{}: a node's file, and complete", file.display()),
         say_identity(who.as_ref()),
@@ -108,35 +124,29 @@ fn check_node(file: &Path, identity: Option<PathBuf>) -> Result<String, CommandE
     Ok(lines.join("\n  ") + "\n")
 }
 
+/// Of a file that names no identity.
+pub(super) const NO_IDENTITY: &str =
+    "not in this file; the daemon needs --identity, which systemd's units give";
+
 fn say_identity(identity: Option<&Identity>) -> String {
-    match identity {
-        Some(identity) => format!("identity: {}", identity.node_id()),
-        None => {
-            "identity: not in this file; the daemon needs --identity, which systemd's units give"
-                .to_owned()
-        }
-    }
+    let name = identity.map_or(NO_IDENTITY, |identity| identity.node_id().as_str());
+    format!("identity: {name}")
 }
 
 fn load_identity(folder: &Path, part: Part) -> Result<Identity, CommandError> {
     let identity = Identity::load(folder)?;
     if identity.part() != part {
-        let wanted = if part == Part::Node { "a node" } else { "a coordinator" };
-        return Err(
-            format!("identity: {} is not the identity of {wanted}", folder.display()).into()
-        );
+        return Err(format!("identity: {} is not that of a {part}", folder.display()).into());
     }
     Ok(identity)
 }
 
-fn require(folder: &Path, files: &[&str]) -> Result<(), CommandError> {
-    for file in files {
-        let path = folder.join(file);
-        if !path.is_file() {
-            return Err(format!("model: there is no {}", path.display()).into());
-        }
+fn require(folder: &Path, file: &str) -> Result<(), CommandError> {
+    let path = folder.join(file);
+    match path.is_file() {
+        true => Ok(()),
+        false => Err(format!("model: there is no {}", path.display()).into()),
     }
-    Ok(())
 }
 
 #[cfg(test)]

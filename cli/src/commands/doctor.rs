@@ -25,9 +25,12 @@ use report::{Finding, as_json, as_text};
 pub(crate) struct DoctorArgs {
     /// The TOML file of the daemon that is to run here
     file: Option<PathBuf>,
-    /// Whose file it is [default: a node's, if it has the key `coordinator`]
+    /// Whose file it is [default: whose keys it has]
     #[arg(long, requires = "file")]
     daemon: Option<Daemon>,
+    /// Folder of the identity, if a flag of the daemon names it, as in systemd's units
+    #[arg(long, value_name = "DIR", requires = "file")]
+    identity: Option<PathBuf>,
     /// Look for no GPU
     #[arg(long)]
     no_gpu: bool,
@@ -43,7 +46,7 @@ pub(crate) async fn run(args: DoctorArgs) -> Result<(), CommandError> {
     match &args.file {
         None => findings.push(cluster::coordinator(&args.target).await),
         Some(file) => match args.daemon.unwrap_or_else(|| check::guess(file)) {
-            Daemon::Coordinator => coordinator(file, &mut findings).await,
+            Daemon::Coordinator => coordinator(file, &args, &mut findings).await,
             Daemon::Node => node(file, &args, &mut findings).await,
         },
     }
@@ -61,38 +64,34 @@ pub(crate) async fn run(args: DoctorArgs) -> Result<(), CommandError> {
     }
 }
 
-async fn coordinator(file: &Path, findings: &mut Vec<Finding>) {
-    let read = baton_coordinator::settings::Settings::from_file(file)
-        .and_then(baton_coordinator::config::Config::try_from);
-    let config = match read {
-        Ok(config) => config,
+async fn coordinator(file: &Path, args: &DoctorArgs, findings: &mut Vec<Finding>) {
+    let (config, folder) = match check::coordinator_config(file, args.identity.clone()) {
+        Ok(read) => read,
         Err(error) => return findings.push(report::bad_file(file, &error)),
     };
     findings.push(report::good_file(file, "a coordinator's"));
-    findings.extend(certificates::findings(&config.identity, Part::Coordinator));
+    let identity = certificates::load(folder.as_deref(), Part::Coordinator, findings);
     let ports =
         [("cluster_listen", config.cluster_listen), ("grpc", config.grpc), ("http", config.http)];
     findings.extend(ports.map(|(key, address)| machine::tcp_port(key, address)));
-    meet("peers", &config.peers, &config.identity, findings).await;
+    meet("peers", &config.peers, identity.as_ref(), findings).await;
     for (_, folder) in &config.models {
         findings.push(machine::readable(&folder.join("tokenizer.json")));
     }
 }
 
 async fn node(file: &Path, args: &DoctorArgs, findings: &mut Vec<Finding>) {
-    let read = baton_node::settings::Settings::from_file(file)
-        .and_then(baton_node::config::Config::try_from);
-    let config = match read {
-        Ok(config) => config,
+    let (config, folder) = match check::node_config(file, args.identity.clone()) {
+        Ok(read) => read,
         Err(error) => return findings.push(report::bad_file(file, &error)),
     };
     findings.push(report::good_file(file, "a node's"));
-    findings.extend(certificates::findings(&config.identity, Part::Node));
+    let identity = certificates::load(folder.as_deref(), Part::Node, findings);
     findings.push(machine::udp_port("kv_listen", config.kv_listen));
-    meet("coordinator", &config.coordinators, &config.identity, findings).await;
+    meet("coordinator", &config.coordinators, identity.as_ref(), findings).await;
     findings.push(cluster::coordinator(&args.target).await);
-    if let Ok(identity) = Identity::load(&config.identity) {
-        findings.extend(handshake::nodes(&args.target, &identity).await);
+    if let Some(identity) = &identity {
+        findings.extend(handshake::nodes(&args.target, identity).await);
     }
     findings.push(machine::readable(&config.model.join("config.json")));
     findings.extend(machine::weights(&config.model, config.load_format));
@@ -106,12 +105,15 @@ async fn node(file: &Path, args: &DoctorArgs, findings: &mut Vec<Finding>) {
     }
 }
 
-/// Coordinators at their cluster addresses, by the identity in `folder`.
-async fn meet(what: &str, addresses: &[String], folder: &Path, findings: &mut Vec<Finding>) {
-    // What is wrong with the identity was said: then it is only seen whether anybody listens.
-    let identity = Identity::load(folder).ok();
+/// Coordinators at their cluster addresses. Without an identity it is only seen whether anybody listens.
+async fn meet(
+    what: &str,
+    addresses: &[String],
+    identity: Option<&Identity>,
+    findings: &mut Vec<Finding>,
+) {
     for address in addresses {
-        findings.push(match &identity {
+        findings.push(match identity {
             Some(identity) => handshake::coordinator(what, address, identity).await,
             None => cluster::reachable(what, address),
         });

@@ -5,6 +5,7 @@ use std::time::{Duration, SystemTime};
 
 use baton_identity::{CertificateFacts, Identity, Part};
 
+use super::super::check::NO_IDENTITY;
 use super::report::Finding;
 
 const DAY: Duration = Duration::from_secs(24 * 3600);
@@ -12,30 +13,44 @@ const DAY: Duration = Duration::from_secs(24 * 3600);
 const SOON: Duration = DAY.saturating_mul(30);
 
 const REISSUE: &str = "issue another one with `baton certs issue`, and restart the daemon";
+const AS_ROOT: &str = "look at it as the daemon's user, or as root";
 
-pub(super) fn findings(folder: &Path, part: Part) -> Vec<Finding> {
-    let loaded = match Identity::load(folder) {
+/// The identity in `folder` if there is one that can be used, and what is to say of it.
+pub(super) fn load(
+    folder: Option<&Path>,
+    part: Part,
+    findings: &mut Vec<Finding>,
+) -> Option<Identity> {
+    let Some(folder) = folder else {
+        let remedy = "name its folder with --identity, such as /etc/baton/identity/decode-0";
+        findings.push(Finding::note("identity", NO_IDENTITY, remedy));
+        return None;
+    };
+    let loaded = Identity::load(folder);
+    findings.push(match &loaded {
         Ok(_) => {
             Finding::fine("identity", format!("{} is whole and fits its CA", folder.display()))
         }
-        Err(error) => Finding::problem("identity", error.to_string(), REISSUE),
-    };
-    let mut findings = vec![loaded];
+        Err(error) => {
+            let error = error.to_string();
+            let unread = error.contains("Permission denied");
+            Finding::problem("identity", error, if unread { AS_ROOT } else { REISSUE })
+        }
+    });
     // Why it cannot be read was said.
     if let Ok(facts) = CertificateFacts::read(folder) {
         findings.push(role(&facts, part));
         findings.push(validity("certificate's time", &facts, SystemTime::now()));
     }
-    findings
+    loaded.ok()
 }
 
 fn role(facts: &CertificateFacts, part: Part) -> Finding {
-    let words = |part| if part == Part::Node { "a node" } else { "a coordinator" };
     let (name, names) = (&facts.name, facts.names.join(", "));
     if facts.part == part {
-        return Finding::fine("certificate", format!("{name} is {}, as {names}", words(part)));
+        return Finding::fine("certificate", format!("{name} is a {part}, as {names}"));
     }
-    let found = format!("{name} is {}, and the file is that of {}", words(facts.part), words(part));
+    let found = format!("{name} is a {}, and the file is that of a {part}", facts.part);
     let flag = if part == Part::Node { "without" } else { "with" };
     Finding::problem("certificate", found, format!("issue one {flag} --coordinator"))
 }
@@ -66,6 +81,12 @@ mod tests {
     use super::super::report::Verdict;
     use super::*;
 
+    fn findings(folder: Option<&Path>, part: Part) -> Vec<Finding> {
+        let mut findings = Vec::new();
+        load(folder, part, &mut findings);
+        findings
+    }
+
     #[test]
     fn a_certificate_is_judged_by_its_time_and_its_part() {
         let folder = tempfile::tempdir().expect("a folder");
@@ -74,10 +95,10 @@ mod tests {
         let ca = ClusterCa::create(&ca).expect("made");
         ca.issue(Part::Node, &name, &["10.0.0.7"], &node).expect("issued");
 
-        let found = findings(&node, Part::Node);
+        let found = findings(Some(&node), Part::Node);
         assert!(found.iter().all(|finding| finding.verdict == Verdict::Fine), "{found:?}");
         assert!(found[1].found.contains("n.node.baton, 10.0.0.7"), "{found:?}");
-        let wrong = findings(&node, Part::Coordinator);
+        let wrong = findings(Some(&node), Part::Coordinator);
         assert_eq!(wrong.iter().filter(|finding| finding.is_problem()).count(), 1, "{wrong:?}");
 
         let facts = CertificateFacts::read(&node).expect("read");
@@ -88,9 +109,11 @@ mod tests {
     }
 
     #[test]
-    fn a_folder_without_an_identity_is_one_problem() {
+    fn a_folder_without_an_identity_is_one_problem_and_none_is_a_note() {
         let folder = tempfile::tempdir().expect("a folder");
-        let found = findings(folder.path(), Part::Node);
+        let found = findings(Some(folder.path()), Part::Node);
         assert!(matches!(&found[..], [one] if one.is_problem()), "{found:?}");
+        let found = findings(None, Part::Node);
+        assert!(matches!(&found[..], [one] if one.verdict == Verdict::Note), "{found:?}");
     }
 }

@@ -4,6 +4,8 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
+use super::super::check;
+
 /// How a check went.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Verdict {
@@ -48,9 +50,9 @@ pub(super) fn good_file(file: &Path, whose: &str) -> Finding {
     Finding::fine("configuration", format!("{} is {whose} file", file.display()))
 }
 
-pub(super) fn bad_file(file: &Path, error: &dyn std::fmt::Display) -> Finding {
+pub(super) fn bad_file(file: &Path, error: &dyn std::error::Error) -> Finding {
     let remedy = "docs/configuration.md lists every key; `baton check` reads the file again";
-    Finding::problem("configuration", format!("{}: {error}", file.display()), remedy)
+    Finding::problem("configuration", check::named(file, error), remedy)
 }
 
 pub(super) fn as_text(findings: &[Finding]) -> String {
