@@ -14,34 +14,39 @@ use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity
 use crate::commands::{CommandError, Failed, usage};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// While it is awaited a coordinator is probed this often, and given up when it does not answer in time.
+const KEEP_ALIVE: Duration = Duration::from_secs(5);
+const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(5);
 /// Prompt log-probabilities of a long prompt are one message.
 const MAX_MESSAGE_BYTES: usize = 256 << 20;
 /// The key itself; it has no flag, since others see the command lines of processes.
 const API_KEY_VARIABLE: &str = "BATON_API_KEY";
 
+/// Heading of these flags, which many commands have.
+const HEADING: &str = "Connection";
+
 /// Where the coordinators listen for clients.
 #[derive(clap::Args, Default)]
 pub(crate) struct Target {
-    /// Coordinators' gRPC addresses; the first that answers is asked
-    #[arg(
-        long,
-        value_name = "HOST:PORT",
-        env = "BATON_COORDINATOR",
-        value_delimiter = ',',
-        default_value = "127.0.0.1:7401"
-    )]
+    /// Coordinators' gRPC addresses, with commas between them; the first that answers is asked
+    #[arg(long, value_name = "HOST:PORT", value_delimiter = ',', default_value = "127.0.0.1:7401",
+          env = "BATON_COORDINATOR", hide_env_values = true, help_heading = HEADING)]
     coordinator: Vec<String>,
     /// File with the API key [default: what BATON_API_KEY says]
-    #[arg(long, value_name = "FILE", env = "BATON_API_KEY_FILE")]
+    #[arg(long, value_name = "FILE",
+          env = "BATON_API_KEY_FILE", hide_env_values = true, help_heading = HEADING)]
     api_key_file: Option<PathBuf>,
     /// Authorities that the coordinators' certificates must come from, as PEM; turns on TLS
-    #[arg(long, value_name = "FILE", env = "BATON_CA")]
+    #[arg(long, value_name = "FILE",
+          env = "BATON_CA", hide_env_values = true, help_heading = HEADING)]
     tls_ca: Option<PathBuf>,
     /// Certificate to show to coordinators that ask for one, as PEM
-    #[arg(long, value_name = "FILE", env = "BATON_CLIENT_CERT", requires_all = ["tls_ca", "tls_key"])]
+    #[arg(long, value_name = "FILE", requires_all = ["tls_ca", "tls_key"],
+          env = "BATON_CLIENT_CERT", hide_env_values = true, help_heading = HEADING)]
     tls_cert: Option<PathBuf>,
     /// Private key of that certificate, as PEM
-    #[arg(long, value_name = "FILE", env = "BATON_CLIENT_KEY", requires = "tls_cert")]
+    #[arg(long, value_name = "FILE", requires = "tls_cert",
+          env = "BATON_CLIENT_KEY", hide_env_values = true, help_heading = HEADING)]
     tls_key: Option<PathBuf>,
 }
 
@@ -139,11 +144,15 @@ impl Target {
             }
             endpoint = endpoint.tls_config(tls).map_err(|e| format!("TLS: {e}"))?;
         }
-        Ok(endpoint.connect_timeout(CONNECT_TIMEOUT))
+        Ok(endpoint
+            .connect_timeout(CONNECT_TIMEOUT)
+            .http2_keep_alive_interval(KEEP_ALIVE)
+            .keep_alive_timeout(KEEP_ALIVE_TIMEOUT))
     }
 }
 
-fn read(file: &Path) -> Result<String, CommandError> {
+/// Reads a file of text.
+pub(crate) fn read(file: &Path) -> Result<String, CommandError> {
     std::fs::read_to_string(file).map_err(|e| format!("{}: {e}", file.display()).into())
 }
 
@@ -164,9 +173,12 @@ impl From<tonic::Status> for Failure {
 
 /// Whether the coordinator that answered so is lost, is going down or has no nodes.
 pub(crate) fn is_lost(status: &tonic::Status) -> bool {
-    // A status that came over the wire has no cause at this end.
-    let broken = std::error::Error::source(status).is_some();
-    broken || status.code() == Code::Unavailable
+    is_broken(status) || status.code() == Code::Unavailable
+}
+
+/// Whether it is this end that says so: a status that came over the wire has no cause.
+fn is_broken(status: &tonic::Status) -> bool {
+    std::error::Error::source(status).is_some()
 }
 
 /// The address, and the last cause of why nobody answers there.
@@ -190,13 +202,17 @@ pub(crate) fn explain(status: &tonic::Status) -> CommandError {
         "" => format!("the coordinator answers {:?}, without a reason", status.code()),
         message => message.to_owned(),
     };
+    let broken = || {
+        format!(
+            "the connection to the coordinator broke: {message}; if it does so every time, that is \
+             not the gRPC port (7401 by default; 7402 is for HTTP, 7400 for nodes), or it wants TLS \
+             (--tls-ca)"
+        )
+    };
     match status.code() {
+        _ if is_broken(status) => Failed::with(Failed::UNREACHABLE, broken()),
         Code::NotFound => Failed::with(Failed::NOT_FOUND, message),
-        Code::Unavailable | Code::DeadlineExceeded => Failed::with(Failed::UNREACHABLE, message),
-        _ if is_lost(status) => {
-            let message = format!("the connection to the coordinator broke: {message}");
-            Failed::with(Failed::UNREACHABLE, message)
-        }
+        Code::Unavailable => Failed::with(Failed::UNREACHABLE, message),
         _ => message.into(),
     }
 }

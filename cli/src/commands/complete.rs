@@ -32,9 +32,11 @@ async fn complete_at(
     request: GenerateRequest,
     on_text: &mut impl FnMut(&str) -> io::Result<()>,
 ) -> Result<Vec<Completion>, Failure> {
-    let mut choices: Vec<Completion> = Vec::new();
-    choices.resize_with(request.n.unwrap_or(1).max(1) as usize, Completion::default);
+    let wanted = request.n.unwrap_or(1).max(1) as usize;
     let mut stream = target.inference(address).await?.generate(request).await?.into_inner();
+    // Not before it is known that so many may be asked for.
+    let mut choices: Vec<Completion> = Vec::new();
+    choices.resize_with(wanted, Completion::default);
     let mut begun = false;
     loop {
         let message = match stream.message().await {
@@ -63,7 +65,12 @@ fn broken(status: &tonic::Status, choices: &[Completion]) -> CommandError {
         return explain(status);
     }
     let tokens: usize = choices.iter().map(|choice| choice.token_ids.len()).sum();
-    format!("the stream broke after {tokens} tokens; the same request with the same seed gives the same answer: {}", explain(status)).into()
+    format!(
+        "the stream broke after {tokens} tokens; the same request with the same seed gives the same \
+         answer: {}",
+        status.message()
+    )
+    .into()
 }
 
 #[cfg(test)]
