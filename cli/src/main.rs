@@ -1,8 +1,4 @@
 //! `baton`: starts clusters on one machine, asks them for text, and shows what they do.
-//!
-//! Exit status: 0 done, 1 it failed (one line on stderr says why), 2 the command line is wrong,
-//! 3 what was named does not exist, 4 no coordinator answers, 5 the cluster is not well
-//! (`baton status --exit-code`).
 
 mod client;
 mod commands;
@@ -14,9 +10,17 @@ use clap::{CommandFactory, Parser, Subcommand};
 
 use commands::{Failed, bench, cache, cancel, certs, check, completions, demo, doctor, drain};
 use commands::{events, explain, generate, keys, nodes, plan, requests, role, status, top};
+use output::complain;
 
 #[derive(Parser)]
-#[command(name = "baton", version, about = "Serves language models from prefill and decode nodes")]
+#[command(
+    name = "baton",
+    version,
+    about = "Serves language models from prefill and decode nodes",
+    after_help = "Exit status: 0 done, 1 it failed (one line on stderr says why), 2 the command line \
+                  is wrong, 3 what was named does not exist, 4 no coordinator answers, 5 the cluster \
+                  is not well (status --exit-code)."
+)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -101,11 +105,11 @@ async fn main() -> ExitCode {
         // Whoever read the output has seen enough.
         Err(error) if is_closed_pipe(&*error) => ExitCode::SUCCESS,
         Err(error) if error.is::<clap::Error>() => {
-            eprint!("{error}");
+            complain(error.to_string().trim_end());
             ExitCode::from(2)
         }
         Err(error) => {
-            eprintln!("baton: {error}");
+            complain(&format!("baton: {error}"));
             error.downcast_ref::<Failed>().map_or(ExitCode::FAILURE, |f| ExitCode::from(f.status))
         }
     }

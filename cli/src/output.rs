@@ -15,17 +15,16 @@ pub(crate) struct FormatArgs {
     /// The same as -o json
     #[arg(long)]
     json: bool,
-    /// How to print
-    #[arg(short, long, value_enum, default_value_t, hide_default_value = true)]
+    /// How to print: for people, or for programs with keys that stay
+    #[arg(short, long, value_name = "FORMAT", value_enum, default_value_t)]
     output: Format,
 }
 
+// What is said of a value here makes the help of every command twice as long.
 #[derive(Clone, Copy, Debug, Default, PartialEq, clap::ValueEnum)]
 enum Format {
-    /// For people; may change
     #[default]
     Table,
-    /// For programs: keys stay
     Json,
 }
 
@@ -79,6 +78,7 @@ impl OutputArgs {
     {
         loop {
             let text = text(ask().await?);
+            let text = if self.is_json() { text } else { harmless(&text) };
             let Some(pause) = self.watch else {
                 return Ok(print(&format!("{}\n", text.trim_end()))?);
             };
@@ -89,11 +89,21 @@ impl OutputArgs {
     }
 }
 
+/// Text for a terminal, which what clients have written into it cannot take over.
+pub(crate) fn harmless(text: &str) -> String {
+    text.replace(|c: char| c.is_control() && c != '\n', "\u{fffd}")
+}
+
 /// Writes to stdout at once. A closed pipe is an error, which `main` ends quietly with.
 pub(crate) fn print(text: &str) -> io::Result<()> {
     let mut out = io::stdout();
     out.write_all(text.as_bytes())?;
     out.flush()
+}
+
+/// Writes a line to stderr, which nobody may be reading.
+pub(crate) fn complain(text: &str) {
+    let _ = writeln!(io::stderr(), "{}", harmless(text));
 }
 
 /// Columns as wide as their widest cell, numbers as given.
@@ -107,7 +117,8 @@ pub(crate) fn table(head: &[&str], rows: &[Vec<String>]) -> String {
     let line = |cells: &mut dyn Iterator<Item = &str>| {
         let padded: Vec<String> =
             cells.zip(&widths).map(|(cell, &width)| format!("{cell:<width$}")).collect();
-        padded.join("  ").trim_end().to_owned() + "\n"
+        // A cell may hold what a client has written.
+        padded.join("  ").trim_end().replace('\n', " ") + "\n"
     };
     let mut text = line(&mut head.iter().copied());
     for row in rows {
@@ -170,6 +181,12 @@ mod tests {
     fn columns_line_up() {
         let text = table(&["NODE", "N"], &[vec!["prefill-0".into(), "1".into()]]);
         assert_eq!(text, "NODE       N\nprefill-0  1\n");
+        assert_eq!(table(&["A", "B"], &[vec!["a\nb".into(), "c".into()]]), "A    B\na b  c\n");
+    }
+
+    #[test]
+    fn a_terminal_is_sent_no_controls() {
+        assert_eq!(harmless("a\x1b[2J\r\u{9b}b\nc"), "a\u{fffd}[2J\u{fffd}\u{fffd}b\nc");
     }
 
     #[test]

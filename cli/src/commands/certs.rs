@@ -26,10 +26,10 @@ pub(crate) enum CertsCommand {
         /// Folder of the certificate authority
         #[arg(long, value_name = "DIR", default_value = "ca")]
         ca: PathBuf,
-        /// Folder to make for the identity; default: the member's name
+        /// Folder to make for the identity [default: the member's name]
         #[arg(long, value_name = "DIR")]
         out: Option<PathBuf>,
-        /// Further DNS name or IP address under which clients dial the member
+        /// Further DNS name or IP address of the member; can be given several times
         #[arg(long = "also", value_name = "NAME")]
         extra_names: Vec<String>,
     },

@@ -11,8 +11,8 @@ use serde::Deserialize;
 use super::CommandError;
 use super::complete::complete;
 use super::generate::Completion;
-use crate::client::Target;
-use crate::output::bytes;
+use crate::client::{Target, read};
+use crate::output::{bytes, print};
 
 /// KV cache of a node: for ten times the document.
 const KV_MEMORY: &str = "64MiB";
@@ -23,12 +23,12 @@ const LABELS: [&str; 3] = ["cold", "warm prefix", "follow-up"];
 #[derive(clap::Args)]
 pub(crate) struct DemoArgs {
     /// Prefill nodes
-    #[arg(long, default_value_t = 1)]
+    #[arg(long, value_name = "N", default_value_t = 1)]
     prefill: u32,
     /// Decode nodes
-    #[arg(long, default_value_t = 1)]
+    #[arg(long, value_name = "N", default_value_t = 1)]
     decode: u32,
-    /// What nodes compute on: `cpu`, `cuda`, `cuda:N` or `auto`
+    /// What nodes compute on: `cpu`, `cuda`, `cuda:N` or `auto` [default: auto]
     #[arg(long, value_name = "DEVICE")]
     device: Option<String>,
     /// Folder with the libraries of CUDA
@@ -50,12 +50,9 @@ struct Question {
 }
 
 fn load(model: &Path) -> Result<(String, Vec<Question>), CommandError> {
-    let read = |name: &str| {
-        let path = model.join(name);
-        std::fs::read_to_string(&path).map_err(|e| format!("{}: {e}", path.display()))
-    };
-    let script: Script = serde_json::from_str(&read("questions.json")?)?;
-    Ok((script.system + read("document.txt")?.trim_end(), script.questions))
+    let script: Script = serde_json::from_str(&read(&model.join("questions.json"))?)?;
+    let document = read(&model.join("document.txt"))?;
+    Ok((script.system + document.trim_end(), script.questions))
 }
 
 /// Runs `baton demo`.
@@ -75,10 +72,7 @@ pub(crate) async fn run(args: DemoArgs) -> Result<(), CommandError> {
     let result = ask_all(&Target::new(&cluster.grpc().to_string()), &system, &questions).await;
     cluster.stop().await;
     match result? {
-        0 => {
-            println!("\nAll answers are right.");
-            Ok(())
-        }
+        0 => Ok(print("\nAll answers are right.\n")?),
         wrong => Err(format!("{wrong} of {} answers are wrong", questions.len()).into()),
     }
 }
@@ -89,7 +83,8 @@ async fn ask_all(
     system: &str,
     questions: &[Question],
 ) -> Result<usize, CommandError> {
-    println!("One document of {} words, three questions about it.", system.split(' ').count());
+    let words = system.split(' ').count();
+    print(&format!("One document of {words} words, {} questions about it.\n", questions.len()))?;
     let mut wrong = 0;
     let mut messages = Vec::new();
     for (index, question) in questions.iter().enumerate() {
@@ -98,11 +93,10 @@ async fn ask_all(
         }
         messages.push(message("user", &question.ask));
         let answer = ask(target, &messages).await?;
-        println!("\n{} — {}", LABELS.get(index).unwrap_or(&"question"), question.ask);
-        println!("  {}", answer.text.trim());
-        print_cost(&answer);
-        if answer.text.trim() != question.expect {
-            println!("  WRONG: expected {:?}", question.expect);
+        let (label, text) = (LABELS.get(index).unwrap_or(&"question"), answer.text.trim());
+        print(&format!("\n{label} — {}\n  {text}\n{}", question.ask, cost(&answer)))?;
+        if text != question.expect {
+            print(&format!("  WRONG: expected {:?}\n", question.expect))?;
             wrong += 1;
         }
         messages.push(message("assistant", &question.expect));
@@ -126,23 +120,24 @@ async fn ask(target: &Target, messages: &[ChatMessage]) -> Result<Completion, Co
     Ok(choices.remove(0))
 }
 
-fn print_cost(answer: &Completion) {
+fn cost(answer: &Completion) -> String {
     let usage = answer.finished.usage.unwrap_or_default();
     let timings = answer.finished.timings.unwrap_or_default();
     let placement = answer.finished.placement.clone().unwrap_or_default();
-    println!(
-        "  first token {:.1} ms | {} of {} prompt tokens cached | prefill {:.1} ms",
-        timings.ttft_ms, usage.cached_tokens, usage.prompt_tokens, timings.prefill_ms
-    );
-    println!(
-        "  {} of KV moved: {:.1} ms hidden behind prefill, {:.1} ms not",
-        bytes(timings.transfer_bytes),
-        timings.transfer_hidden_ms,
-        timings.transfer_exposed_ms
-    );
-    let from = match placement.prefill_node.as_str() {
-        "" => placement.decode_node.clone(),
+    let nodes = match placement.prefill_node.as_str() {
+        "" => placement.decode_node,
         prefill => format!("{prefill} -> {}", placement.decode_node),
     };
-    println!("  {from}: {}", placement.reason);
+    format!(
+        "  first token {:.1} ms | {} of {} prompt tokens cached | prefill {:.1} ms\n  \
+         {} of KV moved: {:.1} ms hidden behind prefill, {:.1} ms not\n  {nodes}: {}\n",
+        timings.ttft_ms,
+        usage.cached_tokens,
+        usage.prompt_tokens,
+        timings.prefill_ms,
+        bytes(timings.transfer_bytes),
+        timings.transfer_hidden_ms,
+        timings.transfer_exposed_ms,
+        placement.reason,
+    )
 }

@@ -7,7 +7,7 @@ use serde_json::json;
 
 use super::{CommandError, Failed};
 use crate::client::{Target, explain, is_lost};
-use crate::output::{FormatArgs, print, utc};
+use crate::output::{FormatArgs, complain, harmless, print, utc};
 
 /// Pause before a coordinator that went away is asked again.
 const RETRY_PAUSE: Duration = Duration::from_secs(1);
@@ -34,7 +34,7 @@ pub(crate) async fn run(args: EventsArgs) -> Result<(), CommandError> {
         let ended = watch(&args, &mut after).await;
         match ended {
             Err(Ended::Lost(error)) if args.follow => {
-                eprintln!("baton: {error}; trying again");
+                complain(&format!("baton: {error}; trying again"));
                 tokio::time::sleep(RETRY_PAUSE).await;
             }
             Err(Ended::Lost(error) | Ended::Failed(error)) => return Err(error),
@@ -69,7 +69,8 @@ async fn watch(args: &EventsArgs, after: &mut u64) -> Result<(), Ended> {
     let request = WatchRequest { after: Some(*after), until_now: !args.follow };
     let mut stream = client.watch(request).await?.into_inner();
     while let Some(message) = stream.message().await? {
-        let text = if args.format.is_json() { as_json(&message) } else { as_text(&message) };
+        let json = args.format.is_json();
+        let text = if json { as_json(&message) } else { harmless(&as_text(&message)) };
         print(&text).map_err(|error| Ended::Failed(error.into()))?;
         *after = message.events.last().map_or(*after, |event| event.sequence);
     }

@@ -13,7 +13,8 @@ use serde_json::{Value, json};
 
 use super::CommandError;
 use super::complete::complete;
-use crate::client::Target;
+use super::requests::{timings_json, usage_json};
+use crate::client::{Target, read};
 use crate::output::print;
 
 /// Command line of `baton generate`.
@@ -21,17 +22,11 @@ use crate::output::print;
 pub(crate) struct GenerateArgs {
     #[command(flatten)]
     input: InputArgs,
-    #[command(flatten)]
-    target: Target,
     /// Which model; needed only where several are served
-    #[arg(long, default_value = "")]
+    #[arg(long, value_name = "NAME", default_value = "", hide_default_value = true)]
     model: String,
-    #[command(flatten)]
-    sampling: SamplingArgs,
-    #[command(flatten)]
-    structured: StructuredArgs,
-    /// Number of completions
-    #[arg(long)]
+    /// Number of completions [default: 1]
+    #[arg(long, value_name = "N")]
     n: Option<u32>,
     /// Give up after this many milliseconds
     #[arg(long, value_name = "MS")]
@@ -39,7 +34,7 @@ pub(crate) struct GenerateArgs {
     /// Share cached KV blocks only with requests of the same salt
     #[arg(long, value_name = "TEXT")]
     cache_salt: Option<String>,
-    /// interactive, standard or batch; standard if not given
+    /// How urgent it is: interactive, standard or batch [default: standard]
     #[arg(long, value_name = "CLASS", default_value = "", hide_default_value = true)]
     priority: String,
     /// Whose request it is
@@ -48,6 +43,13 @@ pub(crate) struct GenerateArgs {
     /// Print one JSON object at the end (with --n above 1, a list of them), log-probabilities included
     #[arg(long)]
     json: bool,
+    // A heading goes on until the next one.
+    #[command(flatten)]
+    sampling: SamplingArgs,
+    #[command(flatten)]
+    structured: StructuredArgs,
+    #[command(flatten)]
+    target: Target,
 }
 
 #[derive(clap::Args)]
@@ -68,6 +70,7 @@ struct InputArgs {
 }
 
 #[derive(clap::Args)]
+#[command(next_help_heading = "What the text has to be")]
 #[group(multiple = false)]
 struct StructuredArgs {
     /// JSON that is valid under this schema
@@ -83,14 +86,15 @@ struct StructuredArgs {
 
 impl StructuredArgs {
     fn load(self) -> Result<Option<StructuredOutput>, CommandError> {
-        let schema = self.json_schema.as_ref().map(read).transpose()?.map(Kind::JsonSchema);
-        let lark = self.lark.as_ref().map(read).transpose()?.map(Kind::Lark);
+        let schema = self.json_schema.as_deref().map(read).transpose()?.map(Kind::JsonSchema);
+        let lark = self.lark.as_deref().map(read).transpose()?.map(Kind::Lark);
         let kind = schema.or(self.regex.map(Kind::Regex)).or(lark);
         Ok(kind.map(|kind| StructuredOutput { kind: Some(kind) }))
     }
 }
 
 #[derive(clap::Args)]
+#[command(next_help_heading = "Sampling")]
 struct SamplingArgs {
     /// Most tokens to generate
     #[arg(long, value_name = "N")]
@@ -170,10 +174,6 @@ struct Message {
     content: String,
 }
 
-fn read(path: &PathBuf) -> Result<String, CommandError> {
-    std::fs::read_to_string(path).map_err(|e| format!("{}: {e}", path.display()).into())
-}
-
 impl InputArgs {
     fn load(self) -> Result<Input, CommandError> {
         if let Some(path) = &self.prompt_file {
@@ -219,9 +219,7 @@ impl Completion {
     }
 
     fn to_json(&self) -> Value {
-        let Finished { usage, timings, placement, .. } = &self.finished;
-        let (usage, timings) = (usage.unwrap_or_default(), timings.unwrap_or_default());
-        let placement = placement.clone().unwrap_or_default();
+        let placement = self.finished.placement.clone().unwrap_or_default();
         let mut object = json!({
             "request_id": self.request_id,
             "text": self.text,
@@ -229,21 +227,8 @@ impl Completion {
             "finish_reason": finish_reason(self.finished.reason()),
             "matched_stop": matched_stop(&self.finished),
             "logprobs": logprobs(&self.logprobs),
-            "usage": {
-                "prompt_tokens": usage.prompt_tokens,
-                "cached_tokens": usage.cached_tokens,
-                "completion_tokens": usage.completion_tokens,
-            },
-            "timings": {
-                "queue_ms": timings.queue_ms,
-                "place_ms": timings.place_ms,
-                "prefill_ms": timings.prefill_ms,
-                "transfer_hidden_ms": timings.transfer_hidden_ms,
-                "transfer_exposed_ms": timings.transfer_exposed_ms,
-                "ttft_ms": timings.ttft_ms,
-                "total_ms": timings.total_ms,
-                "transfer_bytes": timings.transfer_bytes,
-            },
+            "usage": usage_json(self.finished.usage),
+            "timings": timings_json(self.finished.timings),
             "placement": {
                 "prefill_node": placement.prefill_node,
                 "decode_node": placement.decode_node,

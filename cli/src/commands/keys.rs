@@ -1,5 +1,7 @@
 //! `baton keys`: API keys of clients.
 
+use std::io::Write;
+
 use baton_coordinator::front::door::keys::NewKey;
 use baton_coordinator::front::door::scope::Scope;
 
@@ -12,7 +14,7 @@ pub(crate) enum KeysCommand {
     /// Make a key: prints it once, and its entry for the coordinators' file of keys
     New {
         /// Whose requests the key's are
-        #[arg(long)]
+        #[arg(long, value_name = "NAME")]
         tenant: String,
         /// Name of the key in logs and errors [default: the tenant's]
         #[arg(long)]
@@ -29,7 +31,12 @@ pub(crate) fn run(command: &KeysCommand) -> Result<(), CommandError> {
     let KeysCommand::New { tenant, name, scopes } = command;
     let name = name.as_ref().unwrap_or(tenant);
     let key = NewKey::draw(name, tenant, scopes).map_err(|problem| usage(&problem))?;
-    eprintln!("The key, which is shown only now:\n\n    {}\n", key.secret);
-    eprintln!("Append this to the file that api_keys names, and send the coordinators SIGHUP:\n");
+    // A key that nobody saw must not get into the file.
+    write!(
+        std::io::stderr(),
+        "The key, which is shown only now:\n\n    {}\n\nAppend this to the file that api_keys \
+         names, and send the coordinators SIGHUP:\n\n",
+        key.secret
+    )?;
     Ok(print(&key.entry)?)
 }

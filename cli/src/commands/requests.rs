@@ -1,6 +1,8 @@
 //! `baton requests`: what runs, and what ended or was refused lately.
 
-use baton_proto::wire::v1::{ListRequestsRequest, ListRequestsResponse, RequestInfo};
+use baton_proto::wire::v1::{
+    ListRequestsRequest, ListRequestsResponse, RequestInfo, Timings, Usage,
+};
 use serde_json::{Value, json};
 
 use super::CommandError;
@@ -46,8 +48,8 @@ async fn show(args: &RequestsArgs) -> Result<String, CommandError> {
 
 /// One request as JSON.
 pub(super) fn as_json(request: &RequestInfo) -> Value {
-    let usage = request.usage.unwrap_or_default();
-    let timings = request.timings.unwrap_or_default();
+    let mut timings = timings_json(request.timings);
+    timings["held_ms"] = request.held_ms.into();
     json!({
         "id": request.id,
         "model": request.model,
@@ -57,24 +59,33 @@ pub(super) fn as_json(request: &RequestInfo) -> Value {
         "prefill_node": request.prefill_node,
         "decode_node": request.decode_node,
         "attempts": request.attempts,
-        "usage": {
-            "prompt_tokens": usage.prompt_tokens,
-            "cached_tokens": usage.cached_tokens,
-            "completion_tokens": usage.completion_tokens,
-        },
-        "timings": {
-            "queue_ms": timings.queue_ms,
-            "held_ms": request.held_ms,
-            "place_ms": timings.place_ms,
-            "prefill_ms": timings.prefill_ms,
-            "transfer_hidden_ms": timings.transfer_hidden_ms,
-            "transfer_exposed_ms": timings.transfer_exposed_ms,
-            "ttft_ms": timings.ttft_ms,
-            "total_ms": timings.total_ms,
-            "transfer_bytes": timings.transfer_bytes,
-        },
+        "usage": usage_json(request.usage),
+        "timings": timings,
         "ended_ms": request.ended_ms,
         "error": request.error,
+    })
+}
+
+pub(super) fn usage_json(usage: Option<Usage>) -> Value {
+    let usage = usage.unwrap_or_default();
+    json!({
+        "prompt_tokens": usage.prompt_tokens,
+        "cached_tokens": usage.cached_tokens,
+        "completion_tokens": usage.completion_tokens,
+    })
+}
+
+pub(super) fn timings_json(timings: Option<Timings>) -> Value {
+    let timings = timings.unwrap_or_default();
+    json!({
+        "queue_ms": timings.queue_ms,
+        "place_ms": timings.place_ms,
+        "prefill_ms": timings.prefill_ms,
+        "transfer_hidden_ms": timings.transfer_hidden_ms,
+        "transfer_exposed_ms": timings.transfer_exposed_ms,
+        "ttft_ms": timings.ttft_ms,
+        "total_ms": timings.total_ms,
+        "transfer_bytes": timings.transfer_bytes,
     })
 }
 

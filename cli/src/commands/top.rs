@@ -7,8 +7,11 @@ mod screen;
 use std::io::IsTerminal;
 use std::time::Duration;
 
+use tokio::sync::mpsc::{Receiver, channel};
+
 use super::{CommandError, usage};
 use crate::client::Target;
+use sample::{Sample, Sampler};
 use screen::{Key, Screen};
 
 /// Command line of `baton top`.
@@ -35,11 +38,11 @@ pub(crate) async fn run(args: TopArgs) -> Result<(), CommandError> {
         return Err(usage("top needs a terminal; `baton status` and `baton nodes` print"));
     }
     // Whether anybody answers is said before the terminal is taken.
-    let mut sampler = sample::Sampler::new(args.target);
+    let mut sampler = Sampler::new(args.target);
     let mut screen = Screen::default();
     screen.show(sampler.take().await?);
     let mut terminal = ratatui::try_init()?;
-    let result = follow(&mut terminal, &mut screen, &mut sampler, args.every).await;
+    let result = follow(&mut terminal, &mut screen, samples(sampler, args.every)).await;
     ratatui::restore();
     result
 }
@@ -47,12 +50,9 @@ pub(crate) async fn run(args: TopArgs) -> Result<(), CommandError> {
 async fn follow(
     terminal: &mut ratatui::DefaultTerminal,
     screen: &mut Screen,
-    sampler: &mut sample::Sampler,
-    every: f64,
+    mut samples: Receiver<Result<Sample, CommandError>>,
 ) -> Result<(), CommandError> {
     let mut keys = keys();
-    let mut looks = tokio::time::interval(Duration::from_secs_f64(every));
-    looks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         terminal.draw(|frame| draw::draw(frame, screen))?;
         tokio::select! {
@@ -61,7 +61,7 @@ async fn follow(
                 Some(Key::Redraw) => {}
                 Some(key) => screen.press(key),
             },
-            _ = looks.tick() => match sampler.take().await {
+            Some(sample) = samples.recv() => match sample {
                 Ok(sample) => screen.show(sample),
                 Err(error) => screen.problem = Some(error.to_string()),
             },
@@ -69,9 +69,25 @@ async fn follow(
     }
 }
 
+/// Looks at the cluster; however long they take, no key waits for them.
+fn samples(mut sampler: Sampler, every: f64) -> Receiver<Result<Sample, CommandError>> {
+    let (sender, receiver) = channel(1);
+    let mut looks = tokio::time::interval(Duration::from_secs_f64(every));
+    looks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    tokio::spawn(async move {
+        loop {
+            looks.tick().await;
+            if sender.send(sampler.take().await).await.is_err() {
+                return;
+            }
+        }
+    });
+    receiver
+}
+
 /// Keys as they are pressed; a thread of its own waits for them.
-fn keys() -> tokio::sync::mpsc::Receiver<Key> {
-    let (sender, receiver) = tokio::sync::mpsc::channel(16);
+fn keys() -> Receiver<Key> {
+    let (sender, receiver) = channel(16);
     std::thread::spawn(move || {
         while let Ok(event) = ratatui::crossterm::event::read() {
             if let Some(key) = screen::key(&event)

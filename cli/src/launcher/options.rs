@@ -3,11 +3,13 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
+use clap::{Args, FromArgMatches};
+
 /// Most nodes of a role: more is a slip of the finger on one machine, and would bring it down.
 const MAX_NODES: i64 = 64;
 
 /// What to run. The default is one coordinator, one prefill and one decode node with the bundled demo model.
-#[derive(clap::Args, Clone, Debug)]
+#[derive(Args, Clone, Debug)]
 pub struct ClusterOptions {
     /// Folder of the model [default: the bundled demo model]
     #[arg(long, value_name = "DIR")]
@@ -33,25 +35,25 @@ pub struct ClusterOptions {
     /// Name that clients use for the model [default: the folder's name]
     #[arg(long, value_name = "NAME")]
     pub model_name: Option<String>,
-    /// `safetensors`, or `dummy` for made-up weights
+    /// `safetensors`, or `dummy` for made-up weights [default: safetensors]
     #[arg(long, value_name = "FORMAT")]
     pub load_format: Option<String>,
-    /// What matrices are multiplied as: `auto`, or `fp8` on Hopper GPUs
+    /// What matrices are multiplied as: `auto`, or `fp8` on Hopper GPUs [default: auto]
     #[arg(long, value_name = "TYPE")]
     pub weight_dtype: Option<String>,
-    /// Tokens of a KV block
+    /// Tokens of a KV block: 16, 32 or 64 [default: 16]
     #[arg(long, value_name = "N")]
     pub block_tokens: Option<u32>,
     /// KV blocks of each node
     #[arg(long, value_name = "N")]
     pub kv_blocks: Option<u64>,
-    /// KV memory of each node, such as 4GiB, or 40% of what the model leaves of a GPU that two nodes share
+    /// KV memory of each node, such as 4GiB, or 40% of what the model leaves of a GPU that two nodes share [default: 1GiB, on a GPU 90%]
     #[arg(long, value_name = "SIZE", conflicts_with = "kv_blocks")]
     pub kv_memory: Option<String>,
     /// Element type of the KV cache: `f32`, `bf16`, `f16`, or on a GPU `bf16` or `fp8` [default: that of the weights]
     #[arg(long, value_name = "TYPE")]
     pub kv_dtype: Option<String>,
-    /// What nodes compute on: `cpu`, `cuda`, `cuda:N` or `auto`
+    /// What nodes compute on: `cpu`, `cuda`, `cuda:N` or `auto` [default: auto]
     #[arg(long, value_name = "DEVICE")]
     pub device: Option<String>,
     /// Folder with the libraries of CUDA
@@ -69,7 +71,7 @@ pub struct ClusterOptions {
     /// Compute threads of each node [default: the machine's cores, divided among the nodes]
     #[arg(long, value_name = "N")]
     pub threads: Option<usize>,
-    /// When decode nodes compute prompts themselves: `auto`, `never`
+    /// When decode nodes compute prompts themselves: `auto`, when that is cheaper, or `never` [default: auto]
     #[arg(long, value_name = "WHEN")]
     pub local_prefill: Option<String>,
     /// Where all daemons send their traces, as OTLP over gRPC, e.g. http://127.0.0.1:4317
@@ -84,32 +86,10 @@ pub struct ClusterOptions {
 }
 
 impl Default for ClusterOptions {
+    /// What an empty command line means.
     fn default() -> Self {
-        Self {
-            model: None,
-            coordinators: 1,
-            prefill: 1,
-            decode: 1,
-            http: None,
-            grpc: None,
-            state: None,
-            model_name: None,
-            load_format: None,
-            weight_dtype: None,
-            block_tokens: None,
-            kv_blocks: None,
-            kv_memory: None,
-            kv_dtype: None,
-            device: None,
-            cuda_libraries: None,
-            kv_transports: None,
-            max_batch_tokens: None,
-            max_model_len: None,
-            threads: None,
-            local_prefill: None,
-            otlp_endpoint: None,
-            daemons: None,
-            quiet: false,
-        }
+        let command = Self::augment_args(clap::Command::new("up"));
+        let matches = command.try_get_matches_from(["up"]).expect("no flag is required");
+        Self::from_arg_matches(&matches).expect("the matches come from the same definition")
     }
 }

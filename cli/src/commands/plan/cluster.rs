@@ -24,7 +24,6 @@ pub(super) struct ClusterArgs {
     /// Who decides where requests go
     #[arg(long, value_enum, default_value_t = PolicyName::Baton)]
     policy: PolicyName,
-    /// Takes all constants that are not given from a preset
     #[arg(long, value_name = "NAME", default_value = DEVICES[0].name, value_parser = device,
           help = device_help())]
     device: Device,
@@ -85,8 +84,8 @@ enum PolicyName {
 }
 
 impl PolicyName {
-    fn kind(self) -> Result<PolicyKind, CommandError> {
-        Ok(match self {
+    fn kind(self) -> PolicyKind {
+        match self {
             Self::Baton => PolicyKind::Baton,
             Self::Random => PolicyKind::Random,
             Self::RoundRobin => PolicyKind::RoundRobin,
@@ -95,7 +94,7 @@ impl PolicyName {
             Self::Prefix => PolicyKind::Prefix,
             Self::Sticky => PolicyKind::Sticky,
             Self::MinTtft => PolicyKind::MinTtft,
-        })
+        }
     }
 }
 
@@ -131,7 +130,7 @@ impl ClusterArgs {
 
     /// The policy that is asked for plays the trace.
     pub(super) fn play(&self, settings: &Settings, trace: &Trace) -> Result<Summary, CommandError> {
-        let outcome = replay(settings, trace, &mut *self.policy.kind()?.build(settings.seed))?;
+        let outcome = replay(settings, trace, &mut *self.policy.kind().build(settings.seed))?;
         Ok(outcome.summary(settings, trace))
     }
 
