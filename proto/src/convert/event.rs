@@ -44,7 +44,9 @@ impl TryFrom<wire::FromNode> for Hello {
         };
         if hello.protocol != PROTOCOL {
             let theirs = hello.protocol;
-            return invalid(format!("the node speaks protocol {theirs}, this one {PROTOCOL}"));
+            return invalid(format!(
+                "the node speaks protocol {theirs}, the coordinator {PROTOCOL}: update the older one"
+            ));
         }
         if hello.model.is_empty() || hello.model.len() > 256 || hello.transports.len() > 8 {
             return invalid("hello.model must have 1 to 256 bytes, hello.transports at most 8");
