@@ -45,8 +45,9 @@ pub struct Settings {
     /// Most connections of clients, half of them from one address. Default: 4096.
     #[arg(long, env = "BATON_MAX_CONNECTIONS", value_name = "N")]
     pub max_connections: Option<usize>,
-    /// Most bytes of the bodies of all requests that are read or parsed at a time, at least 16777216;
-    /// further requests are refused. Default: 268435456 (256 MiB).
+    /// Most bytes of the bodies of all requests that are read or parsed at a time, as received: parsed
+    /// they take up to a few times as much memory. At least 16777216; further requests are refused.
+    /// Default: 268435456 (256 MiB).
     #[arg(long, env = "BATON_MAX_BODIES_BYTES", value_name = "N")]
     pub max_bodies_bytes: Option<usize>,
     /// Lets `grpc` and `http` listen without TLS on addresses that other machines reach, where prompts
