@@ -45,18 +45,26 @@ async fn a_client_that_goes_away_frees_everything() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_deadline_ends_a_request_and_frees_everything() {
     let (cluster, _folder) = TestCluster::start_slow(1, 1, 800).await;
-    // Nothing is refused on a guess: the nodes' speed is measured first.
-    for chance in 2..8 {
-        cluster.complete(request(Chance(chance).tokens(500), 2)).await.unwrap();
-    }
-    // Hopeless from the start: its prompt alone takes longer.
-    let wanted = GenerateRequest { deadline_ms: Some(300), ..long(1) };
+    // Nothing is refused on a guess: the nodes' speed is measured first. What is in time follows from it, so
+    // that it does not matter how fast this machine is.
+    let twice = async |prompt: usize, output: u32| {
+        let begun = Instant::now();
+        for chance in 2..8 {
+            cluster
+                .complete(request(Chance(chance + prompt as u64).tokens(prompt), output))
+                .await
+                .unwrap();
+        }
+        Some((begun.elapsed() / 3).as_millis() as u32)
+    };
+    // Hopeless from the start: its prompt alone is eight times as long.
+    let wanted = GenerateRequest { deadline_ms: twice(500, 2).await, ..long(1) };
     let error = cluster.complete(wanted).await.unwrap_err();
     assert_eq!(error.code(), tonic::Code::ResourceExhausted, "{error}");
     assert!(error.metadata().contains_key("retry-after-ms"), "{error:?}");
-    // Its first token comes in time, its last one does not.
+    // Its first token comes in time; its output is forty times as long.
     let wanted = request(Chance(1).tokens(100), 2000);
-    let wanted = GenerateRequest { deadline_ms: Some(1000), ..wanted };
+    let wanted = GenerateRequest { deadline_ms: twice(101, 50).await, ..wanted };
     let error = cluster.complete(wanted).await.unwrap_err();
     assert_eq!(error.code(), tonic::Code::DeadlineExceeded, "{error}");
     assert!(cluster.idle().await.iter().all(is_idle));
