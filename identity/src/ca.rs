@@ -94,13 +94,13 @@ impl ClusterCa {
         let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
         let cert = params.signed_by(&key, &self.issuer)?;
         files::create_private_dir(dir)?;
-        files::create(&dir.join(NODE_KEY), 0o600, &key.serialize_pem())?;
-        files::create(&dir.join(NODE_CERT), 0o644, &cert.pem())?;
-        // An identity beside its own authority shares the file.
+        // An identity beside its own authority shares the file; beside another one there can be none.
         match files::read(&dir.join(CA_CERT)) {
-            Ok(present) if present == self.cert_pem => Ok(()),
-            _ => Ok(files::create(&dir.join(CA_CERT), 0o644, &self.cert_pem)?),
+            Ok(present) if present == self.cert_pem => {}
+            _ => files::create(&dir.join(CA_CERT), 0o644, &self.cert_pem)?,
         }
+        files::create(&dir.join(NODE_KEY), 0o600, &key.serialize_pem())?;
+        Ok(files::create(&dir.join(NODE_CERT), 0o644, &cert.pem())?)
     }
 }
 
