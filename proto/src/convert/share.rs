@@ -21,7 +21,8 @@ impl Share {
     /// Whose message it is, and what it says.
     pub fn from_wire(share: wire::Share) -> Result<(NodeId, Self), InvalidMessage> {
         if share.nodes.len() > MAX_SHARED_NODES {
-            return invalid(format!("a share names {} nodes", share.nodes.len()));
+            let count = share.nodes.len();
+            return invalid(format!("share.nodes has {count}; most are {MAX_SHARED_NODES}"));
         }
         let coordinator = name(&share.coordinator, "share.coordinator")?;
         let nodes = share.nodes.into_iter().map(TryInto::try_into).collect::<Result<_, _>>()?;
@@ -48,7 +49,8 @@ impl TryFrom<wire::NodePromises> for NodePromises {
 
     fn try_from(node: wire::NodePromises) -> Result<Self, InvalidMessage> {
         if node.promises.len() > MAX_PROMISES {
-            return invalid(format!("a share names {} promises of a node", node.promises.len()));
+            let count = node.promises.len();
+            return invalid(format!("share.promises has {count}; most are {MAX_PROMISES}"));
         }
         Ok(Self {
             node: name(&node.node, "share.node")?,
