@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use axum::http::StatusCode;
 use baton_telemetry::LogFormat;
 
 use crate::aliases::Alias;
@@ -62,6 +63,8 @@ pub struct Config {
     pub max_connections: usize,
     /// Most bytes of all requests' bodies that are read or parsed at a time.
     pub max_bodies_bytes: usize,
+    /// What HTTP clients are told when the cluster has all it can take.
+    pub overload_status: StatusCode,
     /// Folder of the identity.
     pub identity: PathBuf,
     /// Names and folders of the models.
@@ -122,6 +125,7 @@ impl TryFrom<Settings> for Config {
                 settings.max_connections.unwrap_or(MAX_CONNECTIONS),
             )?,
             max_bodies_bytes: bodies(settings.max_bodies_bytes.unwrap_or(MAX_BODIES_BYTES))?,
+            overload_status: overload_status(settings.overload_status.unwrap_or(529))?,
             identity: settings.identity.ok_or(ConfigError::Missing("identity"))?,
             aliases: aliases(settings.aliases, &models)?,
             models,
@@ -143,6 +147,13 @@ fn requests(most: usize) -> Result<usize, ConfigError> {
     }
     let problem = format!("is {most}; it must be from 1 to {MAX_REQUESTS}");
     Err(ConfigError::Value { key: "max_requests", problem })
+}
+
+/// Those that clients understand as "come back later".
+fn overload_status(status: u16) -> Result<StatusCode, ConfigError> {
+    let known = [529, 503, 429].contains(&status).then(|| StatusCode::from_u16(status));
+    let problem = format!("is {status}; it must be 529, 503 or 429");
+    known.and_then(Result::ok).ok_or(ConfigError::Value { key: "overload_status", problem })
 }
 
 /// One body must find room.

@@ -62,6 +62,10 @@ fn mistakes_are_named() {
             "model = ['/m']\nmax_bodies_bytes = 1",
             "max_bodies_bytes is 1; it must be at least 16777216",
         ),
+        (
+            "model = ['/m']\nidentity = '/i'\noverload_status = 500",
+            "overload_status is 500; it must be 529, 503 or 429",
+        ),
         ("model = ['/m']\nmax_wait_s = -1", "max_wait_s is -1; it must be above 0"),
         (
             "model = ['/m']\nidentity = '/i'\npeers = ['10.0.0.1']",

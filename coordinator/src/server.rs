@@ -110,7 +110,9 @@ impl Coordinator {
         let tls = config.tls.clone().map(Tls::load).transpose()?;
         let door = Door::new(config.api_keys.clone())?;
         let entrance = Entrance::new(door, tls, config.max_connections);
-        let entrance = entrance.with_bodies(config.max_bodies_bytes);
+        let entrance = entrance
+            .with_bodies(config.max_bodies_bytes)
+            .with_overload_status(config.overload_status);
         let (grpc_listener, grpc) = bind("grpc", config.grpc).await?;
         let (http_listener, http) = bind("http", config.http).await?;
         let (cluster_listener, cluster) = bind("cluster_listen", config.cluster_listen).await?;

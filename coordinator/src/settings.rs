@@ -50,6 +50,10 @@ pub struct Settings {
     /// Default: 268435456 (256 MiB).
     #[arg(long, env = "BATON_MAX_BODIES_BYTES", value_name = "N")]
     pub max_bodies_bytes: Option<usize>,
+    /// HTTP status of requests that are refused because the cluster has all it can take: 529, 503 or 429,
+    /// for clients and proxies that know no 529. Default: 529.
+    #[arg(long, env = "BATON_OVERLOAD_STATUS", value_name = "STATUS")]
+    pub overload_status: Option<u16>,
     /// Lets `grpc` and `http` listen without TLS on addresses that other machines reach, where prompts
     /// and API keys can be read on the way. For networks that are encrypted themselves.
     #[arg(long, env = "BATON_ALLOW_PLAINTEXT", num_args = 0..=1, default_missing_value = "true")]
@@ -171,6 +175,7 @@ impl Settings {
             api_keys: self.api_keys.or(other.api_keys),
             max_connections: self.max_connections.or(other.max_connections),
             max_bodies_bytes: self.max_bodies_bytes.or(other.max_bodies_bytes),
+            overload_status: self.overload_status.or(other.overload_status),
             allow_plaintext: self.allow_plaintext.or(other.allow_plaintext),
             identity: self.identity.or(other.identity),
             model: self.model.or(other.model),

@@ -10,15 +10,15 @@ use baton_proto::wire::v1::{
     ListNodesRequest, ListNodesResponse, ListRequestsRequest, ListRequestsResponse, Node,
     NodeCache, SetRoleRequest, SetRoleResponse, WatchRequest,
 };
-use tonic::{Code, Request, Response, Status};
+use tonic::{Request, Response, Status};
 
 use super::door::Caller;
 use super::door::scope::Scope;
 use super::refusal::Refusal;
-use super::{Front, explain, prepare, watch};
+use super::{Front, details, explain, prepare, watch};
 use crate::core::{CacheQuery, NodeView};
-use crate::history::{FindError, IdPrefix};
-use crate::orders::{Order, OrderError};
+use crate::history::IdPrefix;
+use crate::orders::Order;
 
 /// Requests in a list whose asker names no limit, and the most that may be asked for.
 const LISTED_REQUESTS: u32 = 100;
@@ -82,7 +82,7 @@ impl Cluster for Front {
         let prefix_tokens = prompt.as_ref().map_or(0, |(.., tokens)| tokens.len() as u32);
         let cache = self.core.cache(CacheQuery { node: node.clone(), prompt }).await;
         if let Some(node) = node.filter(|_| cache.nodes.is_empty()) {
-            return Err(Status::not_found(format!("node {node} has not joined")));
+            return Err(details::no_node(&node, format!("node {node} has not joined")));
         }
         let nodes = cache.nodes.into_iter().map(|held| NodeCache {
             id: held.node.to_string(),
@@ -141,8 +141,9 @@ impl Cluster for Front {
         &self,
         request: Request<ExplainRequest>,
     ) -> Result<Response<ExplainResponse>, Status> {
-        let id = parse_request(&request.into_inner().request_id)?;
-        let explained = self.core.explain(id).await.map_err(not_found)?;
+        let name = request.into_inner().request_id;
+        let explained = self.core.explain(parse_request(&name)?).await;
+        let explained = explained.map_err(|error| details::not_found(&error, &name))?;
         Ok(Response::new(explain::response(explained, Instant::now())))
     }
 
@@ -150,8 +151,9 @@ impl Cluster for Front {
         &self,
         request: Request<CancelRequest>,
     ) -> Result<Response<CancelResponse>, Status> {
-        let id = parse_request(&request.into_inner().request_id)?;
-        let id = self.core.cancel_one(id).await.map_err(not_found)?;
+        let name = request.into_inner().request_id;
+        let id = self.core.cancel_one(parse_request(&name)?).await;
+        let id = id.map_err(|error| details::not_found(&error, &name))?;
         Ok(Response::new(CancelResponse { request_id: id.to_string() }))
     }
 
@@ -170,14 +172,8 @@ impl Cluster for Front {
 impl Front {
     async fn order(&self, node: String, order: Order, force: bool) -> Result<(), Status> {
         let node = parse_node(node)?;
-        self.core.order(node, order, force).await.map_err(|error| {
-            let code = match error {
-                OrderError::Unknown { .. } => Code::NotFound,
-                OrderError::LastDecode { .. } => Code::FailedPrecondition,
-                OrderError::ShuttingDown => Code::Unavailable,
-            };
-            Status::new(code, error.to_string())
-        })
+        let ordered = self.core.order(node, order, force).await;
+        ordered.map_err(|error| details::not_ordered(&error))
     }
 
     /// The name of the model, which is empty for the only one, and the text's tokens.
@@ -211,16 +207,6 @@ fn parse_request(id: &str) -> Result<IdPrefix, Refusal> {
     let shown: String = id.chars().take(80).collect();
     let digits = "a request's id, or its first hexadecimal digits";
     IdPrefix::parse(id).ok_or_else(|| Refusal::field("request_id", format!("{shown:?}"), digits))
-}
-
-fn not_found(error: FindError) -> Status {
-    let code = match error {
-        FindError::Unknown => Code::NotFound,
-        FindError::Ambiguous => Code::InvalidArgument,
-        FindError::Ended(_) => Code::FailedPrecondition,
-        FindError::ShuttingDown => Code::Unavailable,
-    };
-    Status::new(code, error.to_string())
 }
 
 fn parse_node(name: String) -> Result<NodeId, Refusal> {

@@ -1,6 +1,7 @@
 //! Completions under way: from the core's updates to messages for the client.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use baton_proto::wire::v1::GenerateResponse;
@@ -12,7 +13,7 @@ use super::names::Named;
 use super::refusal::Refusal;
 use super::running::Run;
 use super::trace::CompletionSpan;
-use crate::core::{Core, RequestError, SubmitError, Update, Updates};
+use crate::core::{Core, RequestError, Update, Updates};
 
 /// Messages that wait for a slow client; the rest waits as tokens in the core's channel.
 const WAITING_MESSAGES: usize = 16;
@@ -26,7 +27,25 @@ pub(super) type Message = Result<GenerateResponse, Refusal>;
 /// What a request holds until its last completion has ended.
 pub(super) struct Ticket {
     pub(super) admission: Admission,
-    pub(super) _run: Run,
+    /// Tokens that the client was given.
+    emitted: AtomicU64,
+    _run: Run,
+}
+
+impl Ticket {
+    pub(super) fn new(admission: Admission, run: Run) -> Self {
+        Self { admission, emitted: AtomicU64::new(0), _run: run }
+    }
+
+    /// The client is given so many tokens more.
+    fn emit(&self, tokens: usize) {
+        self.admission.charge_output(tokens);
+        self.emitted.fetch_add(tokens as u64, Ordering::Relaxed);
+    }
+
+    fn failed(&self, error: RequestError) -> Refusal {
+        Refusal::Failed { error, emitted: self.emitted.load(Ordering::Relaxed) }
+    }
 }
 
 /// A completion that the core has accepted. Dropping it cancels it.
@@ -86,8 +105,8 @@ async fn run(accepted: Accepted, core: Core, out: Out) {
                 (Ok(message), false)
             }
             Some(Step::Last(message)) => (Ok(message), true),
-            Some(Step::Fail(error)) => (Err(error.into()), true),
-            None => (Err(SubmitError::ShuttingDown.into()), true),
+            Some(Step::Fail(error)) => (Err(ticket.failed(error)), true),
+            None => (Err(ticket.failed(RequestError::ShuttingDown)), true),
         };
         match &message {
             Ok(GenerateResponse { request_id, finished: Some(finished), .. }) => {
@@ -97,7 +116,7 @@ async fn run(accepted: Accepted, core: Core, out: Out) {
             Err(refusal) => span.failed(refusal),
         }
         if let Ok(message) = &message {
-            ticket.admission.charge_output(message.token_ids.len());
+            ticket.emit(message.token_ids.len());
         }
         if last {
             // Whoever has the end may send the request again.

@@ -70,7 +70,7 @@ impl Front {
     ) -> Result<EmbedResponse, Refusal> {
         let embedded = self.embed_all(caller, request, timeout, arrived).await;
         embedded.inspect_err(|refusal| {
-            if !matches!(refusal, Refusal::Failed(_)) {
+            if !matches!(refusal, Refusal::Failed { .. }) {
                 count_refused(refusal);
             }
         })
@@ -249,10 +249,11 @@ async fn outcome(
         match update {
             Update::Embedding(embedding) => values = Some(embedding),
             Update::Done(summary) => {
-                let nothing = || RequestError::Rejected("the node sent no embedding".to_owned());
+                let nothing = "the node sent no embedding".to_owned();
+                let nothing = || Refusal::failed(RequestError::Rejected(nothing));
                 return Ok((values.ok_or_else(nothing)?, summary));
             }
-            Update::Failed(error) => return Err(error.into()),
+            Update::Failed(error) => return Err(Refusal::failed(error)),
             Update::Tokens(_) | Update::PromptLogprobs(_) => {}
         }
     }

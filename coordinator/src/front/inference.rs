@@ -106,7 +106,7 @@ impl Front {
         arrived: Instant,
     ) -> Result<Started, Refusal> {
         let begun = self.running.begin().ok_or(SubmitError::ShuttingDown)?;
-        let ticket = Ticket { admission: caller.enter()?, _run: begun };
+        let ticket = Ticket::new(caller.enter()?, begun);
         let name = caller.name_of(&requests[0])?.map(|name| self.names.take(name)).transpose()?;
         let (model, info) = self.model_for(&requests[0]).await?;
         let mut all = Vec::new();

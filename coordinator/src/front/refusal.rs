@@ -50,14 +50,24 @@ pub(crate) enum Refusal {
     #[error("the client took nothing for too long")]
     SlowClient,
     /// It was started and failed.
-    #[error(transparent)]
-    Failed(#[from] RequestError),
+    #[error("{error}")]
+    Failed {
+        /// Why.
+        error: RequestError,
+        /// Tokens that the client was given before, of all completions.
+        emitted: u64,
+    },
     /// This process is at fault.
     #[error("an internal error; the coordinator's log has more")]
     Internal,
 }
 
 impl Refusal {
+    /// It failed before the client was given anything.
+    pub(crate) fn failed(error: RequestError) -> Self {
+        Self::Failed { error, emitted: 0 }
+    }
+
     /// `field is value; it must be limit`.
     pub(crate) fn field(field: &str, value: impl std::fmt::Display, limit: &str) -> Self {
         Self::wrong(field, format!("{field} is {value}; it must be {limit}"))
@@ -95,12 +105,16 @@ impl Refusal {
                 // Ids are drawn here, at random.
                 SubmitError::DuplicateId(_) => Code::Internal,
             },
-            Self::Failed(error) => match error {
+            Self::Failed { error, emitted } => match error {
                 RequestError::DeadlineExceeded => Code::DeadlineExceeded,
                 RequestError::Cancelled => Code::Cancelled,
-                RequestError::NoNodes { .. }
-                | RequestError::Exhausted { .. }
-                | RequestError::ShuttingDown => Code::Unavailable,
+                // It may be the request that broke its nodes.
+                RequestError::Exhausted { .. } => Code::Aborted,
+                RequestError::NoNodes { .. } | RequestError::ShuttingDown => match emitted {
+                    0 => Code::Unavailable,
+                    // Sent again, it would begin anew: who has its tokens must know of that.
+                    _ => Code::Aborted,
+                },
                 RequestError::Rejected(_) => Code::FailedPrecondition,
             },
             Self::Internal => Code::Internal,

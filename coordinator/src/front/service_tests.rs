@@ -1,18 +1,29 @@
 //! What both ports say of themselves and of the cluster; the core is played by the test.
 
 use axum::http::StatusCode;
+use axum::http::uri::PathAndQuery;
+use baton_proto::ids::RequestId;
 use baton_proto::wire::v1::cluster_client::ClusterClient;
-use baton_proto::wire::v1::{GetCacheRequest, GetStatusRequest, ListNodesRequest, SetRoleRequest};
+use baton_proto::wire::v1::{
+    GetCacheRequest, GetStatusRequest, ListNodesRequest, SetRoleRequest, TokenIds,
+};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
-use tonic::Code;
+use tonic::client::Grpc;
+use tonic::{Code, Request};
 use tonic_health::pb::HealthCheckRequest;
 use tonic_health::pb::health_client::HealthClient;
+use tonic_prost::ProstCodec;
 use tonic_reflection::pb::v1::server_reflection_client::ServerReflectionClient;
 use tonic_reflection::pb::v1::server_reflection_request::MessageRequest;
 use tonic_reflection::pb::v1::server_reflection_response::MessageResponse;
+use tonic_types::StatusExt;
 
+use super::details;
 use super::fixtures::{Played, start, tokenizer};
+use crate::history::FindError;
+use crate::orders::OrderError;
+use crate::testing::node;
 
 #[tokio::test]
 async fn operators_see_the_cluster() {
@@ -32,7 +43,59 @@ async fn operators_see_the_cluster() {
     assert_eq!(cache.prefix_tokens as usize, tokenizer().encode(prefix, true).unwrap().len());
     for (node, code) in [("d1", Code::NotFound), ("D 1", Code::InvalidArgument)] {
         let query = GetCacheRequest { node: Some(node.into()), ..Default::default() };
-        assert_eq!(client.get_cache(query).await.unwrap_err().code(), code);
+        let error = client.get_cache(query).await.unwrap_err();
+        assert_eq!(error.code(), code);
+        let resource = error.get_details_resource_info().map(|info| info.resource_name);
+        assert_eq!(resource, (code == Code::NotFound).then(|| "d1".to_owned()));
+    }
+}
+
+#[test]
+fn what_operators_name_wrongly_is_said_in_details() {
+    let id = RequestId(0xabc);
+    let unknown = details::not_found(&FindError::Unknown, "abc");
+    assert_eq!(unknown.code(), Code::NotFound);
+    let resource = unknown.get_details_resource_info().unwrap();
+    assert_eq!((&*resource.resource_type, &*resource.resource_name), ("request", "abc"));
+    let ambiguous = details::not_found(&FindError::Ambiguous, "a");
+    assert_eq!(ambiguous.code(), Code::InvalidArgument);
+    let fields = ambiguous.get_details_bad_request().unwrap().field_violations;
+    assert_eq!(fields[0].field, "request_id");
+    let ended = details::not_found(&FindError::Ended(id), "abc");
+    let last = OrderError::LastDecode { node: node("d0"), model: "demo".to_owned() };
+    for (status, kind, subject) in [
+        (ended, "ENDED", id.to_string()),
+        (details::not_ordered(&last), "LAST_DECODE", "d0".to_owned()),
+    ] {
+        assert_eq!(status.code(), Code::FailedPrecondition);
+        let violations = status.get_details_precondition_failure().unwrap().violations;
+        assert_eq!((&*violations[0].r#type, &violations[0].subject), (kind, &subject));
+    }
+    let nobody = OrderError::Unknown { node: node("d7"), hint: "there are none".to_owned() };
+    let nobody = details::not_ordered(&nobody);
+    assert_eq!(nobody.get_details_resource_info().unwrap().resource_name, "d7");
+    for down in [
+        details::not_found(&FindError::ShuttingDown, "abc"),
+        details::not_ordered(&OrderError::ShuttingDown),
+    ] {
+        assert_eq!(down.code(), Code::Unavailable);
+        assert!(down.get_details_retry_info().is_some(), "{down:?}");
+    }
+}
+
+#[tokio::test]
+async fn what_is_no_message_is_the_clients_fault() {
+    let played = start(|_| panic!("no request")).await;
+    // Read as a request, these ids are a model's name that is no text.
+    let wrong = TokenIds { ids: vec![255] };
+    for path in ["/baton.v1.Inference/Generate", "/baton.v1.Inference/Tokenize"] {
+        let mut client = Grpc::new(played.channel());
+        client.ready().await.unwrap();
+        let (path, codec) = (PathAndQuery::from_static(path), ProstCodec::<_, ()>::default());
+        let answer = client.unary(Request::new(wrong.clone()), path, codec).await;
+        let error = answer.expect_err("no message");
+        assert_eq!(error.code(), Code::InvalidArgument, "{error}");
+        assert!(error.message().starts_with("the request is no message"), "{error}");
     }
 }
 

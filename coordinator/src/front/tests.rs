@@ -375,13 +375,49 @@ async fn failures_of_the_core_have_their_codes() {
     let failures = [
         (RequestError::DeadlineExceeded, Code::DeadlineExceeded),
         (RequestError::Cancelled, Code::Cancelled),
-        (RequestError::Exhausted { attempts: 3, reason: "x".into() }, Code::Unavailable),
+        (RequestError::NoNodes { waited: Duration::from_secs(5) }, Code::Unavailable),
+        (RequestError::ShuttingDown, Code::Unavailable),
+        (RequestError::Exhausted { attempts: 3, reason: "x".into() }, Code::Aborted),
         (RequestError::Rejected("too few blocks".into()), Code::FailedPrecondition),
     ];
     for (failure, code) in failures {
         let played = start(move |_| Play::Accept(vec![Update::Failed(failure.clone())])).await;
         let status = all(&played, prompt("Hello")).await.unwrap_err();
         assert_eq!(status.code(), code, "{status:?}");
+        let again = status.get_details_retry_info().is_some();
+        assert_eq!(again, code == Code::Unavailable, "{status:?}");
+    }
+}
+
+#[tokio::test]
+async fn who_lost_its_nodes_is_told_how_far_it_came_and_not_to_come_back() {
+    let failures = [
+        (RequestError::Exhausted { attempts: 3, reason: "x".into() }, "NODE_LOST"),
+        (RequestError::NoNodes { waited: Duration::from_secs(5) }, "NODE_LOST"),
+        (RequestError::ShuttingDown, "SHUTTING_DOWN"),
+    ];
+    for (failure, reason) in failures {
+        let played = start(move |_| {
+            let mut updates = says("Hello you", None);
+            updates.push(Update::Failed(failure.clone()));
+            Play::Accept(updates)
+        });
+        let played = played.await;
+        let mut client = InferenceClient::new(played.channel());
+        let mut stream = client.generate(prompt("Hello")).await.unwrap().into_inner();
+        let mut tokens = 0;
+        let status = loop {
+            match stream.message().await {
+                Ok(message) => tokens += message.expect("a stream that fails").token_ids.len(),
+                Err(status) => break status,
+            }
+        };
+        assert_eq!(status.code(), Code::Aborted, "{status:?}");
+        let info = status.get_details_error_info().unwrap();
+        assert_eq!((&*info.reason, &*info.domain), (reason, "baton"));
+        assert!(tokens > 0 && info.metadata["tokens_emitted"] == tokens.to_string(), "{info:?}");
+        assert!(status.get_details_retry_info().is_none(), "{status:?}");
+        assert!(!status.metadata().contains_key("retry-after-ms"), "{status:?}");
     }
 }
 

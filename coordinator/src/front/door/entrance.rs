@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
+use axum::http::StatusCode;
 use tokio::net::{TcpListener, TcpStream};
 use tokio_rustls::TlsAcceptor;
 
@@ -12,6 +13,7 @@ use super::connection::Connection;
 use super::room::{Place, Room};
 use super::tls::{Protocol, Tls};
 use crate::accept::{self, Incoming};
+use crate::front::openai::error::overloaded;
 
 /// Default of how many connections there may be.
 pub(crate) const MAX_CONNECTIONS: usize = 4096;
@@ -52,6 +54,8 @@ pub struct Entrance {
     room: Room,
     pub(super) bodies: BodyMemory,
     pub(crate) patience: Patience,
+    /// What HTTP clients are told when the cluster has all it can take.
+    pub(super) overload_status: StatusCode,
 }
 
 impl Entrance {
@@ -59,13 +63,20 @@ impl Entrance {
     #[must_use]
     pub fn new(door: Door, tls: Option<Tls>, max_connections: usize) -> Self {
         let (room, bodies) = (Room::new(max_connections), BodyMemory::new(MAX_BODIES_BYTES));
-        Self { door, tls, room, bodies, patience: Patience::default() }
+        let (patience, overload_status) = (Patience::default(), overloaded());
+        Self { door, tls, room, bodies, patience, overload_status }
     }
 
     /// The same, but the bodies of all requests may take so many bytes together.
     #[must_use]
     pub fn with_bodies(self, most_bytes: usize) -> Self {
         Self { bodies: BodyMemory::new(most_bytes), ..self }
+    }
+
+    /// The same, but HTTP clients are told of an overload with this status.
+    #[must_use]
+    pub fn with_overload_status(self, overload_status: StatusCode) -> Self {
+        Self { overload_status, ..self }
     }
 
     /// Open to everybody who reaches it.

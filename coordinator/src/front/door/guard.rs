@@ -23,7 +23,7 @@ use crate::front::http;
 use crate::front::inference::random;
 use crate::front::names::MAX_NAME_BYTES;
 use crate::front::openai::body::MAX_BODY_BYTES;
-use crate::front::openai::error::ApiError;
+use crate::front::openai::error::{ApiError, overloaded};
 use crate::front::refusal::Refusal;
 
 /// Names a request for those who look for it.
@@ -47,7 +47,7 @@ pub(crate) async fn guard_rpc(
                 request = request.map(|body| Counted::body(body, held, patience.body));
             }
             request.extensions_mut().insert(caller);
-            next.run(request).await
+            readable(next.run(request).await)
         }
         Err(refusal) => {
             let code = match &refusal {
@@ -62,6 +62,24 @@ pub(crate) async fn guard_rpc(
         Some(id) => named(response, id),
         None => response,
     }
+}
+
+/// Tonic says INTERNAL of a message that is none, before anybody is asked: that is the client's fault.
+fn readable(mut response: Response) -> Response {
+    const UNREADABLE: [&str; 4] = [
+        "failed to decode Protobuf message",
+        "protocol error",
+        "Unexpected EOF",
+        "Error decompressing",
+    ];
+    let Some(status) = Status::from_header_map(response.headers()) else { return response };
+    let what = status.message();
+    if status.code() == Code::Internal && UNREADABLE.iter().any(|why| what.starts_with(why)) {
+        let refusal = Refusal::Invalid(format!("the request is no message of its kind: {what}"));
+        count(&refusal, refusal.code());
+        response = Status::from(refusal).into_http();
+    }
+    response
 }
 
 /// A body that takes memory as it arrives, for as long as it is there, and must arrive in time.
@@ -105,10 +123,13 @@ pub(crate) async fn guard_http(
 ) -> Response {
     let id = request_id(&request);
     let path = request.uri().path().to_owned();
-    let response = match let_in(&entrance, request).await {
+    let mut response = match let_in(&entrance, request).await {
         Ok(request) => next.run(request).await,
         Err(refused) => refused.response(&path),
     };
+    if response.status() == overloaded() {
+        *response.status_mut() = entrance.overload_status;
+    }
     named(response, id.unwrap_or_else(new_id))
 }
 

@@ -18,6 +18,7 @@ use tokio::net::TcpStream;
 use tonic::{Code, Request, Status};
 use tonic_health::pb::HealthCheckRequest;
 use tonic_health::pb::health_client::HealthClient;
+use tonic_types::StatusExt;
 
 use super::entrance::Patience;
 use super::keys::NewKey;
@@ -224,11 +225,11 @@ async fn what_is_over_the_quota_is_refused_before_the_core_hears_of_it() {
     let silent = |_: &NewRequest| Play::Silence(Vec::new());
     let played = start(behind(&keys.path()), silent).await;
     let mut client = InferenceClient::new(played.channel());
-    for (key, what) in [
-        (&busy, "key \"busy\" may use 1 requests at a time"),
+    for (name, key, what) in [
+        ("busy", &busy, "key \"busy\" may use 1 requests at a time"),
         // Each passes with a full bucket, and leaves a debt.
-        (&small, "key \"small\" may use 2 tokens a minute"),
-        (&few, "key \"few\" may use 1 requests a minute"),
+        ("small", &small, "key \"small\" may use 2 tokens a minute"),
+        ("few", &few, "key \"few\" may use 1 requests a minute"),
     ] {
         let before = played.asked().len();
         let running = client.generate(with_key(key, prompt("Hello there"))).await.unwrap();
@@ -236,6 +237,10 @@ async fn what_is_over_the_quota_is_refused_before_the_core_hears_of_it() {
         assert_eq!(refused.code(), Code::ResourceExhausted);
         assert!(refused.message().starts_with(what), "{refused}");
         assert!(refused.metadata().contains_key("retry-after-ms"), "{refused:?}");
+        assert!(refused.get_details_retry_info().unwrap().retry_delay.is_some(), "{refused:?}");
+        let violations = refused.get_details_quota_failure().unwrap().violations;
+        assert_eq!((violations.len(), &violations[0].subject), (1, &format!("key:{name}")));
+        assert_eq!(violations[0].description, refused.message());
         assert_eq!(played.asked().len(), before + 1);
         drop(running);
     }

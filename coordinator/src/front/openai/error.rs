@@ -74,8 +74,7 @@ impl ApiError {
     }
 
     /// The same error of a request of which something was computed already.
-    #[must_use]
-    pub(crate) fn never_again(self) -> Self {
+    fn never_again(self) -> Self {
         Self { retry: Retry::Never, ..self }
     }
 
@@ -142,7 +141,7 @@ impl From<Refusal> for ApiError {
             }
             Refusal::Model(UnknownModel::NotServed { .. }) => Self::no_model(message),
             Refusal::NoMemory => unavailable(message),
-            Refusal::Late | Refusal::Failed(RequestError::DeadlineExceeded) => {
+            Refusal::Late | Refusal::Failed { error: RequestError::DeadlineExceeded, .. } => {
                 Self::new(StatusCode::GATEWAY_TIMEOUT, "deadline_exceeded", message).never_again()
             }
             Refusal::Quota(exceeded) => {
@@ -174,11 +173,15 @@ impl From<Refusal> for ApiError {
                 }
                 SubmitError::DuplicateId(_) => Self::internal(&message),
             },
-            Refusal::Failed(error) => match error {
+            Refusal::Failed { error, emitted } => match error {
                 RequestError::Cancelled => Self::new(client_closed(), "cancelled", message),
-                RequestError::NoNodes { .. } | RequestError::ShuttingDown => unavailable(message),
-                // It may be the request that broke them.
-                RequestError::Exhausted { .. } => unavailable(message).never_again(),
+                RequestError::NoNodes { .. } | RequestError::ShuttingDown if emitted == 0 => {
+                    unavailable(message)
+                }
+                // The client would pay twice; or it may be the request that broke its nodes.
+                RequestError::NoNodes { .. }
+                | RequestError::ShuttingDown
+                | RequestError::Exhausted { .. } => unavailable(message).never_again(),
                 // No node could ever serve it.
                 _ => Self::new(StatusCode::BAD_REQUEST, "cannot_be_served", message),
             },
@@ -194,8 +197,9 @@ impl ApiError {
     }
 }
 
-/// Not registered, but what Anthropic and NVIDIA's front end say.
-fn overloaded() -> StatusCode {
+/// Not registered, but what Anthropic and NVIDIA's front end say. The guard of the port replaces it where
+/// another one is configured.
+pub(crate) fn overloaded() -> StatusCode {
     StatusCode::from_u16(529).expect("it has three digits")
 }
 

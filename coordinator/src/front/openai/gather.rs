@@ -36,13 +36,9 @@ pub(crate) async fn gather(
     mut each: impl FnMut(&mut GenerateResponse),
 ) -> Result<Vec<Gathered>, ApiError> {
     let mut gathered = vec![Gathered::default(); choices];
-    let (mut begun, mut ended) = (false, 0);
+    let mut ended = 0;
     while let Some(message) = messages.recv().await {
-        let mut message = message.map_err(|refusal| {
-            let error = ApiError::from(refusal);
-            if begun { error.never_again() } else { error }
-        })?;
-        begun = true;
+        let mut message = message?;
         ended += usize::from(message.finished.is_some());
         each(&mut message);
         if let Some(choice) = gathered.get_mut(message.choice as usize) {

@@ -6,7 +6,8 @@ use serde_json::{Value, json};
 
 use super::tests::{Answer, CHAT, TEXT, chat, get, post, post_text, says_plainly, send};
 use crate::core::{RequestError, SubmitError, Update};
-use crate::front::fixtures::{Play, start};
+use crate::front::door::Entrance;
+use crate::front::fixtures::{Play, demo_model, start, start_behind};
 
 #[tokio::test]
 async fn failures_have_the_status_that_clients_understand() {
@@ -37,6 +38,12 @@ async fn failures_have_the_status_that_clients_understand() {
         (RequestError::DeadlineExceeded, 504, "deadline_exceeded", Some("false")),
         (RequestError::Cancelled, 499, "cancelled", None),
         (
+            RequestError::NoNodes { waited: Duration::from_secs(5) },
+            503,
+            "unavailable",
+            Some("true"),
+        ),
+        (
             RequestError::Exhausted { attempts: 3, reason: "x".into() },
             503,
             "unavailable",
@@ -51,6 +58,26 @@ async fn failures_have_the_status_that_clients_understand() {
             assert_eq!((answer.status, &answer.json()["error"]["code"]), (status, &json!(code)));
             assert_eq!(answer.header("x-should-retry"), retry, "{code}");
         }
+    }
+}
+
+#[tokio::test]
+async fn an_overload_has_the_status_that_is_configured() {
+    for status in [503, 429] {
+        let entrance = Entrance::open().with_overload_status(status.try_into().unwrap());
+        let refuse =
+            |_: &_| Play::Refuse(SubmitError::Overloaded { retry_after: Duration::from_secs(1) });
+        let played = start_behind(entrance, &demo_model(), &["demo"], Vec::new(), refuse).await;
+        for body in [chat(json!({})), chat(json!({"stream": true}))] {
+            let answer = post(&played, CHAT, &body).await;
+            let error = &answer.json()["error"];
+            assert_eq!((answer.status, &error["code"]), (status, &json!("overloaded")));
+            assert_eq!(error["type"], "overloaded_error", "the body tells it from other errors");
+            let said = (answer.header("retry-after"), answer.header("x-should-retry"));
+            assert_eq!(said, (Some("1"), Some("true")));
+        }
+        let unknown = post(&played, CHAT, &chat(json!({"model": "gpt"}))).await;
+        assert_eq!(unknown.status, 404, "others stay as they are");
     }
 }
 
