@@ -9,7 +9,7 @@ use crate::core::NodeView;
 use crate::events::{Events, Happening};
 
 /// Nodes report ten times a second: this is twenty reports.
-const SILENT: Duration = Duration::from_secs(2);
+pub(crate) const SILENT: Duration = Duration::from_secs(2);
 /// A node that left is missed for so long.
 const LOST: Duration = Duration::from_secs(600);
 /// Refusals are worth a look for so long.

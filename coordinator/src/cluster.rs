@@ -212,6 +212,11 @@ impl Cluster {
         self.models.values().cloned().collect()
     }
 
+    /// Names of all models known.
+    pub fn model_names(&self) -> impl Iterator<Item = &str> {
+        self.models.keys().map(String::as_str)
+    }
+
     /// A model that a node serves or served.
     #[must_use]
     pub fn model(&self, name: &str) -> Option<&ModelInfo> {

@@ -21,6 +21,8 @@ use crate::roles::Roles;
 
 mod looks;
 
+pub(crate) use looks::Load;
+
 /// Index entries of nodes that left, cleared per report.
 const SWEEP_PER_REPORT: usize = 4096;
 

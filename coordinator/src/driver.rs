@@ -10,11 +10,12 @@ use baton_proto::message::{Command, Hello, NodeEvent};
 use baton_proto::share::Share;
 use tokio::sync::{mpsc, oneshot, watch};
 
-use crate::cluster::{LinkId, Refusal};
+use crate::cluster::{LinkId, MAX_MODELS, Refusal};
 use crate::control::{Control, Options};
 use crate::core::{Ask, Core, Models, SubmitError, Update};
 use crate::metrics;
 use crate::requests::Action;
+use crate::vllm::{self, Vllm};
 
 /// Messages of nodes that wait for the driver; a node's stream stops being read beyond.
 const MAX_NODE_MESSAGES: usize = 4096;
@@ -57,6 +58,8 @@ struct Client {
     updates: mpsc::Sender<Update>,
     /// When it was last told of tokens.
     told_at: Option<Instant>,
+    /// Counts of its model.
+    counts: Arc<Vllm>,
 }
 
 /// The task that owns the coordinator's state.
@@ -71,6 +74,8 @@ pub(crate) struct Driver {
     dropped: mpsc::Receiver<RequestId>,
     models: watch::Sender<Models>,
     events: watch::Sender<u64>,
+    /// By model.
+    counts: HashMap<String, Arc<Vllm>>,
     shutting_down: bool,
 }
 
@@ -94,6 +99,7 @@ impl Driver {
             dropped,
             models,
             events,
+            counts: HashMap::new(),
             shutting_down: false,
         };
         let core = Core::new(asks_sender, dropped_sender, models_receiver, events_receiver);
@@ -121,8 +127,9 @@ impl Driver {
                 Some(id) = self.dropped.recv() => {
                     // Whoever gave up may be another one, who wanted the same id in vain.
                     if self.clients.get(&id).is_some_and(|client| client.updates.is_closed()) {
-                        self.clients.remove(&id);
                         self.control.cancel(id, Instant::now(), &mut actions);
+                        self.carry_out(&mut actions);
+                        self.clients.remove(&id);
                     }
                 }
                 Some(message) = self.from_links.recv() => self.hear(message, &mut actions),
@@ -131,13 +138,20 @@ impl Driver {
                     None => return,
                 },
                 () = timeout => self.control.handle_timeout(Instant::now(), &mut actions),
-                _ = gauges.tick() => {
-                    let status = self.control.status(Instant::now());
-                    metrics::gauges(&status, self.control.index_blocks());
-                }
+                _ = gauges.tick() => self.show(),
             }
             self.carry_out(&mut actions);
             self.publish_events();
+        }
+    }
+
+    /// Sets the gauges to what is there now.
+    fn show(&self) {
+        let now = Instant::now();
+        let (status, nodes) = (self.control.status(now), self.control.nodes(now));
+        metrics::gauges(&status, &nodes, self.control.index_blocks());
+        for (model, load) in self.control.loads() {
+            vllm::gauges(model, load, &nodes);
         }
     }
 
@@ -179,14 +193,15 @@ impl Driver {
                 if updates.is_closed() {
                     return;
                 }
-                let id = request.id;
+                let (id, model) = (request.id, request.model.clone());
                 let result = if self.shutting_down {
                     Err(SubmitError::ShuttingDown)
                 } else {
                     self.control.submit(request, chain, arrived, now, actions)
                 };
                 if result.is_ok() {
-                    self.clients.insert(id, Client { updates, told_at: None });
+                    let counts = self.counts_of(model);
+                    self.clients.insert(id, Client { updates, told_at: None, counts });
                     self.control.placed_in(id, arrived.elapsed());
                 }
                 let _ = reply.send(result);
@@ -216,6 +231,21 @@ impl Driver {
                 self.control.shut_down(now, actions);
                 self.carry_out(actions);
                 let _ = reply.send(());
+            }
+        }
+    }
+
+    /// Those of models that nobody serves any more are forgotten with the models.
+    fn counts_of(&mut self, model: String) -> Arc<Vllm> {
+        if self.counts.len() >= MAX_MODELS {
+            self.counts.retain(|_, counts| Arc::strong_count(counts) > 1);
+        }
+        match self.counts.get(&model) {
+            Some(counts) => counts.clone(),
+            None => {
+                let counts = Arc::new(Vllm::new(&model));
+                self.counts.insert(model, counts.clone());
+                counts
             }
         }
     }
@@ -263,18 +293,21 @@ impl Driver {
 
     fn tell_client(&mut self, id: RequestId, update: Update) {
         let mut client = self.clients.get_mut(&id);
-        let mut since_last = None;
-        if let (Update::Tokens(_), Some(client)) = (&update, &mut client) {
+        let mut gap = None;
+        if let (Update::Tokens(tokens), Some(client)) = (&update, &mut client) {
             let now = Instant::now();
             let told_at = client.told_at.replace(now);
-            since_last = told_at.map(|told_at| now.saturating_duration_since(told_at));
+            let since_last = told_at.map(|told_at| now.saturating_duration_since(told_at));
+            // What comes together is as if it had come evenly.
+            gap = since_last.map(|since_last| since_last / tokens.len().max(1) as u32);
         }
-        metrics::update(&update, since_last);
+        metrics::update(&update, gap);
         let ended = matches!(update, Update::Done(_) | Update::Failed(_));
         if let Update::Failed(error) = &update {
             tracing::info!(request = %id, %error, "failed");
         }
         if let Some(client) = client {
+            client.counts.update(&update, gap);
             // Closed: its cancellation is under way. Never full, see `Core::submit`.
             let _ = client.updates.try_send(update);
         }

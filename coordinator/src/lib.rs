@@ -32,3 +32,4 @@ mod node_map;
 mod request;
 #[cfg(test)]
 mod testing;
+mod vllm;

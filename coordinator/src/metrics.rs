@@ -1,26 +1,33 @@
-//! What the coordinator counts. Names are `baton_*`, and the few of vLLM's that gateways and
-//! dashboards made for it read; durations are seconds.
+//! What the coordinator counts. Names are `baton_*`, and those of vLLM that `vllm` has; durations are
+//! seconds.
 
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use baton_proto::ids::Role;
 use metrics::{counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
 use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder, PrometheusHandle};
+use metrics_util::MetricKindMask;
 
-use crate::core::{RequestError, StatusView, SubmitError, Summary, Timings, Update};
+use crate::alerts::SILENT;
+use crate::core::{NodeView, RequestError, StatusView, SubmitError, Summary, Timings, Update};
 use crate::decision::Outcome;
+use crate::vllm;
+
+/// A gauge that is not set for so long is about something that is gone, and is shown no more.
+const STALE: Duration = Duration::from_secs(10);
 
 /// Upper bounds of buckets. Per output token: a GPU's decode step takes 2 to 8 ms.
-const PER_TOKEN: [f64; 26] = [
+pub(crate) const PER_TOKEN: [f64; 26] = [
     0.0005, 0.001, 0.002, 0.003, 0.004, 0.005, 0.006, 0.008, 0.01, 0.0125, 0.015, 0.02, 0.025,
     0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5,
 ];
 /// To the first token, and phases of a request.
-const FIRST_TOKEN: [f64; 22] = [
+pub(crate) const FIRST_TOKEN: [f64; 22] = [
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.15, 0.25, 0.5, 0.75, 1.0, 1.5, 2.5, 5.0,
     7.5, 10.0, 20.0, 40.0, 80.0, 160.0,
 ];
 /// Whole requests.
-const REQUEST: [f64; 22] = [
+pub(crate) const REQUEST: [f64; 22] = [
     0.05, 0.1, 0.2, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0,
     60.0, 120.0, 240.0, 480.0, 960.0,
 ];
@@ -59,20 +66,17 @@ const TOKENS: [f64; 21] = [
 ];
 
 /// Histograms whose buckets do not follow from their unit.
-const BUCKETS: [(&str, &[f64]); 10] = [
+const BUCKETS: [(&str, &[f64]); 6] = [
     ("baton_time_per_output_token_seconds", &PER_TOKEN),
-    ("vllm:request_time_per_output_token_seconds", &PER_TOKEN),
     ("baton_inter_token_latency_seconds", &PER_TOKEN),
-    ("vllm:inter_token_latency_seconds", &PER_TOKEN),
     ("baton_time_to_first_token_seconds", &FIRST_TOKEN),
-    ("vllm:time_to_first_token_seconds", &FIRST_TOKEN),
     ("baton_request_phase_seconds", &FIRST_TOKEN),
     ("baton_embedding_seconds", &FIRST_TOKEN),
     ("baton_request_seconds", &REQUEST),
-    ("vllm:e2e_request_latency_seconds", &REQUEST),
 ];
 
-const COUNTERS: [(&str, &str); 10] = [
+const COUNTERS: [(&str, &str); 11] = [
+    ("baton_client_disconnects_total", "Requests whose client left before their end"),
     ("baton_requests_total", "Requests that ended, by outcome"),
     ("baton_requests_rejected_total", "Requests that the core did not take, by reason"),
     ("baton_retries_total", "Attempts after a request's first"),
@@ -112,28 +116,31 @@ const HISTOGRAMS: [(&str, &str); 13] = [
     ),
 ];
 
-const GAUGES: [(&str, &str); 7] = [
+const GAUGES: [(&str, &str); 8] = [
     ("baton_requests_active", "Requests that are not over"),
     ("baton_requests_waiting", "Of these, those that wait for their turn on a node"),
-    ("baton_nodes", "Joined nodes by role"),
+    ("baton_nodes", "Joined nodes by role and state"),
     ("baton_peers", "Other coordinators that are heard"),
     ("baton_index_blocks", "KV blocks in the index of the nodes' caches"),
     ("baton_ready", "1 if a request would be served now"),
+    (
+        "baton_tls_certificate_expiry_timestamp_seconds",
+        "When a certificate expires, as seconds since 1970",
+    ),
     ("baton_build_info", "1; the version is a label"),
 ];
 
 /// Lets the process count, and gives what shows the counts.
 pub(crate) fn install() -> Result<PrometheusHandle, BuildError> {
-    let named = BUCKETS.map(|(name, buckets)| (Matcher::Full(name.to_owned()), buckets));
+    let named = BUCKETS.into_iter().chain(vllm::HISTOGRAMS);
+    let named = named.map(|(name, buckets)| (Matcher::Full(name.to_owned()), buckets));
     let others: [(&str, &[f64]); 3] =
         [("_seconds", &SHORT), ("_tokens", &TOKENS), ("_ratio", &RATIOS)];
     let others = others.map(|(unit, buckets)| (Matcher::Suffix(unit.to_owned()), buckets));
-    let builder = named
-        .into_iter()
-        .chain(others)
-        .try_fold(PrometheusBuilder::new(), |builder, (matcher, buckets)| {
-            builder.set_buckets_for_metric(matcher, buckets)
-        });
+    let builder = PrometheusBuilder::new().idle_timeout(MetricKindMask::GAUGE, Some(STALE));
+    let builder = named.chain(others).try_fold(builder, |builder, (matcher, buckets)| {
+        builder.set_buckets_for_metric(matcher, buckets)
+    });
     let handle = builder?.install_recorder()?;
     COUNTERS.into_iter().for_each(|(name, what)| describe_counter!(name, what));
     HISTOGRAMS.into_iter().for_each(|(name, what)| describe_histogram!(name, what));
@@ -141,18 +148,14 @@ pub(crate) fn install() -> Result<PrometheusHandle, BuildError> {
     Ok(handle)
 }
 
-/// News of a request. `since_last`: since its previous tokens, if these are not its first.
-pub(crate) fn update(update: &Update, since_last: Option<Duration>) {
+/// News of a request. `gap`: since each of its tokens' previous one, unless these are its first.
+pub(crate) fn update(update: &Update, gap: Option<Duration>) {
     match update {
         Update::Tokens(tokens) => {
-            if let Some(gap) = since_last {
-                // What comes together is as if it had come evenly.
-                let (each, count) = (gap / tokens.len().max(1) as u32, tokens.len());
-                histogram!("baton_inter_token_latency_seconds").record_many(each, count);
-                histogram!("vllm:inter_token_latency_seconds").record_many(each, count);
+            if let Some(gap) = gap {
+                histogram!("baton_inter_token_latency_seconds").record_many(gap, tokens.len());
             }
             counter!("baton_output_tokens_total").increment(tokens.len() as u64);
-            counter!("vllm:generation_tokens_total").increment(tokens.len() as u64);
         }
         Update::PromptLogprobs(_) => {}
         Update::Embedding(_) => counter!("baton_embeddings_total").increment(1),
@@ -173,13 +176,11 @@ pub(crate) fn update(update: &Update, since_last: Option<Duration>) {
 
 fn done(summary: &Summary) {
     counter!("baton_requests_total", "outcome" => "done").increment(1);
-    counter!("vllm:request_success_total").increment(1);
     let usage = summary.usage;
     let computed = usage.prompt_tokens.saturating_sub(usage.cached_tokens);
     counter!("baton_prompt_tokens_total", "source" => "computed").increment(computed.into());
     let cached = u64::from(usage.cached_tokens);
     counter!("baton_prompt_tokens_total", "source" => "cached").increment(cached);
-    counter!("vllm:prompt_tokens_total").increment(usage.prompt_tokens.into());
     histogram!("baton_prompt_tokens").record(usage.prompt_tokens);
     histogram!("baton_place_seconds").record(summary.timings.place);
     if usage.completion_tokens == 0 {
@@ -219,14 +220,11 @@ fn transfer(times: &Timings) {
 
 fn times(times: &Timings, output_tokens: u32) {
     histogram!("baton_time_to_first_token_seconds").record(times.first_token);
-    histogram!("vllm:time_to_first_token_seconds").record(times.first_token);
     histogram!("baton_request_seconds").record(times.total);
-    histogram!("vllm:e2e_request_latency_seconds").record(times.total);
     let after_first = times.total.saturating_sub(times.first_token);
     if output_tokens > 1 {
         let each = after_first / (output_tokens - 1);
         histogram!("baton_time_per_output_token_seconds").record(each);
-        histogram!("vllm:request_time_per_output_token_seconds").record(each);
     }
     for (phase, took) in phases(times) {
         histogram!("baton_request_phase_seconds", "phase" => phase).record(took);
@@ -272,19 +270,36 @@ pub(crate) fn refused(error: &SubmitError) {
 }
 
 /// What is there now.
-pub(crate) fn gauges(status: &StatusView, index_blocks: u64) {
-    let running = status.requests_active.saturating_sub(status.requests_waiting);
+pub(crate) fn gauges(status: &StatusView, nodes: &[NodeView], index_blocks: u64) {
     counter!("baton_retries_total").absolute(status.requests_retried);
     gauge!("baton_requests_active").set(status.requests_active as f64);
     gauge!("baton_requests_waiting").set(status.requests_waiting as f64);
-    gauge!("vllm:num_requests_running").set(running as f64);
-    gauge!("vllm:num_requests_waiting").set(status.requests_waiting as f64);
-    gauge!("baton_nodes", "role" => "prefill").set(status.prefill_nodes as f64);
-    gauge!("baton_nodes", "role" => "decode").set(status.decode_nodes as f64);
+    for role in [Role::Prefill, Role::Decode] {
+        for state in ["up", "draining", "silent"] {
+            let count = nodes.iter().filter(|n| n.hello.role == role && node_state(n) == state);
+            gauge!("baton_nodes", "role" => role.as_str(), "state" => state)
+                .set(count.count() as f64);
+        }
+    }
     gauge!("baton_peers").set(status.peers.len() as f64);
     gauge!("baton_index_blocks").set(index_blocks as f64);
     gauge!("baton_ready").set(f64::from(u8::from(status.ready)));
     gauge!("baton_build_info", "version" => env!("CARGO_PKG_VERSION")).set(1.0);
+}
+
+fn node_state(node: &NodeView) -> &'static str {
+    match node {
+        node if node.report_age > SILENT => "silent",
+        node if node.report.draining => "draining",
+        _ => "up",
+    }
+}
+
+/// When a certificate expires: the cluster's `member`'s, or that of the `client_port`s.
+pub(crate) fn certificate(whose: &'static str, expires: SystemTime) {
+    let expires = expires.duration_since(UNIX_EPOCH).unwrap_or_default();
+    gauge!("baton_tls_certificate_expiry_timestamp_seconds", "certificate" => whose)
+        .set(expires.as_secs_f64());
 }
 
 #[cfg(test)]

@@ -20,10 +20,13 @@ use crate::front::door::keys::KeysError;
 use crate::front::door::{Door, Entrance, Tls};
 use crate::front::models::{ModelFileError, Models};
 use crate::front::{Front, serve_grpc, serve_http};
-use crate::join;
+use crate::{join, metrics};
 
 /// How long the front may take to end streams whose requests have ended.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// Pause between looks at how long certificates last.
+const EXPIRY_INTERVAL: Duration = Duration::from_secs(2);
 
 /// Why a coordinator cannot start.
 #[derive(Debug, thiserror::Error)]
@@ -96,11 +99,23 @@ impl Reload {
         }
         self.entrance.reload();
     }
+
+    /// Shows when certificates expire, for as long as the process runs.
+    async fn show_expiry(self) -> Result<(), String> {
+        let mut interval = tokio::time::interval(EXPIRY_INTERVAL);
+        loop {
+            interval.tick().await;
+            metrics::certificate("member", self.identity.expires_at());
+            if let Some(expires) = self.entrance.expires() {
+                metrics::certificate("client_port", expires);
+            }
+        }
+    }
 }
 
 impl Coordinator {
-    /// Binds and serves all ports. `metrics` is what the HTTP port shows.
-    pub async fn start(config: &Config, metrics: PrometheusHandle) -> Result<Self, StartError> {
+    /// Binds and serves all ports. `shown` is what the HTTP port shows as metrics.
+    pub async fn start(config: &Config, shown: PrometheusHandle) -> Result<Self, StartError> {
         let identity = Identity::load(&config.identity)?;
         if identity.part() != baton_identity::Part::Coordinator {
             return Err(StartError::NotACoordinator(identity.node_id().clone()));
@@ -132,9 +147,10 @@ impl Coordinator {
         let (closing, closed) = watch::channel(false);
         tokio::spawn(driver.run());
         let listeners = (grpc_listener, http_listener);
-        let servers = serve_clients(&front, metrics, listeners, &entrance, &closed);
-        let nodes = meet_members(config, &identity, cluster_listener, &core, &links);
+        let servers = serve_clients(&front, shown, listeners, &entrance, &closed);
+        let mut nodes = meet_members(config, &identity, cluster_listener, &core, &links);
         let reload = Reload { folder: config.identity.clone(), identity, entrance };
+        nodes.spawn(reload.clone().show_expiry());
         Ok(Self { grpc, http, cluster, core, front, reload, closing, servers, nodes })
     }
 
@@ -186,13 +202,13 @@ impl Coordinator {
 
 /// Lets the process count, and gives what shows the counts.
 pub fn install_metrics() -> Result<PrometheusHandle, StartError> {
-    Ok(crate::metrics::install()?)
+    Ok(metrics::install()?)
 }
 
 /// Serves both client ports until `closed`.
 fn serve_clients(
     front: &Front,
-    metrics: PrometheusHandle,
+    shown: PrometheusHandle,
     (grpc, http): (TcpListener, TcpListener),
     entrance: &Entrance,
     closed: &watch::Receiver<bool>,
@@ -204,7 +220,7 @@ fn serve_clients(
     });
     let (to_serve, door, stop) = (front.clone(), entrance.clone(), until(closed.clone()));
     servers.spawn(async move {
-        serve_http(to_serve, metrics, http, &door, stop).await;
+        serve_http(to_serve, shown, http, &door, stop).await;
         Ok(())
     });
     servers

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use baton_proto::ids::NodeId;
 use rustls::crypto::CryptoProvider;
@@ -12,6 +13,7 @@ use rustls::{ClientConfig, RootCertStore, ServerConfig, version};
 
 use crate::certified::{Certified, Current, certificates};
 use crate::files::{self, CA_CERT, FileError, NODE_CERT};
+use crate::inspect::expires_at;
 use crate::name::Part;
 
 /// An identity's folder is incomplete or inconsistent; names the file and what is wrong.
@@ -98,6 +100,12 @@ impl Identity {
     #[must_use]
     pub fn cert_pem(&self) -> String {
         self.0.current.get().cert_pem.clone()
+    }
+
+    /// When this member's certificate expires.
+    #[must_use]
+    pub fn expires_at(&self) -> SystemTime {
+        expires_at(&self.0.current.get().cert_pem).expect("it was read from a certificate")
     }
 
     /// This member's private key at the moment: a secret, never to be logged.

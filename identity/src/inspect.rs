@@ -54,6 +54,14 @@ impl CertificateFacts {
     }
 }
 
+/// When the first certificate in this PEM expires; `None` if there is none.
+#[must_use]
+pub fn expires_at(pem: &str) -> Option<SystemTime> {
+    let certificate = CertificateDer::from_pem_slice(pem.as_bytes()).ok()?;
+    let (_, parsed) = x509_parser::parse_x509_certificate(&certificate).ok()?;
+    Some(at(parsed.validity().not_after.timestamp()))
+}
+
 fn names(certificate: &X509Certificate<'_>) -> Vec<String> {
     let extension = certificate.subject_alternative_name().ok().flatten();
     let names = extension.iter().flat_map(|extension| &extension.value.general_names);

@@ -1,7 +1,7 @@
 //! A node's metrics, for Prometheus. Durations are seconds, sizes bytes.
 
 use std::io;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use axum::Router;
 use axum::http::header;
@@ -62,6 +62,11 @@ fn describe() {
     describe_gauge!("baton_node_queued_tokens", "Prompt tokens not yet computed");
     describe_gauge!("baton_node_prefill_tokens_per_second", "Prefill speed; 0 until measured");
     describe_gauge!("baton_node_decode_step_seconds", "Decode step; 0 until measured");
+    describe_gauge!(
+        "baton_tls_certificate_expiry_timestamp_seconds",
+        "When a certificate expires, as seconds since 1970"
+    );
+    describe_gauge!("baton_build_info", "1; the version is a label");
     describe_counter!("baton_node_kv_sent_bytes_total", Unit::Bytes, "KV that arrived elsewhere");
     describe_counter!("baton_node_kv_transfers_total", "KV transfers from here, by outcome");
     describe_histogram!("baton_node_kv_transfer_hidden_seconds", "Before the prompt was computed");
@@ -132,6 +137,14 @@ pub(crate) fn report(report: &Report, engine: &EngineInfo, model: &str) {
     let sizes =
         [name(), ("block_size", block_tokens), ("num_gpu_blocks", engine.kv_blocks.to_string())];
     gauge!("vllm:cache_config_info", &sizes).set(1.0);
+}
+
+/// What is the same for all work: when the node's certificate expires, and what the node is.
+pub(crate) fn process(expires: SystemTime) {
+    let expires = expires.duration_since(UNIX_EPOCH).unwrap_or_default();
+    gauge!("baton_tls_certificate_expiry_timestamp_seconds", "certificate" => "member")
+        .set(expires.as_secs_f64());
+    gauge!("baton_build_info", "version" => env!("CARGO_PKG_VERSION")).set(1.0);
 }
 
 /// A prompt of so many tokens is looked up in the prefix cache.

@@ -63,6 +63,7 @@ pub struct Node {
     pub engine: Engine,
     /// Moves KV.
     pub endpoint: Endpoint,
+    identity: Identity,
     model: String,
     news: watch::Receiver<News>,
     driver: Driver,
@@ -89,7 +90,7 @@ impl Node {
         let parts = (engine.clone(), setup.endpoint.clone(), hello.clone());
         let driver = Driver::new(parts, events.clone(), news, setup.tracer);
         let joiner = Arc::new(Joiner {
-            identity: setup.identity,
+            identity: setup.identity.clone(),
             hello,
             engine: engine.clone(),
             kv: setup.endpoint.clone(),
@@ -105,6 +106,7 @@ impl Node {
             events,
             engine,
             endpoint: setup.endpoint,
+            identity: setup.identity,
             model: setup.model_name,
             news: reported,
             driver,
@@ -117,7 +119,9 @@ impl Node {
     pub(crate) fn gauges(&self) -> impl Fn() + Clone + Send + Sync + 'static {
         let (engine, news) = (self.engine.clone(), self.news.clone());
         let (endpoint, model) = (self.endpoint.clone(), self.model.clone());
+        let identity = self.identity.clone();
         move || {
+            metrics::process(identity.expires_at());
             let report = driver::report(&engine, &endpoint, *news.borrow());
             metrics::report(&report, &engine.info(), &model);
         }

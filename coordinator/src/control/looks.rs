@@ -1,6 +1,7 @@
 //! What operators and the front look at: models, nodes and caches, requests, events, and the cluster's
 //! pulse.
 
+use std::collections::BTreeMap;
 use std::time::Instant;
 
 use baton_proto::hash::BlockHash;
@@ -14,10 +15,33 @@ use crate::core::{
 };
 use crate::events::{Event, Happening};
 use crate::history::{FindError, IdPrefix, Record, RequestView};
-use crate::request::Request;
+use crate::request::{Phase, Request};
 use crate::requests::{Action, Totals};
 
+/// Requests that have not ended.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Load {
+    /// On nodes.
+    pub(crate) running: usize,
+    /// On none: those whose turn is to come, and those for whom there is no node.
+    pub(crate) waiting: usize,
+}
+
 impl Control {
+    /// Requests by their model, of all models known.
+    pub(crate) fn loads(&self) -> BTreeMap<&str, Load> {
+        let models = self.cluster.model_names().map(|model| (model, Load::default()));
+        let mut loads: BTreeMap<_, _> = models.collect();
+        for request in self.requests.running() {
+            let load = loads.entry(request.model.name.as_str()).or_default();
+            match request.phase {
+                Phase::Waiting { .. } | Phase::Held => load.waiting += 1,
+                Phase::Running(_) | Phase::Finishing { .. } => load.running += 1,
+            }
+        }
+        loads
+    }
+
     /// All models known.
     #[must_use]
     pub fn models(&self) -> Vec<ModelInfo> {

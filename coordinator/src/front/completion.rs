@@ -1,7 +1,7 @@
 //! Completions under way: from the core's updates to messages for the client.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use baton_proto::wire::v1::GenerateResponse;
@@ -29,12 +29,14 @@ pub(super) struct Ticket {
     pub(super) admission: Admission,
     /// Tokens that the client was given.
     emitted: AtomicU64,
+    /// A completion failed, or it was noticed that the client has left.
+    over: AtomicBool,
     _run: Run,
 }
 
 impl Ticket {
     pub(super) fn new(admission: Admission, run: Run) -> Self {
-        Self { admission, emitted: AtomicU64::new(0), _run: run }
+        Self { admission, emitted: AtomicU64::new(0), over: AtomicBool::new(false), _run: run }
     }
 
     /// The client is given so many tokens more.
@@ -43,7 +45,15 @@ impl Ticket {
         self.emitted.fetch_add(tokens as u64, Ordering::Relaxed);
     }
 
+    /// Nobody takes messages any more: after a failure nobody has to.
+    fn client_left(&self) {
+        if !self.over.swap(true, Ordering::Relaxed) {
+            metrics::counter!("baton_client_disconnects_total").increment(1);
+        }
+    }
+
     fn failed(&self, error: RequestError) -> Refusal {
+        self.over.store(true, Ordering::Relaxed);
         Refusal::Failed { error, emitted: self.emitted.load(Ordering::Relaxed) }
     }
 }
@@ -93,7 +103,7 @@ async fn run(accepted: Accepted, core: Core, out: Out) {
     let Accepted { mut choice, mut updates, mut span } = accepted;
     loop {
         let update = tokio::select! {
-            () = messages.closed() => return,
+            () = messages.closed() => return ticket.client_left(),
             () = aborted(name.as_deref()) => Some(Update::Failed(RequestError::Cancelled)),
             update = updates.recv() => update,
         };
@@ -123,8 +133,9 @@ async fn run(accepted: Accepted, core: Core, out: Out) {
             name = None;
         }
         match tokio::time::timeout(SLOW_CLIENT, messages.send(message)).await {
-            Ok(Ok(())) if !last => {}
-            Ok(_) => return,
+            Ok(Ok(())) if last => return,
+            Ok(Ok(())) => {}
+            Ok(Err(_)) => return ticket.client_left(),
             // An end without an error would look like success.
             Err(_) => {
                 last_word.send(Err(Refusal::SlowClient));

@@ -1,7 +1,7 @@
 //! Accepting connections: places, TLS, and how long both may take.
 
 use std::net::SocketAddr;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use axum::http::StatusCode;
 use tokio::net::{TcpListener, TcpStream};
@@ -98,6 +98,11 @@ impl Entrance {
             None => {}
             Some(Err(error)) => tracing::error!(%error, "the TLS certificate stays as it is"),
         }
+    }
+
+    /// When the certificate expires; `None` without one.
+    pub(crate) fn expires(&self) -> Option<SystemTime> {
+        self.tls.as_ref().and_then(Tls::expires)
     }
 
     /// Begins to accept connections.

@@ -2,9 +2,10 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use arc_swap::ArcSwap;
-use baton_identity::{ClientPortError, client_port_tls};
+use baton_identity::{ClientPortError, client_port_tls, expires_at};
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::rustls::ServerConfig;
 
@@ -34,37 +35,53 @@ pub struct Tls(Arc<Inner>);
 
 struct Inner {
     files: TlsFiles,
+    loaded: ArcSwap<Loaded>,
+}
+
+struct Loaded {
     /// For HTTP/2 and for HTTP/1.1: clients that ask for another protocol are refused.
-    configs: ArcSwap<[Arc<ServerConfig>; 2]>,
+    configs: [Arc<ServerConfig>; 2],
+    /// When the certificate expires.
+    expires: Option<SystemTime>,
 }
 
 impl Tls {
     /// Reads the files.
     pub fn load(files: TlsFiles) -> Result<Self, ClientPortError> {
-        let configs = ArcSwap::from_pointee(configs(&files)?);
-        Ok(Self(Arc::new(Inner { files, configs })))
+        let loaded = ArcSwap::from_pointee(Loaded::read(&files)?);
+        Ok(Self(Arc::new(Inner { files, loaded })))
     }
 
     /// Reads the files again, for new connections; those that there are go on. If they cannot be used,
     /// nothing changes.
     pub fn reload(&self) -> Result<(), ClientPortError> {
-        self.0.configs.store(Arc::new(configs(&self.0.files)?));
+        self.0.loaded.store(Arc::new(Loaded::read(&self.0.files)?));
         Ok(())
     }
 
+    /// When the certificate expires.
+    pub(super) fn expires(&self) -> Option<SystemTime> {
+        self.0.loaded.load().expires
+    }
+
     pub(super) fn acceptor(&self, protocol: Protocol) -> TlsAcceptor {
-        let configs = self.0.configs.load();
-        let [grpc, http] = &**configs;
+        let loaded = self.0.loaded.load();
+        let [grpc, http] = &loaded.configs;
         TlsAcceptor::from(if protocol == Protocol::Grpc { grpc.clone() } else { http.clone() })
     }
 }
 
-fn configs(files: &TlsFiles) -> Result<[Arc<ServerConfig>; 2], ClientPortError> {
-    let config = client_port_tls(&files.cert, &files.key, files.client_ca.as_deref())?;
-    let speaking = |protocol: &[u8]| {
-        let mut config = config.clone();
-        config.alpn_protocols = vec![protocol.to_vec()];
-        Arc::new(config)
-    };
-    Ok([speaking(b"h2"), speaking(b"http/1.1")])
+impl Loaded {
+    fn read(files: &TlsFiles) -> Result<Self, ClientPortError> {
+        let config = client_port_tls(&files.cert, &files.key, files.client_ca.as_deref())?;
+        let speaking = |protocol: &[u8]| {
+            let mut config = config.clone();
+            config.alpn_protocols = vec![protocol.to_vec()];
+            Arc::new(config)
+        };
+        let configs = [speaking(b"h2"), speaking(b"http/1.1")];
+        // Its form was checked just now.
+        let pem = std::fs::read_to_string(&files.cert).unwrap_or_default();
+        Ok(Self { configs, expires: expires_at(&pem) })
+    }
 }
