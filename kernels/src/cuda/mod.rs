@@ -36,6 +36,8 @@
 //! `LD_PRELOAD=$(g++ -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0`).
 //! `BATON_EMULATOR_{DEVICES,CAPABILITY,VERSION,MEMORY}` say what it pretends to be: so many
 //! devices, compute capability 90, CUDA 13000, bytes of memory.
+//! `BATON_EMULATOR_IGNORE_WAIT=3` makes the third wait for an event that has not happened yet none:
+//! `testing::waits_not_missed` runs a test without each of them.
 #![expect(unsafe_code, reason = "calls the driver")]
 
 mod activation;
