@@ -37,9 +37,8 @@ __device__ __forceinline__ void mbarrier_wait(unsigned barrier, int parity) {
       "}" ::"r"(barrier), "r"(parity) : "memory");
 }
 
-// --- TMA: one thread moves a box of a tensor; coordinates are those of the box's first element, fastest dimension first.
-// Outside of the tensor, loads give zeros (and count their bytes all the same) and stores do nothing.
-__device__ __forceinline__ void prefetch_tensor_map(const TensorMap* map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
+// --- TMA: one thread brings a box of a tensor; coordinates are those of the box's first element, fastest dimension first.
+// Outside of the tensor there are zeros (which count as bytes all the same).
 __device__ __forceinline__ void tma_load_2d(unsigned to, const TensorMap* map, unsigned barrier, int x, int y) {
   asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3,%4}], [%2];"
                ::"r"(to), "l"(map), "r"(barrier), "r"(x), "r"(y) : "memory");
@@ -48,21 +47,6 @@ __device__ __forceinline__ void tma_load_3d(unsigned to, const TensorMap* map, u
   asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3,%4,%5}], [%2];"
                ::"r"(to), "l"(map), "r"(barrier), "r"(x), "r"(y), "r"(z) : "memory");
 }
-__device__ __forceinline__ void tma_load_4d(unsigned to, const TensorMap* map, unsigned barrier, int x, int y, int z, int w) {
-  asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3,%4,%5,%6}], [%2];"
-               ::"r"(to), "l"(map), "r"(barrier), "r"(x), "r"(y), "r"(z), "r"(w) : "memory");
-}
-__device__ __forceinline__ void tma_store_2d(const TensorMap* map, unsigned from, int x, int y) {
-  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%2,%3}], [%1];" ::"l"(map), "r"(from), "r"(x), "r"(y) : "memory");
-}
-__device__ __forceinline__ void tma_store_3d(const TensorMap* map, unsigned from, int x, int y, int z) {
-  asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.tile.bulk_group [%0, {%2,%3,%4}], [%1];"
-               ::"l"(map), "r"(from), "r"(x), "r"(y), "r"(z) : "memory");
-}
-__device__ __forceinline__ void tma_store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
-// Until shared memory of all but the N newest groups of stores may be written again. Required before a thread exits.
-template <int N>
-__device__ __forceinline__ void tma_store_wait_read() { asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(N) : "memory"); }
 
 // --- wgmma: D[64xN] (+)= A[64xK] B[KxN] in f32, by the 128 threads of a warpgroup. Thread t, l = t % 32: d[i] is
 // D[t / 32 * 16 + l / 4 + i / 2 % 2 * 8][i / 4 * 8 + l % 4 * 2 + i % 2]. Without `accumulate` D begins at 0.
@@ -72,9 +56,6 @@ __device__ __forceinline__ void tma_store_wait_read() { asm volatile("cp.async.b
 #define BATON_D16(i) BATON_D4(i), BATON_D4(i + 4), BATON_D4(i + 8), BATON_D4(i + 12)
 #define BATON_D32 BATON_D16(0), BATON_D16(16)
 #define BATON_D64 BATON_D32, BATON_D16(32), BATON_D16(48)
-#define BATON_D128 BATON_D64, BATON_D16(64), BATON_D16(80), BATON_D16(96), BATON_D16(112)
-#define BATON_REGISTERS_16 \
-  "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}"
 #define BATON_REGISTERS_32 \
   "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15," \
   "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}"
@@ -83,15 +64,6 @@ __device__ __forceinline__ void tma_store_wait_read() { asm volatile("cp.async.b
   "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31," \
   "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47," \
   "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}"
-#define BATON_REGISTERS_128 \
-  "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15," \
-  "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31," \
-  "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47," \
-  "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63," \
-  "%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79," \
-  "%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95," \
-  "%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111," \
-  "%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127}"
 // One instruction: SHAPE, its registers and operands, then the numbers of the operands that follow the accumulators.
 #define BATON_WGMMA(SHAPE, REGISTERS, D, A, TAIL, P, ...)                                              \
   asm volatile("{\n.reg .pred accumulate;\nsetp.ne.b32 accumulate, %" P ", 0;\n"                       \
@@ -100,55 +72,27 @@ __device__ __forceinline__ void tma_store_wait_read() { asm volatile("cp.async.b
 #define BATON_A_REGISTERS "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3])
 template <int N, bool B_MN_MAJOR>
 __device__ __forceinline__ void wgmma_bf16(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate = true) {
-  if constexpr (N == 32)
-    BATON_WGMMA("m64n32k16.f32.bf16.bf16", BATON_REGISTERS_16, BATON_D16(0), "%16, %17", ", 0, %19", "18", "l"(a), "l"(b), "r"((int)accumulate), "n"(B_MN_MAJOR));
-  else if constexpr (N == 64)
-    BATON_WGMMA("m64n64k16.f32.bf16.bf16", BATON_REGISTERS_32, BATON_D32, "%32, %33", ", 0, %35", "34", "l"(a), "l"(b), "r"((int)accumulate), "n"(B_MN_MAJOR));
-  else if constexpr (N == 128)
-    BATON_WGMMA("m64n128k16.f32.bf16.bf16", BATON_REGISTERS_64, BATON_D64, "%64, %65", ", 0, %67", "66", "l"(a), "l"(b), "r"((int)accumulate), "n"(B_MN_MAJOR));
-  else if constexpr (N == 256)
-    BATON_WGMMA("m64n256k16.f32.bf16.bf16", BATON_REGISTERS_128, BATON_D128, "%128, %129", ", 0, %131", "130", "l"(a), "l"(b), "r"((int)accumulate), "n"(B_MN_MAJOR));
-  else
-    static_assert(N == 0, "add this width here");
+  static_assert(N == 128, "add this width here");
+  BATON_WGMMA("m64n128k16.f32.bf16.bf16", BATON_REGISTERS_64, BATON_D64, "%64, %65", ", 0, %67", "66", "l"(a), "l"(b), "r"((int)accumulate), "n"(B_MN_MAJOR));
 }
 template <int N, bool B_MN_MAJOR>
 __device__ __forceinline__ void wgmma_bf16(float (&d)[N / 2], const unsigned (&a)[4], uint64_t b, bool accumulate = true) {
-  if constexpr (N == 32)
-    BATON_WGMMA("m64n32k16.f32.bf16.bf16", BATON_REGISTERS_16, BATON_D16(0), "{%16,%17,%18,%19}, %20", ", %22", "21", BATON_A_REGISTERS, "l"(b), "r"((int)accumulate), "n"(B_MN_MAJOR));
-  else if constexpr (N == 64)
+  if constexpr (N == 64)
     BATON_WGMMA("m64n64k16.f32.bf16.bf16", BATON_REGISTERS_32, BATON_D32, "{%32,%33,%34,%35}, %36", ", %38", "37", BATON_A_REGISTERS, "l"(b), "r"((int)accumulate), "n"(B_MN_MAJOR));
   else if constexpr (N == 128)
     BATON_WGMMA("m64n128k16.f32.bf16.bf16", BATON_REGISTERS_64, BATON_D64, "{%64,%65,%66,%67}, %68", ", %70", "69", BATON_A_REGISTERS, "l"(b), "r"((int)accumulate), "n"(B_MN_MAJOR));
-  else if constexpr (N == 256)
-    BATON_WGMMA("m64n256k16.f32.bf16.bf16", BATON_REGISTERS_128, BATON_D128, "{%128,%129,%130,%131}, %132", ", %134", "133", BATON_A_REGISTERS, "l"(b), "r"((int)accumulate), "n"(B_MN_MAJOR));
   else
     static_assert(N == 0, "add this width here");
 }
 template <int N>
 __device__ __forceinline__ void wgmma_e4m3(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate = true) {
-  if constexpr (N == 32)
-    BATON_WGMMA("m64n32k32.f32.e4m3.e4m3", BATON_REGISTERS_16, BATON_D16(0), "%16, %17", "", "18", "l"(a), "l"(b), "r"((int)accumulate));
-  else if constexpr (N == 64)
-    BATON_WGMMA("m64n64k32.f32.e4m3.e4m3", BATON_REGISTERS_32, BATON_D32, "%32, %33", "", "34", "l"(a), "l"(b), "r"((int)accumulate));
-  else if constexpr (N == 128)
-    BATON_WGMMA("m64n128k32.f32.e4m3.e4m3", BATON_REGISTERS_64, BATON_D64, "%64, %65", "", "66", "l"(a), "l"(b), "r"((int)accumulate));
-  else if constexpr (N == 256)
-    BATON_WGMMA("m64n256k32.f32.e4m3.e4m3", BATON_REGISTERS_128, BATON_D128, "%128, %129", "", "130", "l"(a), "l"(b), "r"((int)accumulate));
-  else
-    static_assert(N == 0, "add this width here");
+  static_assert(N == 128, "add this width here");
+  BATON_WGMMA("m64n128k32.f32.e4m3.e4m3", BATON_REGISTERS_64, BATON_D64, "%64, %65", "", "66", "l"(a), "l"(b), "r"((int)accumulate));
 }
 template <int N>
 __device__ __forceinline__ void wgmma_e4m3(float (&d)[N / 2], const unsigned (&a)[4], uint64_t b, bool accumulate = true) {
-  if constexpr (N == 32)
-    BATON_WGMMA("m64n32k32.f32.e4m3.e4m3", BATON_REGISTERS_16, BATON_D16(0), "{%16,%17,%18,%19}, %20", "", "21", BATON_A_REGISTERS, "l"(b), "r"((int)accumulate));
-  else if constexpr (N == 64)
-    BATON_WGMMA("m64n64k32.f32.e4m3.e4m3", BATON_REGISTERS_32, BATON_D32, "{%32,%33,%34,%35}, %36", "", "37", BATON_A_REGISTERS, "l"(b), "r"((int)accumulate));
-  else if constexpr (N == 128)
-    BATON_WGMMA("m64n128k32.f32.e4m3.e4m3", BATON_REGISTERS_64, BATON_D64, "{%64,%65,%66,%67}, %68", "", "69", BATON_A_REGISTERS, "l"(b), "r"((int)accumulate));
-  else if constexpr (N == 256)
-    BATON_WGMMA("m64n256k32.f32.e4m3.e4m3", BATON_REGISTERS_128, BATON_D128, "{%128,%129,%130,%131}, %132", "", "133", BATON_A_REGISTERS, "l"(b), "r"((int)accumulate));
-  else
-    static_assert(N == 0, "add this width here");
+  static_assert(N == 128, "add this width here");
+  BATON_WGMMA("m64n128k32.f32.e4m3.e4m3", BATON_REGISTERS_64, BATON_D64, "{%64,%65,%66,%67}, %68", "", "69", BATON_A_REGISTERS, "l"(b), "r"((int)accumulate));
 }
 
 // Before the first wgmma after ordinary code wrote its registers.

@@ -21,18 +21,12 @@ __device__ __forceinline__ unsigned shared_address(const void* p) { return (unsi
 __device__ __forceinline__ void cp_async_16(void* to, const void* from, bool valid = true) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(valid ? 16 : 0) : "memory");
 }
-__device__ __forceinline__ void cp_async_8(void* to, const void* from, bool valid = true) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(shared_address(to)), "l"(from), "r"(valid ? 8 : 0) : "memory");
-}
-__device__ __forceinline__ void cp_async_4(void* to, const void* from, bool valid = true) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(to)), "l"(from), "r"(valid ? 4 : 0) : "memory");
-}
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Waits until at most the N newest groups of this thread are under way. A barrier must follow before other threads' bytes are read.
 template <int N>
 __device__ __forceinline__ void cp_async_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
 
-// --- ldmatrix, stmatrix: 8x8 matrices of 16 bit elements; lane 8 i + j gives the address of row j of matrix i. Register i of a lane
+// --- ldmatrix: 8x8 matrices of 16 bit elements; lane 8 i + j gives the address of row j of matrix i. Register i of a lane
 // gets elements (lane / 4, lane % 4 * 2 + {0, 1}) of matrix i, or of its transpose.
 __device__ __forceinline__ void ldmatrix_x4(unsigned (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
@@ -48,16 +42,6 @@ __device__ __forceinline__ void ldmatrix_x2(unsigned (&r)[2], const void* row) {
 __device__ __forceinline__ void ldmatrix_x2_trans(unsigned (&r)[2], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];" : "=r"(r[0]), "=r"(r[1]) : "r"(shared_address(row)) : "memory");
 }
-#if __CUDA_ARCH__ >= 900
-__device__ __forceinline__ void stmatrix_x4(void* row, const unsigned (&r)[4]) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};"
-               ::"r"(shared_address(row)), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory");
-}
-__device__ __forceinline__ void stmatrix_x4_trans(void* row, const unsigned (&r)[4]) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};"
-               ::"r"(shared_address(row)), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory");
-}
-#endif
 
 // --- mma.sync: D[16x8] += A[16xK] B[Kx8] in f32, by a warp.
 // bf16, K = 16. Lane l, g = l / 4, c = l % 4 * 2: a = {A[g][c..], A[g+8][c..], A[g][c+8..], A[g+8][c+8..]}, b = {B[c..][g], B[c+8..][g]},
@@ -112,18 +96,6 @@ __device__ __forceinline__ float exp2_approx(float x) {
 // Barriers 1 to 15 of a block, for some of its threads (whole warps). __syncthreads is number 0.
 __device__ __forceinline__ void barrier_sync(int number, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory"); }
 __device__ __forceinline__ void barrier_arrive(int number, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(number), "r"(threads) : "memory"); }
-
-// Programmatic dependent launch: everything that reads what the grid before wrote comes after the wait.
-__device__ __forceinline__ void wait_for_previous_grid() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-__device__ __forceinline__ void let_next_grid_start() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
 
 // --- e4m3, as bytes: rounded to nearest even, saturating at 448.
 __device__ __forceinline__ uint8_t float_to_e4m3(float f) { return __nv_cvt_float_to_fp8(f, __NV_SATFINITE, __NV_E4M3); }

@@ -66,7 +66,6 @@ void finish_thread() {
   Thread& t = *block.current;
   land_copies(t);
   if (!t.issued_copies.empty() || !t.copy_groups.empty()) fail("exits with cp.async copies not waited for");
-  if (!t.issued_stores.empty() || !t.store_groups.empty()) fail("exits with bulk stores not waited for");
   if (!t.issued_products.empty() || !t.product_groups.empty()) fail("exits with wgmma products not waited for");
   t.finished = true;
   block.alive--;

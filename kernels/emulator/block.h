@@ -82,9 +82,6 @@ struct Thread {
   std::vector<AsyncCopy> issued_copies, arrived_copies;
   std::deque<std::vector<AsyncCopy>> copy_groups;
 
-  // Bulk stores: issued, and committed in groups.
-  std::vector<std::function<void()>> issued_stores;
-  std::deque<std::vector<std::function<void()>>> store_groups;
 
   uint64_t products = 0;  // how many it has issued
   std::vector<PendingProduct> issued_products;

@@ -99,32 +99,6 @@ void tma_load(unsigned to, const TensorMap* map, unsigned barrier, std::vector<i
   });
 }
 
-// Stores read shared memory when they are waited for.
-void tma_store(const TensorMap* map, unsigned from, std::vector<int> corner) {
-  TensorMapContents c = contents(map, from, corner.size());
-  auto copy = [=] {
-    for_each_element(c, from, corner, [&](unsigned char* shared, unsigned char* element) {
-      if (element) memcpy(element, shared, c.element_bytes);
-    });
-  };
-  if (block.schedule.early) copy();
-  block.current->issued_stores.push_back(block.schedule.early ? std::function<void()>([] {}) : copy);
-}
-
-void commit_stores() {
-  Thread& t = *block.current;
-  t.store_groups.push_back(std::move(t.issued_stores));
-  t.issued_stores.clear();
-}
-
-void wait_for_stores(int groups_left) {
-  Thread& t = *block.current;
-  while ((int)t.store_groups.size() > groups_left) {
-    for (auto& store : t.store_groups.front()) store();
-    t.store_groups.pop_front();
-  }
-}
-
 // --- wgmma
 namespace {
 // An element of an operand in shared memory with 128 byte swizzle. Descriptors count in units of 16 bytes.

@@ -12,9 +12,6 @@ void mbarrier_init(unsigned barrier, int arrivals);
 void mbarrier_arrive(unsigned barrier, int expected_bytes);
 void mbarrier_wait(unsigned barrier, int parity);
 void tma_load(unsigned to, const TensorMap* map, unsigned barrier, std::vector<int> corner);
-void tma_store(const TensorMap* map, unsigned from, std::vector<int> corner);
-void commit_stores();
-void wait_for_stores(int groups_left);
 void issue_product(float* accumulators, const Product& product, const unsigned* registers, bool accumulate);
 void commit_products();
 void wait_for_products(int groups_left);
@@ -27,21 +24,12 @@ static inline void mbarrier_arrive(unsigned barrier) { emulator::mbarrier_arrive
 static inline void mbarrier_arrive_expect(unsigned barrier, int bytes) { emulator::mbarrier_arrive(barrier, bytes); }
 static inline void mbarrier_wait(unsigned barrier, int parity) { emulator::mbarrier_wait(barrier, parity); }
 
-static inline void prefetch_tensor_map(const TensorMap*) {}
 static inline void tma_load_2d(unsigned to, const TensorMap* map, unsigned barrier, int x, int y) {
   emulator::tma_load(to, map, barrier, {x, y});
 }
 static inline void tma_load_3d(unsigned to, const TensorMap* map, unsigned barrier, int x, int y, int z) {
   emulator::tma_load(to, map, barrier, {x, y, z});
 }
-static inline void tma_load_4d(unsigned to, const TensorMap* map, unsigned barrier, int x, int y, int z, int w) {
-  emulator::tma_load(to, map, barrier, {x, y, z, w});
-}
-static inline void tma_store_2d(const TensorMap* map, unsigned from, int x, int y) { emulator::tma_store(map, from, {x, y}); }
-static inline void tma_store_3d(const TensorMap* map, unsigned from, int x, int y, int z) { emulator::tma_store(map, from, {x, y, z}); }
-static inline void tma_store_commit() { emulator::commit_stores(); }
-template <int N>
-static inline void tma_store_wait_read() { emulator::wait_for_stores(N); }
 
 template <int N, bool B_MN_MAJOR>
 static inline void wgmma_bf16(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate = true) {

@@ -17,8 +17,6 @@ static inline void emulator_cp_async(void* to, const void* from, int bytes, bool
   t.issued_copies.clear();
 }
 static inline void cp_async_16(void* to, const void* from, bool valid = true) { emulator_cp_async(to, from, 16, valid); }
-static inline void cp_async_8(void* to, const void* from, bool valid = true) { emulator_cp_async(to, from, 8, valid); }
-static inline void cp_async_4(void* to, const void* from, bool valid = true) { emulator_cp_async(to, from, 4, valid); }
 static inline void cp_async_commit() {
   emulator::Thread& t = *emulator::block.current;
   t.copy_groups.push_back(std::move(t.issued_copies));
@@ -34,7 +32,7 @@ static inline void cp_async_wait() {
   }
 }
 
-// --- ldmatrix, stmatrix: lane 8 i + j holds the address of row j of matrix i.
+// --- ldmatrix: lane 8 i + j holds the address of row j of matrix i.
 static inline const void* emulator_matrix_row(const void* p) {
   emulator::shared_address(p);
   if ((uintptr_t)p % 16) emulator::fail("uses a matrix row at an address that is not aligned to 16 bytes");
@@ -60,20 +58,6 @@ static inline void ldmatrix_x4(unsigned (&r)[4], const void* row) { emulator_ldm
 static inline void ldmatrix_x2(unsigned (&r)[2], const void* row) { emulator_ldmatrix(r, row, false); }
 static inline void ldmatrix_x4_trans(unsigned (&r)[4], const void* row) { emulator_ldmatrix(r, row, true); }
 static inline void ldmatrix_x2_trans(unsigned (&r)[2], const void* row) { emulator_ldmatrix(r, row, true); }
-static inline void emulator_stmatrix(void* row, const unsigned (&r)[4], bool transposed) {
-  int lane = emulator::block.current->lane;
-  emulator_matrix_row(row);
-  auto rows = emulator::meet(~0u, &row, sizeof row);
-  for (int i = 0; i < 4; i++)
-    for (int half = 0; half < 2; half++) {
-      int fast = lane % 4 * 2 + half, slow = lane / 4;
-      uint16_t* to;
-      memcpy(&to, rows[8 * i + (transposed ? fast : slow)], sizeof to);
-      to[transposed ? slow : fast] = r[i] >> 16 * half;
-    }
-}
-static inline void stmatrix_x4(void* row, const unsigned (&r)[4]) { emulator_stmatrix(row, r, false); }
-static inline void stmatrix_x4_trans(void* row, const unsigned (&r)[4]) { emulator_stmatrix(row, r, true); }
 
 // --- mma.sync: K elements of BYTES bytes, four bytes a register. A[row][k] is in register (k >= K/2) * 2 + (row >= 8) of
 // lane (row % 8) * 4 + (k % (K/2)) / (4/BYTES); B[k][column] in register k >= K/2 of lane column * 4 + the same.
@@ -113,8 +97,6 @@ static inline void mma_m16n8k32_e4m3(float (&d)[4], const unsigned (&a)[4], cons
 static inline float exp2_approx(float x) { return exp2f(x); }
 static inline void barrier_sync(int number, int threads) { emulator::barrier(number, threads); }
 static inline void barrier_arrive(int number, int threads) { emulator::barrier_arrive(number, threads); }
-static inline void wait_for_previous_grid() {}
-static inline void let_next_grid_start() {}
 static inline float e4m3_to_float(uint8_t v) { return emulator_e4m3_to_float(v); }
 static inline uint8_t float_to_e4m3(float f) { return emulator_float_to_e4m3(f); }
 static inline float2 e4m3x2_to_float2(unsigned short v) { return {e4m3_to_float(v & 0xff), e4m3_to_float(v >> 8)}; }

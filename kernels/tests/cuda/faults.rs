@@ -234,7 +234,6 @@ const ORDER: &[&str] = &[
     "wgmma_wait<",
     "barrier_sync(",
     "barrier_arrive(",
-    "tma_store_wait_read<",
 ];
 /// Behind a line without which kernels work in the emulator too, for a reason that the comment says.
 const EXCUSE: &str = "// not seen by the emulator";
