@@ -1,9 +1,11 @@
 //! Work that is recorded once and replayed with one call.
 
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use cudarc::driver::sys::{self, CUstreamCaptureMode};
 
+use super::device::Device;
 use super::error::{DeviceError, check};
 use super::stream::Stream;
 
@@ -12,6 +14,7 @@ use super::stream::Stream;
 /// The memory that it uses must live as long as it is replayed; only the device would notice.
 /// What changes between replays is written to device memory before each.
 pub struct Graph {
+    device: Arc<Device>,
     executable: sys::CUgraphExec,
 }
 
@@ -53,7 +56,7 @@ impl Stream {
             let made = sys::cuGraphInstantiateWithFlags(&raw mut executable, graph, 0);
             let _ = sys::cuGraphDestroy(graph);
             check("cuGraphInstantiate", made)?;
-            let graph = Graph { executable };
+            let graph = Graph { device: self.device.clone(), executable };
             check("cuGraphUpload", sys::cuGraphUpload(executable, self.handle))?;
             Ok(graph)
         }
@@ -72,7 +75,9 @@ impl Stream {
 
 impl Drop for Graph {
     fn drop(&mut self) {
-        // SAFETY: made by `end_capture`; the driver lets launches end.
-        let _ = unsafe { sys::cuGraphExecDestroy(self.executable) };
+        if self.device.bind().is_ok() {
+            // SAFETY: made by `end_capture`; the driver lets launches end.
+            let _ = unsafe { sys::cuGraphExecDestroy(self.executable) };
+        }
     }
 }
