@@ -125,18 +125,19 @@ impl Descriptors {
             sys::cublasLtMatmulDescCreate(&raw mut all.product, compute, cudaDataType::CUDA_R_32F)
         };
         check("cublasLtMatmulDescCreate", status)?;
+        // The library may name no algorithm while these are null; `run` says where they are.
+        let somewhere = 256_u64;
         let transposed = OPERATION_TRANSPOSE;
         set(all.product, Attribute::CUBLASLT_MATMUL_DESC_TRANSA, &transposed)?;
         if shape.bias {
             let bias = cublasLtEpilogue_t::CUBLASLT_EPILOGUE_BIAS;
             set(all.product, Attribute::CUBLASLT_MATMUL_DESC_EPILOGUE, &bias)?;
+            set(all.product, Attribute::CUBLASLT_MATMUL_DESC_BIAS_POINTER, &somewhere)?;
         }
         if shape.input == cudaDataType::CUDA_R_8F_E4M3 {
             let mode = cublasLtMatmulMatrixScale_t::CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F;
             set(all.product, Attribute::CUBLASLT_MATMUL_DESC_A_SCALE_MODE, &mode)?;
             set(all.product, Attribute::CUBLASLT_MATMUL_DESC_B_SCALE_MODE, &mode)?;
-            // The library names no algorithm while there are no scales; `run` says where they are.
-            let somewhere = 256_u64;
             set(all.product, Attribute::CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, &somewhere)?;
             set(all.product, Attribute::CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, &somewhere)?;
         }
