@@ -91,7 +91,7 @@ impl Slot {
         let sum = |(chunk, count): &(usize, usize)| {
             let mut sum = Vec::new();
             let own = rows.by_ref().take(*count);
-            own.for_each(|row| pool(&mut sum, row.iter().map(|x| x.to_f64())));
+            own.for_each(|row| pool(&mut sum, row.iter().map(|x| f64::from(x.to_f32()))));
             (*chunk, sum)
         };
         Ok(pooling.iter().map(sum).collect())
