@@ -15,14 +15,17 @@ use baton_kernels::cuda::{Device, Libraries, Nccl, testing};
 use baton_proto::geometry::KvDtype;
 use baton_proto::sampling::SamplingParams;
 
-/// The device of these tests, if there is one.
+/// The device of these tests. None, with the reason printed, if there is none, or no library to
+/// multiply by.
 pub(crate) fn device() -> Option<&'static Arc<Device>> {
-    testing::test_device().map(|test| &test.device)
+    testing::products_device().map(|test| &test.device)
 }
 
-/// So many devices. None, with the reason printed, if they are not as many.
+/// So many devices. None, with the reason printed, if they are not as many, or lack a library.
 pub(crate) fn devices(count: usize) -> Option<Vec<Arc<Device>>> {
-    let found = Libraries::find(&testing::test_device()?.paths);
+    let paths = &testing::test_device()?.paths;
+    let nccl = if count > 1 { Nccl::find(paths).map(drop) } else { Ok(()) };
+    let found = Libraries::find(paths).and_then(|libraries| nccl.map(|()| libraries));
     let libraries = found.map_err(|missing| println!("skipped: {missing}")).ok()?;
     if Device::count(&libraries).unwrap() < count {
         println!("skipped: needs {count} devices");
@@ -38,7 +41,7 @@ pub(crate) fn load_model(
     if let [device] = devices {
         return Ok(Box::new(GpuModel::load(device, options)?));
     }
-    let nccl = Nccl::find(&testing::test_device().unwrap().paths).unwrap();
+    let nccl = Nccl::find(&testing::test_device().unwrap().paths).expect("as with the devices");
     Ok(Box::new(ParallelModel::load(devices, &nccl, options)?))
 }
 

@@ -53,16 +53,25 @@ pub fn test_stream() -> Option<Stream> {
     Some(Stream::new(&device.device).expect("a stream of a device that works"))
 }
 
-/// The same, for a test of matrix products.
+/// The device of this process' tests, if it multiplies matrices. None, with the reason printed, if not.
+///
+/// # Panics
+/// As [`test_device`].
+pub fn products_device() -> Option<&'static TestDevice> {
+    let test = test_device()?;
+    if let Some(missing) = &test.without_products {
+        println!("skipped: no matrix products: {missing}");
+        return None;
+    }
+    Some(test)
+}
+
+/// A stream of it.
 ///
 /// # Panics
 /// As [`test_device`].
 pub fn products_stream() -> Option<Stream> {
-    if let Some(missing) = &test_device()?.without_products {
-        println!("skipped: no matrix products: {missing}");
-        return None;
-    }
-    test_stream()
+    products_device().and_then(|_| test_stream())
 }
 
 /// Runs a test in every order in which the emulator can run threads and copies, once on a real

@@ -1,6 +1,6 @@
 //! What is missing or broken is an error of one line, and no panic.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use baton_kernels::cuda::testing::{self, Emulator, build_emulator};
@@ -108,13 +108,12 @@ fn a_library_that_lacks_a_function() {
     if child::part().is_none() {
         return child::expect("failures::a_library_that_lacks_a_function", "child", &[]);
     }
-    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("lacking");
-    std::fs::create_dir_all(&folder).unwrap();
-    if !library_without_functions(&folder) {
+    let folder = tempfile::tempdir().unwrap();
+    if !library_without_functions(folder.path()) {
         return eprintln!("skipped: there is no g++");
     }
-    let paths = LibraryPaths { folders: vec![folder.clone()], environments: Vec::new() };
-    let path = folder.join("libcuda.so.1");
+    let paths = LibraryPaths { folders: vec![folder.path().into()], environments: Vec::new() };
+    let path = folder.path().join("libcuda.so.1");
     let library = "libcuda.so.1";
     let expected = Missing::Symbol { library, path, symbol: "cuDeviceGet" };
     assert_eq!(Libraries::find(&paths), Err(expected));
@@ -127,18 +126,18 @@ fn libraries_are_found_in_python_environments() {
         return expect("libraries_are_found_in_python_environments", &[]);
     }
     let folder = emulator().unwrap().folders.remove(0);
-    let environment = Path::new(env!("CARGO_TARGET_TMPDIR")).join("environment");
+    let environment = tempfile::tempdir().unwrap();
     for (package, library) in [("cuda", "libcuda.so.1"), ("cu13", "libcublasLt.so.13")] {
-        let package = environment.join("lib/python3.12/site-packages/nvidia").join(package);
+        let package = environment.path().join("lib/python3.12/site-packages/nvidia").join(package);
         std::fs::create_dir_all(package.join("lib")).unwrap();
         std::fs::copy(folder.join(library), package.join("lib").join(library)).unwrap();
     }
     if Libraries::find(&LibraryPaths::default()).is_ok() {
         return eprintln!("skipped: the system has its own, which goes first");
     }
-    let paths = LibraryPaths { folders: Vec::new(), environments: vec![environment.clone()] };
+    let paths = LibraryPaths { folders: Vec::new(), environments: vec![environment.path().into()] };
     let libraries = Libraries::find(&paths).unwrap();
-    assert!(libraries.blas.starts_with(&environment), "{libraries:?}");
+    assert!(libraries.blas.starts_with(environment.path()), "{libraries:?}");
 }
 
 /// A library with the functions of cuBLASLt, which do nothing.
@@ -155,11 +154,16 @@ fn blas_without_contents(file: &Path) -> bool {
     command.arg(file).arg(source).status().is_ok_and(|status| status.success())
 }
 
+/// Names the folder of the test below to its child.
+const ROOT: &str = "BATON_TEST_ROOT";
+
 /// cudarc finds a toolkit's by the name without a version, where the packages of an active
 /// environment have another.
 #[test]
 fn a_toolkit_and_an_environment_may_both_be_there() {
-    let root = Path::new(env!("CARGO_TARGET_TMPDIR")).join("both");
+    let made = tempfile::tempdir().unwrap();
+    // Of the child it is its parent's.
+    let root = std::env::var_os(ROOT).map_or_else(|| made.path().into(), PathBuf::from);
     let (toolkit, environment) = (root.join("toolkit"), root.join("environment"));
     let installed = root.join("installed/libcublasLt.so.13.0.2");
     let package = environment.join("lib/python3.12/site-packages/nvidia/cu13/lib");
@@ -171,14 +175,12 @@ fn a_toolkit_and_an_environment_may_both_be_there() {
         assert!(blas_without_contents(&library) && blas_without_contents(&installed));
         // Before the child starts: the loader looks once which folders there are.
         std::fs::create_dir_all(&toolkit).unwrap();
-        let link = toolkit.join("libcublasLt.so");
-        let _ = std::fs::remove_file(&link);
-        std::os::unix::fs::symlink(&installed, link).unwrap();
+        std::os::unix::fs::symlink(&installed, toolkit.join("libcublasLt.so")).unwrap();
         std::fs::copy(folder.join("libcuda.so.1"), root.join("libcuda.so.1")).unwrap();
-        let path = toolkit.to_string_lossy();
+        let [path, root] = [&toolkit, &root].map(|folder| folder.to_str().unwrap());
         for part in ["environment", "chosen"] {
             let test = "failures::a_toolkit_and_an_environment_may_both_be_there";
-            child::expect(test, part, &[("LD_LIBRARY_PATH", &path)]);
+            child::expect(test, part, &[("LD_LIBRARY_PATH", path), (ROOT, root)]);
         }
         return;
     };
