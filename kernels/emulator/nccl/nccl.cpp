@@ -53,6 +53,17 @@ void refuse_duplicates(const std::string& id, const Handle& own) {
   members.emplace(id, own);
 }
 
+// Names that were made here and wait for ranks: how many those who came said there would be, and how many came. The library has a thread
+// for each until all are there, or some differ; of other processes' ranks nothing is known here.
+auto& awaiting = *new std::map<std::string, std::pair<int, int>>;
+void check_in(const std::string& id, int ranks) {
+  auto at = awaiting.find(id);
+  if (at == awaiting.end()) return;
+  auto& [expected, came] = at->second;
+  if ((came && expected != ranks) || ++came == ranks) awaiting.erase(at);
+  else expected = ranks;
+}
+
 size_t element_bytes(int type) {
   static const size_t bytes[] = {1, 1, 4, 4, 8, 8, 2, 4, 8, 2};
   return type >= 0 && type < 10 ? bytes[type] : 0;
@@ -211,6 +222,7 @@ NCCL_API ncclGetUniqueId(UniqueId* id) {
   if (getentropy(&random, sizeof random)) return SYSTEM_ERROR;
   memset(id, 0, sizeof *id);
   snprintf(id->bytes, ID_BYTES, "baton-nccl-%d-%d-%016llx", getpid(), count++, (unsigned long long)random);
+  awaiting[id->bytes] = {};
   return SUCCESS;
 }
 
@@ -222,6 +234,7 @@ NCCL_API ncclCommInitRankConfig(void** handle, int ranks, UniqueId id, int rank,
   {
     std::lock_guard<std::mutex> locked(mutex);
     refuse_duplicates(id.bytes, communicator);
+    check_in(id.bytes, ranks);
   }
   if (config && config->blocking == 0) return IN_PROGRESS;
   while (communicator->state == IN_PROGRESS) {
@@ -249,7 +262,11 @@ NCCL_API ncclCommInitAll(void** handles, int ranks, const int* devices) {
       all_here &= c->state == SUCCESS;
     }
   }
-  for (int rank = 0; rank < ranks; rank++) handles[rank] = new Handle(all[rank]);
+  for (int rank = 0; rank < ranks; rank++) {
+    std::lock_guard<std::mutex> locked(mutex);
+    check_in(id.bytes, ranks);
+    handles[rank] = new Handle(all[rank]);
+  }
   return SUCCESS;
 }
 NCCL_API ncclCommGetAsyncError(void* handle, Result* state) {
@@ -317,6 +334,11 @@ NCCL_API ncclAllGather(const void* from, void* to, size_t count, int type, void*
   });
 }
 
+// For tests: whether a name that was made here waits for ranks.
+extern "C" __attribute__((visibility("default"))) int emulator_nccl_awaits(const UniqueId* id) {
+  std::lock_guard<std::mutex> locked(mutex);
+  return awaiting.count(id->bytes);
+}
 // For tests: from now on only so many messages that a device sends or receives end (-1: all), and calls for it hang or not.
 extern "C" __attribute__((visibility("default"))) void emulator_break_nccl(int device, int messages, int calls_hang) {
   std::lock_guard<std::mutex> locked(mutex);

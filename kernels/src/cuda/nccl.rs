@@ -12,8 +12,11 @@ use libloading::os::unix::Library;
 use super::library::{LibraryPaths, Missing, load};
 
 mod communicator;
+mod joining;
+mod shared;
 
-pub use communicator::{Abort, Communicator, Reducible};
+pub use communicator::{Communicator, Reducible};
+pub use shared::Abort;
 
 /// The oldest version with communicators that do not block.
 const OLDEST: i32 = 21_400;

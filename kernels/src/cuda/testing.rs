@@ -11,6 +11,7 @@ use libloading::os::unix::{Library, Symbol};
 use super::device::Device;
 use super::error::DeviceError;
 use super::library::{Libraries, LibraryPaths, Missing};
+use super::nccl::UniqueId;
 use super::stream::Stream;
 
 mod build;
@@ -182,17 +183,37 @@ pub fn waits_not_missed(test: &str) -> Option<(usize, Vec<usize>)> {
 /// # Panics
 /// As [`test_device`].
 pub fn break_nccl(device: &Device, messages: Option<u16>, calls_hang: bool) {
-    let Some(test) = test_device().filter(|device| device.emulator.is_some()) else { return };
-    let library = test.paths.folders[0].join("libnccl.so.2");
-    // SAFETY: the emulator's may be loaded at any time.
-    let library = unsafe { Library::open(Some(&library), libloading::os::unix::RTLD_NOW) };
-    let library = library.expect("it was built with the driver");
+    let Some(library) = emulated_nccl() else { return };
     // SAFETY: a function of the emulator with this signature.
     let fail: Symbol<unsafe extern "C" fn(i32, i32, i32)> =
         unsafe { library.get("emulator_break_nccl") }.expect("the emulator has it");
     let messages = messages.map_or(-1, i32::from);
     // SAFETY: sets numbers.
     unsafe { fail(device.ordinal() as i32, messages, calls_hang.into()) };
+}
+
+/// Whether the emulator's NCCL still waits for ranks of a name that this process made. None on real
+/// devices.
+///
+/// # Panics
+/// As [`test_device`].
+#[must_use]
+pub fn nccl_awaits(id: &UniqueId) -> Option<bool> {
+    let library = emulated_nccl()?;
+    // SAFETY: a function of the emulator with this signature.
+    let awaits: Symbol<unsafe extern "C" fn(*const u8) -> i32> =
+        unsafe { library.get("emulator_nccl_awaits") }.expect("the emulator has it");
+    // SAFETY: reads the 128 bytes of a name.
+    Some(unsafe { awaits(id.as_ptr()) } != 0)
+}
+
+/// The emulator's NCCL, if there is the emulator.
+fn emulated_nccl() -> Option<Library> {
+    let test = test_device().filter(|device| device.emulator.is_some())?;
+    let library = test.paths.folders[0].join("libnccl.so.2");
+    // SAFETY: the emulator's may be loaded at any time.
+    let library = unsafe { Library::open(Some(&library), libloading::os::unix::RTLD_NOW) };
+    Some(library.expect("it was built with the driver"))
 }
 
 fn open() -> Option<TestDevice> {

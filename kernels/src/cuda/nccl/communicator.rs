@@ -3,23 +3,18 @@
 use std::cell::Cell;
 use std::ffi::c_int;
 use std::marker::PhantomData;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use half::bf16;
 
-use super::{Config, Handle, Nccl, NcclError, RawId, UniqueId};
-use crate::cuda::device::Device;
+use super::shared::{Abort, Shared};
+use super::{Handle, NcclError};
 use crate::cuda::memory::{Element, Slice};
 use crate::cuda::stream::Stream;
 
 /// How long to leave the processor alone before asking again whether a call is complete.
-const POLL: Duration = Duration::from_micros(100);
-/// How long an abort waits for calls that are not stuck to return.
-const ABORT_GRACE: Duration = Duration::from_millis(500);
-/// How long all devices of a process may take to find each other.
-const JOIN_TIMEOUT: Duration = Duration::from_secs(120);
+pub(super) const POLL: Duration = Duration::from_micros(100);
 /// How long a call may take on this side, once all ranks are connected. It waits for no peer.
 const CALL_TIMEOUT: Duration = Duration::from_secs(60);
 
@@ -36,41 +31,11 @@ const SUM: c_int = 0;
 /// Work whose peer is gone never ends by itself: ask [`Communicator::check`] while waiting, and
 /// drop the communicator to end it, or [abort](Communicator::aborter) it from another thread.
 pub struct Communicator {
-    shared: Arc<Shared>,
-    rank: usize,
-    ranks: usize,
+    pub(super) shared: Arc<Shared>,
+    pub(super) rank: usize,
+    pub(super) ranks: usize,
     /// The library's handle may be used by any thread, one at a time: not `Sync`.
-    _one_at_a_time: PhantomData<Cell<()>>,
-}
-
-/// What a communicator and those who may abort it have.
-struct Shared {
-    nccl: Arc<Nccl>,
-    device: Arc<Device>,
-    handle: Handle,
-    /// Whether the handle may still be used. Locked by what returns at once only, so that nobody
-    /// waits long for it.
-    alive: Mutex<bool>,
-    /// Calls under way.
-    calls: AtomicUsize,
-}
-
-// SAFETY: calls are made by the one who has the `Communicator`; asking for its state and aborting
-// are allowed beside them.
-unsafe impl Send for Shared {}
-// SAFETY: as above.
-unsafe impl Sync for Shared {}
-
-/// Ends a communicator's work from any thread, also while a call of another one is stuck.
-#[derive(Clone)]
-pub struct Abort(Arc<Shared>);
-
-impl Abort {
-    /// Ends all work wherever it is; the communicator can only be dropped then. Without effect if
-    /// that has happened already.
-    pub fn abort(&self) {
-        self.0.abort();
-    }
+    pub(super) _one_at_a_time: PhantomData<Cell<()>>,
 }
 
 /// What can be added up.
@@ -89,80 +54,6 @@ impl Reducible for bf16 {
 }
 
 impl Communicator {
-    /// Joins with the others, who do the same with the same identifier.
-    ///
-    /// # Errors
-    /// If not all are there by the deadline, or the library fails.
-    ///
-    /// # Panics
-    /// If there is no such rank.
-    pub fn join(
-        nccl: &Arc<Nccl>,
-        device: &Arc<Device>,
-        id: &UniqueId,
-        (rank, ranks): (usize, usize),
-        deadline: Instant,
-    ) -> Result<Self, NcclError> {
-        assert!(rank < ranks, "rank {rank} of {ranks}");
-        device.bind().map_err(|error| NcclError::Refused {
-            call: "ncclCommInitRankConfig",
-            error: error.to_string(),
-        })?;
-        let (mut handle, mut config) = (std::ptr::null_mut(), Config::not_blocking());
-        let (number, count) = (rank as c_int, ranks as c_int);
-        // SAFETY: writes one handle, which says later whether it worked.
-        let status = unsafe {
-            let join = nccl.functions.join;
-            join(&raw mut handle, count, RawId(*id), number, &raw mut config)
-        };
-        // From here on dropping it gives back what it has.
-        let own = Self::of(nccl, device, handle, (rank, ranks));
-        nccl.check("ncclCommInitRankConfig", status)?;
-        own.settle("ncclCommInitRankConfig", deadline)?;
-        Ok(own)
-    }
-
-    fn of(
-        nccl: &Arc<Nccl>,
-        device: &Arc<Device>,
-        handle: Handle,
-        (rank, ranks): (usize, usize),
-    ) -> Self {
-        let (nccl, device, alive) = (nccl.clone(), device.clone(), Mutex::new(!handle.is_null()));
-        let shared = Shared { nccl, device, handle, alive, calls: AtomicUsize::new(0) };
-        Self { shared: Arc::new(shared), rank, ranks, _one_at_a_time: PhantomData }
-    }
-
-    /// One for each of several devices of this process, in that order. What they queue is queued
-    /// when the call returns, which is quicker than with those that [`join`](Self::join). A thread
-    /// for each must be able to call: the first operation of a kind waits for all ranks.
-    ///
-    /// # Errors
-    /// If a device is named twice, it takes too long, or the library fails.
-    pub fn of_devices(nccl: &Arc<Nccl>, devices: &[Arc<Device>]) -> Result<Vec<Self>, NcclError> {
-        let ordinals: Vec<_> = devices.iter().map(|device| device.ordinal() as c_int).collect();
-        let (sender, joined) = mpsc::channel();
-        let library = nccl.clone();
-        // It knows no deadline: a thread that does not come back is given up.
-        std::thread::spawn(move || {
-            let mut handles = vec![std::ptr::null_mut(); ordinals.len()];
-            // SAFETY: writes as many handles as there are devices.
-            let status = unsafe {
-                let join_all = library.functions.join_all;
-                join_all(handles.as_mut_ptr(), ordinals.len() as c_int, ordinals.as_ptr())
-            };
-            let _ = sender.send((status, handles.into_iter().map(Joined).collect::<Vec<_>>()));
-        });
-        let (status, handles) = joined
-            .recv_timeout(JOIN_TIMEOUT)
-            .map_err(|_| NcclError::TimedOut { call: "ncclCommInitAll" })?;
-        nccl.check("ncclCommInitAll", status)?;
-        let own = |(rank, (Joined(handle), device)): (usize, (Joined, &Arc<Device>))| {
-            Self::of(nccl, device, handle, (rank, devices.len()))
-        };
-        Ok(handles.into_iter().zip(devices).enumerate().map(own).collect())
-    }
-
     /// Its number.
     #[must_use]
     pub fn rank(&self) -> usize {
@@ -323,7 +214,7 @@ impl Communicator {
     }
 
     /// Waits until what was called is complete.
-    fn settle(&self, call: &'static str, deadline: Instant) -> Result<(), NcclError> {
+    pub(super) fn settle(&self, call: &'static str, deadline: Instant) -> Result<(), NcclError> {
         while !self.state(call)? {
             if Instant::now() >= deadline {
                 return Err(NcclError::TimedOut { call });
@@ -355,56 +246,6 @@ impl Drop for Communicator {
         self.shared.abort();
     }
 }
-
-impl Shared {
-    fn alive(&self) -> MutexGuard<'_, bool> {
-        self.alive.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// A call begins; none if the communicator has ended.
-    fn enter(&self) -> Option<UnderWay<'_>> {
-        let alive = self.alive();
-        alive.then(|| {
-            self.calls.fetch_add(1, Ordering::Relaxed);
-            UnderWay(&self.calls)
-        })
-    }
-
-    /// Lets no further call begin. False: that was so already.
-    fn end(&self) -> bool {
-        std::mem::replace(&mut *self.alive(), false)
-    }
-
-    fn abort(&self) {
-        if !self.end() {
-            return;
-        }
-        // The library lets those who are stuck go. Who is not shall not find the handle gone.
-        let patience = Instant::now() + ABORT_GRACE;
-        while self.calls.load(Ordering::Acquire) > 0 && Instant::now() < patience {
-            std::thread::sleep(POLL);
-        }
-        if self.device.bind().is_ok() {
-            // SAFETY: no call begins any more; those under way are made to return.
-            let _ = unsafe { (self.nccl.functions.abort)(self.handle) };
-        }
-    }
-}
-
-/// A call into the library.
-struct UnderWay<'a>(&'a AtomicUsize);
-
-impl Drop for UnderWay<'_> {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Release);
-    }
-}
-
-/// A handle on its way from the thread that made it.
-struct Joined(Handle);
-
-// SAFETY: handles may be used by any thread.
-unsafe impl Send for Joined {}
 
 fn aborted(call: &'static str) -> NcclError {
     NcclError::PeerLost { call, error: "it was aborted".to_owned() }
