@@ -17,7 +17,7 @@ use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use baton_kernels::cuda::{Abort, Nccl};
+use baton_kernels::cuda::{Abort, Communicator, Nccl, PieceShare, UniqueId};
 use tokio::sync::oneshot;
 
 use crate::gpu::{Unavailable, find_nccl};
@@ -28,7 +28,7 @@ mod lanes;
 mod owner;
 mod parcel;
 
-use lanes::{Invitation, Lane, lanes};
+use lanes::{Invitation, accept, lanes};
 use owner::{Request, Terms};
 use parcel::Ring;
 pub use parcel::{Parcel, Part};
@@ -40,9 +40,12 @@ pub type ChannelName = Vec<u8>;
 pub const PARCEL_BYTES: usize = 4 << 20;
 /// Parcels of a channel that are packed, on their way or unpacked at a time.
 const PARCELS: usize = 4;
-/// Most channels of an engine, with those that are being joined and those that do not end, as the
-/// library hangs: each has [`PARCELS`] of the devices' memory, beside what the library takes.
-const MAX_CHANNELS: usize = 32;
+/// Most lanes of an engine for each of its devices, with those that are being joined and those that do
+/// not end, as the library hangs: all of a device's hold [`PARCELS`] of as many channels at most, beside
+/// what the library takes.
+const MAX_LANES: usize = 32;
+/// How long the library may take to be rid of a name that is not used.
+const RELEASE: Duration = Duration::from_secs(5);
 
 /// Why this engine's memory has no channels. Displayed on one line.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -60,8 +63,8 @@ pub enum NoChannels {
 pub struct NcclChannels {
     nccl: Arc<Nccl>,
     devices: Arc<[Arc<DeviceKv>]>,
-    /// Channels that have a thread.
-    channels: Arc<AtomicUsize>,
+    /// Lanes of channels that have a thread.
+    taken: Arc<AtomicUsize>,
 }
 
 impl NcclChannels {
@@ -77,7 +80,7 @@ impl NcclChannels {
         if devices.is_empty() {
             return Err(NoChannels::Memory);
         }
-        Ok(Self { nccl: find_nccl(folders)?, devices, channels: Arc::default() })
+        Ok(Self { nccl: find_nccl(folders)?, devices, taken: Arc::default() })
     }
 
     /// How many devices have the cache's heads.
@@ -93,23 +96,42 @@ impl NcclChannels {
         let (reply, name) = oneshot::channel();
         let channels = self.clone();
         // It looks at the network the first time.
-        spawn(move || drop(reply.send(channels.new_name(senders))));
-        Box::pin(async { name.await.map_err(|_| MemoryLost) })
+        spawn(move || {
+            if let Err(Ok(unused)) = reply.send(channels.new_name(senders)) {
+                channels.release(&unused.names);
+            }
+        });
+        let encoded = |name: Result<Invitation, _>| name.map(|invitation| invitation.encode());
+        Box::pin(async move { name.await.map(encoded).map_err(|_| MemoryLost) })
     }
 
-    fn new_name(&self, senders: usize) -> Result<ChannelName, String> {
-        let names = self.lanes(senders)?.into_iter().map(|_| self.nccl.unique_id());
-        let names = names.collect::<Result<_, _>>().map_err(|error| error.to_string())?;
-        Ok(Invitation { devices: [self.devices(), senders], names }.encode())
+    fn new_name(&self, senders: usize) -> Result<Invitation, String> {
+        let mut names = Vec::new();
+        for _ in lanes(&self.shares(), senders)? {
+            match self.nccl.unique_id() {
+                Ok(name) => names.push(name),
+                Err(error) => {
+                    self.release(&names);
+                    return Err(error.to_string());
+                }
+            }
+        }
+        Ok(Invitation { devices: [self.devices(), senders], names })
     }
 
-    /// To a node with so many devices.
-    fn lanes(&self, devices: usize) -> Result<Vec<Lane>, String> {
-        let own: Vec<_> = self.devices.iter().map(|kv| kv.share).collect();
-        lanes(&own, devices).ok_or_else(|| {
-            let heads = own[0].kv_heads;
-            format!("{} and {devices} devices cannot both share {heads} heads", own.len())
-        })
+    /// Names that this end made and that nobody will join by: the library waits for that forever.
+    fn release(&self, names: &[UniqueId]) {
+        let (device, deadline) = (self.devices[0].device(), Instant::now() + RELEASE);
+        let release = |name| Communicator::release(&self.nccl, device, name, deadline);
+        std::thread::scope(|scope| {
+            for name in names {
+                scope.spawn(move || release(name));
+            }
+        });
+    }
+
+    fn shares(&self) -> Vec<PieceShare> {
+        self.devices.iter().map(|kv| kv.share).collect()
     }
 
     /// Joins a channel as the end that named it, which receives, or as the other one. Done when both
@@ -123,36 +145,40 @@ impl NcclChannels {
         patience: Duration,
     ) -> Soon<Result<NcclChannel, String>> {
         let (reply, joined) = oneshot::channel();
-        if let Some(place) = Counted::one_more(&self.channels) {
-            let (channels, deadline) = (self.clone(), Instant::now() + join);
-            let terms = Terms { name, receives, deadline, patience };
-            spawn(move || {
-                owner::run(&channels, &terms, reply);
-                drop(place);
-            });
-        } else {
-            let _ =
-                reply.send(Err(format!("there are {MAX_CHANNELS} channels, which is the most")));
+        let (channels, deadline) = (self.clone(), Instant::now() + join);
+        match accept(&self.shares(), &name, receives) {
+            Ok((lanes, names)) => {
+                let terms = Terms { lanes, names, receives, deadline, patience };
+                spawn(move || owner::run(&channels, &terms, reply));
+            }
+            Err(reason) => drop(reply.send(Err(reason))),
         }
         Box::pin(async { joined.await.map_err(|_| MemoryLost) })
     }
+
+    /// Counts a channel's lanes, until what it gives is dropped.
+    fn count(&self, lanes: usize) -> Result<Counted, String> {
+        let most = MAX_LANES * self.devices();
+        let counted = Counted::some_more(&self.taken, lanes, most);
+        counted.ok_or_else(|| format!("{lanes} more lanes than there are would exceed {most}"))
+    }
 }
 
-/// One of the channels, until it is dropped.
-struct Counted(Arc<AtomicUsize>);
+/// Some lanes, until it is dropped.
+struct Counted(Arc<AtomicUsize>, usize);
 
 impl Counted {
-    /// None if there are as many as there may be.
-    fn one_more(channels: &Arc<AtomicUsize>) -> Option<Self> {
-        let more = |channels| (channels < MAX_CHANNELS).then_some(channels + 1);
-        channels.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more).ok()?;
-        Some(Self(channels.clone()))
+    /// None if there would be more than `most`.
+    fn some_more(taken: &Arc<AtomicUsize>, lanes: usize, most: usize) -> Option<Self> {
+        let more = |taken: usize| Some(taken + lanes).filter(|all| *all <= most);
+        taken.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more).ok()?;
+        Some(Self(taken.clone(), lanes))
     }
 }
 
 impl Drop for Counted {
     fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
+        self.0.fetch_sub(self.1, Ordering::Relaxed);
     }
 }
 
@@ -243,14 +269,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn channels_are_bounded() {
-        let channels = Arc::default();
-        let mut taken: Vec<_> = std::iter::from_fn(|| Counted::one_more(&channels)).collect();
-        assert_eq!(taken.len(), MAX_CHANNELS);
-        taken.pop();
-        taken.extend(Counted::one_more(&channels));
-        assert!(Counted::one_more(&channels).is_none());
-        drop(taken);
-        assert_eq!(channels.load(Ordering::Relaxed), 0);
+    fn lanes_are_bounded() {
+        let taken = Arc::default();
+        let more = |lanes| Counted::some_more(&taken, lanes, 10);
+        let mut all: Vec<_> = std::iter::from_fn(|| more(4)).collect();
+        assert_eq!(all.len(), 2);
+        all.extend(more(2));
+        assert!(more(1).is_none());
+        all.remove(0);
+        assert!(more(5).is_none() && more(4).is_some());
+        drop(all);
+        assert_eq!(taken.load(Ordering::Relaxed), 0);
     }
 }

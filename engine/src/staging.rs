@@ -27,6 +27,7 @@ mod copier;
 mod device;
 
 use copier::{Copier, Request};
+pub(crate) use device::MAX_DEVICES;
 pub use device::{DeviceKv, DeviceSlot};
 
 /// Memory that a device can copy to and from. Its bytes stay where they are when it is moved.

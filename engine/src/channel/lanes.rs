@@ -9,9 +9,7 @@
 use baton_kernels::cuda::{PieceShare, UniqueId};
 
 use super::ChannelName;
-
-/// Most devices of a node: their numbers are one byte each, and names stay short.
-pub(super) const MAX_DEVICES: usize = 16;
+use crate::staging::MAX_DEVICES;
 
 /// One end of the connection of two devices.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,14 +20,15 @@ pub(super) struct Lane {
     pub(super) share: PieceShare,
 }
 
-/// The lanes of a node whose devices have `own` shares, to one with so many devices. `None`: those
+/// The lanes of a node whose devices have `own` shares, to one with so many devices, or why those
 /// cannot share the heads.
-pub(super) fn lanes(own: &[PieceShare], devices: usize) -> Option<Vec<Lane>> {
-    let kv_heads = own.first()?.kv_heads;
+pub(super) fn lanes(own: &[PieceShare], devices: usize) -> Result<Vec<Lane>, String> {
+    let kv_heads = own.first().map_or(0, |share| share.kv_heads);
     let counts = 1..=MAX_DEVICES;
     let can_share = counts.contains(&devices) && kv_heads.is_multiple_of(devices);
     if !can_share || !counts.contains(&own.len()) {
-        return None;
+        let own = own.len();
+        return Err(format!("{own} and {devices} devices cannot both share {kv_heads} heads"));
     }
     let heads = kv_heads / devices;
     let lanes = own.iter().enumerate().flat_map(|(device, share)| {
@@ -37,7 +36,24 @@ pub(super) fn lanes(own: &[PieceShare], devices: usize) -> Option<Vec<Lane>> {
             (0..devices).map(move |n| PieceShare { first_head: n * heads, heads, ..*share });
         theirs.filter_map(move |theirs| Some(Lane { device, share: share.common(&theirs)? }))
     });
-    Some(lanes.collect())
+    Ok(lanes.collect())
+}
+
+/// The lanes of a channel, and what each is named. The end that receives has made the name; to the other
+/// one it may be anything.
+pub(super) fn accept(
+    own: &[PieceShare],
+    name: &[u8],
+    receives: bool,
+) -> Result<(Vec<Lane>, Vec<UniqueId>), String> {
+    let Invitation { devices, names } = Invitation::parse(name).ok_or("its name is none")?;
+    let [receiving, sending] = devices;
+    let (here, there) = if receives { (receiving, sending) } else { (sending, receiving) };
+    let lanes = lanes(own, there)?;
+    if here != own.len() || lanes.len() != names.len() {
+        return Err(format!("it is for {here} devices here, and {} lanes", names.len()));
+    }
+    Ok((lanes, names))
 }
 
 /// What both ends join by.
@@ -96,9 +112,31 @@ mod tests {
     #[test]
     fn heads_that_cannot_be_shared_equally_have_no_lanes() {
         for devices in [0, 3, 16, 17, 255] {
-            assert_eq!(lanes(&shares(8, 2), devices), None, "{devices} devices");
+            let error = lanes(&shares(8, 2), devices).unwrap_err();
+            assert_eq!(error, format!("2 and {devices} devices cannot both share 8 heads"));
         }
-        assert_eq!(lanes(&[], 1), None);
+        assert_eq!(lanes(&[], 1).unwrap_err(), "0 and 1 devices cannot both share 0 heads");
+    }
+
+    /// What a peer says is compared with what there is here.
+    #[test]
+    fn names_for_others_are_refused() {
+        let name = |devices, names| Invitation { devices, names: vec![[7; 128]; names] }.encode();
+        let refused = |devices, names| accept(&shares(8, 2), &name(devices, names), false).err();
+        assert_eq!(refused([4, 2], 4), None);
+        assert_eq!(accept(&shares(8, 2), &name([2, 4], 4), true).map(|(own, _)| own.len()), Ok(4));
+        for (devices, names, reason) in [
+            ([4, 2], 3, "it is for 2 devices here, and 3 lanes"),
+            ([4, 2], 5, "it is for 2 devices here, and 5 lanes"),
+            ([4, 1], 4, "it is for 1 devices here, and 4 lanes"),
+            ([2, 4], 4, "it is for 4 devices here, and 4 lanes"),
+            ([3, 2], 4, "2 and 3 devices cannot both share 8 heads"),
+            ([0, 2], 0, "2 and 0 devices cannot both share 8 heads"),
+        ] {
+            assert_eq!(refused(devices, names).as_deref(), Some(reason));
+        }
+        let broken = accept(&shares(8, 2), &name([4, 2], 4)[1..], false).err();
+        assert_eq!(broken.as_deref(), Some("its name is none"));
     }
 
     #[test]

@@ -6,11 +6,11 @@ use std::sync::mpsc::{self, Receiver};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use baton_kernels::cuda::{Communicator, Event, Stream};
+use baton_kernels::cuda::{Communicator, Event, Stream, UniqueId};
 use tokio::sync::oneshot;
 
-use super::lanes::{Invitation, Lane};
-use super::{ChannelName, NcclChannel, NcclChannels, Parcel, Ring, State};
+use super::lanes::Lane;
+use super::{NcclChannel, NcclChannels, Parcel, Ring, State};
 
 /// How long to leave the processor alone before asking again whether something is done.
 const POLL: Duration = Duration::from_micros(50);
@@ -21,7 +21,9 @@ const SENDING: usize = 1;
 
 /// How a channel is joined.
 pub(super) struct Terms {
-    pub(super) name: ChannelName,
+    pub(super) lanes: Vec<Lane>,
+    /// Of each lane.
+    pub(super) names: Vec<UniqueId>,
     pub(super) receives: bool,
     pub(super) deadline: Instant,
     pub(super) patience: Duration,
@@ -50,15 +52,24 @@ enum Done {
 /// Why a channel ends, in words.
 type Broken = String;
 
-/// Joins a channel, says what came of it, and works until it breaks or is closed.
+/// Joins a channel, says what came of it, and works until it breaks or is closed. Its lanes count until
+/// then.
 pub(super) fn run(
     channels: &NcclChannels,
     terms: &Terms,
     reply: oneshot::Sender<Result<NcclChannel, String>>,
 ) {
-    let (mut owner, handle) = match Owner::join(channels, terms) {
+    let counted = channels.count(terms.lanes.len());
+    let joined = counted.as_ref().map_err(Clone::clone);
+    let (mut owner, handle) = match joined.and_then(|_| Owner::join(channels, terms)) {
         Ok(joined) => joined,
-        Err(reason) => return drop(reply.send(Err(reason))),
+        Err(reason) => {
+            let _ = reply.send(Err(reason));
+            if terms.receives {
+                channels.release(&terms.names);
+            }
+            return;
+        }
     };
     // Nobody waits for it: the handle ends it.
     let _ = reply.send(Ok(handle));
@@ -67,13 +78,13 @@ pub(super) fn run(
 }
 
 /// A lane that both ends have joined.
-struct Joined {
+struct JoinedLane {
     communicator: Communicator,
     stream: Stream,
 }
 
 struct Owner {
-    lanes: Vec<Joined>,
+    lanes: Vec<JoinedLane>,
     peer: usize,
     ring: Arc<Ring>,
     state: Arc<State>,
@@ -87,9 +98,8 @@ struct Owner {
 
 impl Owner {
     fn join(channels: &NcclChannels, terms: &Terms) -> Result<(Self, NcclChannel), Broken> {
-        let (lanes, invitation) = accept(channels, terms)?;
         // Memory first: what is joined is to work.
-        let ring = Ring::new(&channels.devices, &lanes).map_err(broken)?;
+        let ring = Ring::new(&channels.devices, &terms.lanes).map_err(broken)?;
         let peer = if terms.receives { SENDING } else { RECEIVING };
         let join = |(lane, name): (&Lane, _)| {
             let device = channels.devices[lane.device].device();
@@ -97,9 +107,9 @@ impl Owner {
             let ranks = (SENDING - peer, 2);
             let communicator =
                 Communicator::join(&channels.nccl, device, name, ranks, terms.deadline);
-            Ok(Joined { communicator: communicator.map_err(broken)?, stream })
+            Ok(JoinedLane { communicator: communicator.map_err(broken)?, stream })
         };
-        let joined = lanes.iter().zip(&invitation.names).map(join);
+        let joined = terms.lanes.iter().zip(&terms.names).map(join);
         let lanes = joined.collect::<Result<Vec<_>, Broken>>()?;
         let state = Arc::new(State {
             patience: terms.patience,
@@ -176,7 +186,7 @@ impl Owner {
     /// Queues the parts of a parcel, each on its lane; gives what says that they have gone through.
     fn queue(&mut self, parcel: &Parcel, sends: bool) -> Result<Vec<Event>, Broken> {
         for (lane, pieces) in self.lanes.iter().zip(parcel.contents()) {
-            let Joined { communicator, stream } = lane;
+            let JoinedLane { communicator, stream } = lane;
             // Each call may take its time, which is not to look as if one were stuck.
             *self.state.busy() = Some(Instant::now());
             match sends {
@@ -238,18 +248,6 @@ impl Begun {
         }
         Ok(true)
     }
-}
-
-/// The lanes of a channel, and what they are named by the end that receives.
-fn accept(channels: &NcclChannels, terms: &Terms) -> Result<(Vec<Lane>, Invitation), Broken> {
-    let invitation = Invitation::parse(&terms.name).ok_or("its name is none")?;
-    let [receiving, sending] = invitation.devices;
-    let (own, theirs) = if terms.receives { (receiving, sending) } else { (sending, receiving) };
-    let lanes = channels.lanes(theirs)?;
-    if own != channels.devices() || lanes.len() != invitation.names.len() {
-        return Err(format!("it is for {own} devices here, and {} lanes", invitation.names.len()));
-    }
-    Ok((lanes, invitation))
 }
 
 fn broken(error: impl std::fmt::Display) -> Broken {

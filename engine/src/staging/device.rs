@@ -26,6 +26,10 @@ const SLOTS_OUT: usize = 256;
 /// Slots of the direction into the device: of units that arrive, or are copied.
 const SLOTS_IN: usize = 64;
 
+/// Most devices of a cache that other nodes' devices are to reach: their numbers are one byte each in
+/// channels' names, and names and descriptions stay short.
+pub(crate) const MAX_DEVICES: usize = 16;
+
 /// All layers' pieces in one allocation, `[layers][blocks]`, of which this device has a share of
 /// the heads. Several of them make a whole cache if, in their order, they have all heads.
 pub struct DeviceKv {

@@ -4,10 +4,7 @@ use std::sync::Arc;
 
 use baton_kernels::cuda::{IpcHandle, PieceShare};
 
-use super::DeviceKv;
-
-/// Most devices of a cache that others open.
-const MAX_DEVICES: usize = 16;
+use super::{DeviceKv, MAX_DEVICES};
 
 /// A cache, and what the driver opens each device's part of it by. The devices have its heads in
 /// their order, so none is missing and none is there twice.
