@@ -10,7 +10,7 @@ use baton_proto::ids::RequestId;
 use baton_proto::sampling::SamplingParams;
 use baton_proto::trace::TraceContext;
 use baton_proto::wire::v1;
-use baton_proto::wire::v1::{EmbedRequest, EmbedResponse, Embedding, GenerateRequest};
+use baton_proto::wire::v1::{EmbedInput, EmbedRequest, EmbedResponse, Embedding, GenerateRequest};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
@@ -24,7 +24,9 @@ use super::prepare::{salt, standing};
 use super::refusal::Refusal;
 use super::running::Run;
 use super::trace::CompletionSpan;
-use crate::core::{Core, NewRequest, RequestError, SubmitError, Summary, Update, Updates, Usage};
+use crate::core::{
+    Core, ModelInfo, NewRequest, RequestError, SubmitError, Summary, Update, Updates, Usage,
+};
 
 pub(crate) use self::inputs::MAX_INPUTS;
 
@@ -143,13 +145,7 @@ impl Front {
         self.one_model(&request.model)?;
         let (model, info) = self.model_for(&named(&request)).await?;
         check_size(request.inputs.len(), info.hidden_size as usize)?;
-        let bytes = request.inputs.iter().map(text_bytes).sum();
-        let (tokenizing, inputs) = (model.clone(), request.inputs);
-        let tokenize = move || -> Result<Vec<_>, Refusal> {
-            let inputs = inputs.into_iter().enumerate();
-            inputs.map(|(at, input)| tokens(at, input, &tokenizing, &info)).collect()
-        };
-        let prompts = self.computing.run(bytes, tokenize).await??;
+        let prompts = self.prompts_of(request.inputs, &model, info).await?;
         let prompt_tokens = prompts.iter().map(|tokens| tokens.len()).sum();
         admission.charge_prompt(prompt_tokens)?;
         let own = request.deadline_ms.map(|ms| Duration::from_millis(ms.into()));
@@ -178,6 +174,21 @@ impl Front {
             admission,
             _run: run,
         })
+    }
+
+    /// The tokens of all inputs.
+    async fn prompts_of(
+        &self,
+        inputs: Vec<EmbedInput>,
+        model: &Arc<ServedModel>,
+        info: ModelInfo,
+    ) -> Result<Vec<Arc<[u32]>>, Refusal> {
+        let (model, bytes) = (model.clone(), inputs.iter().map(text_bytes).sum());
+        let tokenize = move || {
+            let inputs = inputs.into_iter().enumerate();
+            inputs.map(|(at, input)| tokens(at, input, &model, &info)).collect()
+        };
+        self.computing.run(bytes, tokenize).await?
     }
 
     /// Vectors of several models cannot be compared, so an alias must not choose among them.

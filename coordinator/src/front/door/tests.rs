@@ -7,11 +7,12 @@ use std::time::Duration;
 use baton_proto::hash::CacheSalt;
 use baton_proto::message::NodeFinish;
 use baton_proto::wire::v1::cluster_client::ClusterClient;
+use baton_proto::wire::v1::embed_input::Input as Text;
 use baton_proto::wire::v1::generate_request::Input;
 use baton_proto::wire::v1::inference_client::InferenceClient;
 use baton_proto::wire::v1::{
-    DrainRequest, GenerateRequest, GenerateResponse, GetCacheRequest, GetStatusRequest,
-    ListNodesRequest,
+    DrainRequest, EmbedInput, EmbedRequest, GenerateRequest, GenerateResponse, GetCacheRequest,
+    GetStatusRequest, ListNodesRequest, TokenIds,
 };
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -269,6 +270,26 @@ async fn what_the_core_refuses_is_charged_to_nobody() {
     assert_eq!(generate(&played, &few).await.unwrap_err().code(), Code::Unavailable);
     assert_eq!(generate(&played, &few).await.unwrap().len(), 2);
     assert_eq!(generate(&played, &few).await.unwrap_err().code(), Code::ResourceExhausted);
+}
+
+#[tokio::test]
+async fn inputs_that_the_core_refuses_are_charged_to_nobody() {
+    let mut keys = Keys::new();
+    let few = keys.add("few", "acme", &[Scope::Generate], "tokens_per_minute = 3");
+    let full = AtomicBool::new(true);
+    let full_once = move |_: &NewRequest| match full.swap(false, Ordering::Relaxed) {
+        true => Play::Refuse(SubmitError::NoNodes("demo".to_owned())),
+        false => Play::Accept(vec![Update::Embedding(vec![1.0])]),
+    };
+    let played = start(behind(&keys.path()), full_once).await;
+    let mut client = InferenceClient::new(played.channel());
+    let ids =
+        |ids: &[u32]| EmbedInput { input: Some(Text::TokenIds(TokenIds { ids: ids.to_vec() })) };
+    for code in [Some(Code::Unavailable), None, Some(Code::ResourceExhausted)] {
+        let inputs = vec![ids(&[7, 8, 9])];
+        let asked = with_key(&few, EmbedRequest { inputs, ..EmbedRequest::default() });
+        assert_eq!(client.embed(asked).await.err().map(|refused| refused.code()), code);
+    }
 }
 
 #[tokio::test]

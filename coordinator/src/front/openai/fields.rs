@@ -100,6 +100,25 @@ impl Fields {
         }
     }
 
+    /// A string, or a list of parts of which `read` makes texts, one to a line.
+    pub(crate) fn texts(
+        &mut self,
+        key: &str,
+        read: impl Fn(Self) -> Result<String, ApiError>,
+    ) -> Result<Option<String>, ApiError> {
+        let name = self.name(key);
+        match self.take(key) {
+            None => Ok(None),
+            Some(Value::String(text)) => Ok(Some(text)),
+            Some(Value::Array(parts)) => {
+                let one = |(at, part)| read(Self::new(&format!("{name}[{at}]"), part)?);
+                let texts: Result<Vec<_>, _> = parts.into_iter().enumerate().map(one).collect();
+                Ok(Some(texts?.join("\n")))
+            }
+            Some(other) => Err(ApiError::value(&name, other, "a string or a list of parts")),
+        }
+    }
+
     pub(crate) fn object(&mut self, key: &str) -> Result<Option<Self>, ApiError> {
         let name = self.name(key);
         self.take(key).map(|value| Self::new(&name, value)).transpose()

@@ -41,7 +41,7 @@ fn message(mut fields: Fields) -> Result<ChatMessage, ApiError> {
         _ => None,
     };
     let tool_call_id = if role == "tool" { Some(fields.required("tool_call_id")?) } else { None };
-    let content = match content(&mut fields)? {
+    let content = match fields.texts("content", text_part)? {
         None if tool_calls.is_none() => return Err(ApiError::missing(&fields.name("content"))),
         content => content.unwrap_or_default(),
     };
@@ -50,21 +50,6 @@ fn message(mut fields: Fields) -> Result<ChatMessage, ApiError> {
     let role = if role == "developer" { "system".to_owned() } else { role };
     let tool_calls = tool_calls.map(|calls| Value::from(calls).to_string());
     Ok(ChatMessage { role, content, tool_calls, tool_call_id, name: speaker })
-}
-
-/// A string, or parts that are texts, one to a line.
-fn content(fields: &mut Fields) -> Result<Option<String>, ApiError> {
-    let name = fields.name("content");
-    match fields.take("content") {
-        None => Ok(None),
-        Some(Value::String(text)) => Ok(Some(text)),
-        Some(Value::Array(parts)) => {
-            let one = |(at, part)| text_part(Fields::new(&format!("{name}[{at}]"), part)?);
-            let texts: Vec<_> = parts.into_iter().enumerate().map(one).collect::<Result<_, _>>()?;
-            Ok(Some(texts.join("\n")))
-        }
-        Some(other) => Err(ApiError::value(&name, other, "a string or a list of parts")),
-    }
 }
 
 fn text_part(mut part: Fields) -> Result<String, ApiError> {

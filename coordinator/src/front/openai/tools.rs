@@ -8,23 +8,35 @@ use super::fields::Fields;
 use crate::front::Front;
 use crate::front::refusal::Refusal;
 use crate::front::tools::OutputReader;
-use crate::front::tools::definition;
+use crate::front::tools::definition::{self, Tool};
 use crate::front::tools::request::{ToolChoice, ToolRequest};
 
 /// Takes `tools`, `tool_choice` and `parallel_tool_calls`.
 pub(crate) fn take(fields: &mut Fields) -> Result<Option<ToolRequest>, ApiError> {
+    take_as(fields, definition::nested, |choice| {
+        let function = choice.object("function")?;
+        let mut function = function.ok_or_else(|| ApiError::missing("tool_choice.function"))?;
+        let name = function.required("name")?;
+        function.finish()?;
+        Ok(name)
+    })
+}
+
+/// The same of an API that describes a tool, and names a chosen one, in its own way.
+pub(crate) fn take_as(
+    fields: &mut Fields,
+    tool: impl Fn(&Value, &str) -> Result<Tool, Refusal>,
+    chosen: impl Fn(&mut Fields) -> Result<String, ApiError>,
+) -> Result<Option<ToolRequest>, ApiError> {
     let list = fields.take("tools").unwrap_or_else(|| json!([]));
-    let tools = definition::tools(&list, "tools", definition::nested)?;
+    let tools = definition::tools(&list, "tools", tool)?;
     let choice = match fields.take("tool_choice") {
         None => ToolChoice::Auto,
         Some(Value::String(word)) => ToolChoice::of_word(&word)?,
         Some(value) => {
             let mut choice = Fields::new("tool_choice", value)?;
             choice.only("type", &[json!("function")])?;
-            let function = choice.object("function")?;
-            let mut function = function.ok_or_else(|| ApiError::missing("tool_choice.function"))?;
-            let name = function.required("name")?;
-            function.finish()?;
+            let name = chosen(&mut choice)?;
             choice.finish()?;
             ToolChoice::Named(name)
         }

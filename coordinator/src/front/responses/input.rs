@@ -103,19 +103,8 @@ fn call(fields: &mut Fields, turns: &mut Vec<Turn>) -> Result<(), ApiError> {
     Ok(())
 }
 
-/// A string, or parts that are texts, one to a line.
 fn content(fields: &mut Fields, key: &str) -> Result<String, ApiError> {
-    let name = fields.name(key);
-    match fields.take(key) {
-        None => Err(ApiError::missing(&name)),
-        Some(Value::String(text)) => Ok(text),
-        Some(Value::Array(parts)) => {
-            let one = |(at, part)| text_part(Fields::new(&format!("{name}[{at}]"), part)?);
-            let texts: Vec<_> = parts.into_iter().enumerate().map(one).collect::<Result<_, _>>()?;
-            Ok(texts.join("\n"))
-        }
-        Some(other) => Err(ApiError::value(&name, other, "a string or a list of parts")),
-    }
+    fields.texts(key, text_part)?.ok_or_else(|| ApiError::missing(&fields.name(key)))
 }
 
 fn text_part(mut part: Fields) -> Result<String, ApiError> {

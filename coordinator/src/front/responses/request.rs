@@ -8,9 +8,10 @@ use super::input;
 use crate::front::openai::body::Asked;
 use crate::front::openai::error::ApiError;
 use crate::front::openai::fields::Fields;
+use crate::front::openai::tools;
 use crate::front::refusal::Refusal;
-use crate::front::tools::definition::{self, Tool};
-use crate::front::tools::request::{ToolChoice, ToolRequest};
+use crate::front::tools::definition::Tool;
+use crate::front::tools::request::ToolRequest;
 
 /// Labels that clients put on requests; they mean nothing to the answer.
 const LABELS: [&str; 3] = ["user", "safety_identifier", "prompt_cache_key"];
@@ -53,7 +54,7 @@ impl Asked for ResponsesRequest {
             ..GenerateRequest::default()
         };
         let stream = fields.bool("stream")?.unwrap_or(false);
-        let tools = tools(&mut fields)?;
+        let tools = tools::take_as(&mut fields, flat, |choice| choice.required("name"))?;
         refuse_what_is_not_served(&mut fields)?;
         fields.finish()?;
         Ok(Self { request, stream, tools, said })
@@ -87,24 +88,6 @@ fn refuse_what_is_not_served(fields: &mut Fields) -> Result<(), ApiError> {
         text.finish()?;
     }
     Ok(())
-}
-
-fn tools(fields: &mut Fields) -> Result<Option<ToolRequest>, ApiError> {
-    let list = fields.take("tools").unwrap_or_else(|| json!([]));
-    let tools = definition::tools(&list, "tools", flat)?;
-    let choice = match fields.take("tool_choice") {
-        None => ToolChoice::Auto,
-        Some(Value::String(text)) => ToolChoice::of_word(&text)?,
-        Some(value) => {
-            let mut choice = Fields::new("tool_choice", value)?;
-            choice.only("type", &[json!("function")])?;
-            let name = choice.required("name")?;
-            choice.finish()?;
-            ToolChoice::Named(name)
-        }
-    };
-    let parallel = fields.bool("parallel_tool_calls")?.unwrap_or(true);
-    Ok(ToolRequest::new(tools, choice, parallel)?)
 }
 
 /// A tool that is an entry `{"type": "function", "name": …}`.
