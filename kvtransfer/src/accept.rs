@@ -121,6 +121,8 @@ fn register(shared: &Shared, link: &Arc<Link>) -> bool {
     let current = links.get(&link.peer);
     let refused = match current {
         Some(current) if current.epoch > link.epoch => Some(CloseCode::Epoch),
+        // It took longer to look at the other one's memory.
+        Some(current) if current.id > link.id => Some(CloseCode::Replaced),
         None if links.len() >= MAX_LINKS => Some(CloseCode::Busy),
         _ => None,
     };
