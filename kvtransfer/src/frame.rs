@@ -12,13 +12,19 @@ use std::time::Duration;
 use baton_proto::geometry::KvGeometry;
 use baton_proto::hash::{BlockHash, ModelRoot};
 use baton_proto::ids::{Epoch, TransferId};
-use baton_proto::message::{Logprobs, NodeFinish, Retry};
+use baton_proto::message::{Logprobs, NodeFinish};
 
 use crate::channel::ChannelName;
 use crate::codec::{Reader, Writer};
 use crate::direct::{HostMark, SharedMemory, Transport};
 pub use crate::grid::{LayerRun, Run};
 use crate::limits::{MAX_BLOCKS, MAX_FRAME_BYTES, MAX_LANDED_RUNS, MAX_WANTED_RUNS};
+
+mod reason;
+mod unit;
+
+pub use reason::Reason;
+pub use unit::UnitHeader;
 
 /// Protocol versions that this build speaks.
 pub const VERSIONS: RangeInclusive<u32> = 4..=4;
@@ -173,120 +179,6 @@ pub struct FirstToken {
     pub finish: Option<NodeFinish>,
 }
 
-/// Why one end ends a transfer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(u8)]
-pub enum Reason {
-    /// Its owner gave it up.
-    Cancelled = 0,
-    /// The other end was silent, or made no progress, for too long.
-    Expired = 1,
-    /// Too many transfers or offers.
-    Busy = 2,
-    /// Another model.
-    Model = 3,
-    /// Another KV layout.
-    Geometry = 4,
-    /// Another number of blocks.
-    Blocks = 5,
-    /// Blocks of other tokens.
-    Hashes = 6,
-    /// The other end's node is in another epoch.
-    Epoch = 7,
-    /// Expected from another node.
-    Sender = 8,
-    /// The payload kept arriving damaged.
-    Corrupt = 9,
-    /// The other end broke the protocol.
-    Protocol = 10,
-    /// The other end cannot reach its blocks.
-    Memory = 11,
-}
-
-/// Every reason with its text.
-const REASONS: [(Reason, &str); 12] = [
-    (Reason::Cancelled, "its owner cancelled"),
-    (Reason::Expired, "the other end was silent for too long"),
-    (Reason::Busy, "too many transfers"),
-    (Reason::Model, "another model"),
-    (Reason::Geometry, "another KV layout"),
-    (Reason::Blocks, "another number of blocks"),
-    (Reason::Hashes, "blocks of other tokens"),
-    (Reason::Epoch, "the node is in another epoch"),
-    (Reason::Sender, "expected from another node"),
-    (Reason::Corrupt, "the payload kept arriving damaged"),
-    (Reason::Protocol, "the other end broke the protocol"),
-    (Reason::Memory, "the memory of its blocks has failed"),
-];
-
-impl Reason {
-    /// Whether and where another attempt may succeed.
-    #[must_use]
-    pub fn retry(self) -> Retry {
-        match self {
-            Self::Cancelled => Retry::Never,
-            Self::Busy => Retry::SameNode,
-            _ => Retry::OtherNode,
-        }
-    }
-}
-
-impl fmt::Display for Reason {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(REASONS[*self as usize].1)
-    }
-}
-
-/// What stands before the pieces of a payload unit.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct UnitHeader {
-    /// The transfer.
-    pub transfer: TransferId,
-    /// Which pieces follow, in order. Not checked against anything yet.
-    pub pieces: LayerRun,
-    /// Whether their bytes follow, or references to them: the number of each block, as `u32`.
-    pub transport: Transport,
-    /// Bytes that follow.
-    pub length: u32,
-    /// CRC-32C of the header before it and of those bytes.
-    pub checksum: u32,
-}
-
-impl UnitHeader {
-    /// Size of the wire form.
-    pub const BYTES: usize = 41;
-
-    /// What the checksum starts from, so that it also covers where the bytes belong.
-    #[must_use]
-    pub fn checksum_start(&self) -> u32 {
-        crc32c::crc32c(&self.encode()[..Self::BYTES - size_of::<u32>()])
-    }
-
-    /// The wire form.
-    #[must_use]
-    pub fn encode(&self) -> Vec<u8> {
-        let mut out = Vec::with_capacity(Self::BYTES);
-        out.transfer(self.transfer);
-        out.layer_run(self.pieces);
-        out.u8(self.transport as u8);
-        out.u32(self.length);
-        out.u32(self.checksum);
-        out
-    }
-
-    /// The inverse of [`Self::encode`].
-    pub fn decode(bytes: &[u8; Self::BYTES]) -> Result<Self, FrameError> {
-        let mut r = Reader(bytes);
-        Ok(Self {
-            transfer: r.transfer()?,
-            pieces: r.layer_run()?,
-            transport: Transport::from_code(r.u8()?)?,
-            length: r.u32()?,
-            checksum: r.u32()?,
-        })
-    }
-}
-
 /// Checks the length that stands before a frame.
 pub fn frame_length(prefix: [u8; 4]) -> Result<usize, FrameError> {
     let length = u32::from_le_bytes(prefix);
@@ -422,7 +314,7 @@ impl Frame {
             4 => Self::Retry(r.transfer()?, r.layer_run()?),
             5 => Self::Finish(r.transfer()?, r.first_token()?),
             6 => Self::Complete(r.transfer()?),
-            7 => Self::Cancel(r.transfer()?, reason(r.u8()?)?),
+            7 => Self::Cancel(r.transfer()?, Reason::from_code(r.u8()?)?),
             8 => Self::Heartbeat(r.transfer()?),
             9 => Self::Read(r.transfer()?),
             10 => Self::Held(r.transfer()?),
@@ -436,13 +328,6 @@ impl Frame {
             0 => Ok(frame),
             extra => Err(FrameError::Trailing(extra)),
         }
-    }
-}
-
-fn reason(code: u8) -> Result<Reason, FrameError> {
-    match REASONS.get(usize::from(code)) {
-        Some(&(reason, _)) => Ok(reason),
-        None => Err(FrameError::UnknownCode { what: "reason", code }),
     }
 }
 
