@@ -2,6 +2,7 @@
 //! and two owners can come up with: whatever happens, both end, and what is visible is right.
 #![allow(clippy::unwrap_used, reason = "a test")]
 
+mod lies;
 mod world;
 
 use std::time::Duration;
