@@ -1,5 +1,6 @@
 //! What an identity's certificate says, whether or not it is good.
 
+use std::ops::Range;
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 
@@ -9,6 +10,7 @@ use rustls::pki_types::pem::PemObject;
 use x509_parser::certificate::X509Certificate;
 use x509_parser::extensions::GeneralName;
 
+use crate::certified::certificates;
 use crate::files::{self, FileError, NODE_CERT};
 use crate::name::{self, Part, PeerError};
 
@@ -43,14 +45,8 @@ impl CertificateFacts {
         let (name, part) = name::peer(certificate)?;
         let (_, parsed) =
             x509_parser::parse_x509_certificate(certificate).map_err(|_| PeerError::Malformed)?;
-        let validity = parsed.validity();
-        Ok(Self {
-            name,
-            part,
-            names: names(&parsed),
-            not_before: at(validity.not_before.timestamp()),
-            not_after: at(validity.not_after.timestamp()),
-        })
+        let Range { start: not_before, end: not_after } = times(&parsed);
+        Ok(Self { name, part, names: names(&parsed), not_before, not_after })
     }
 }
 
@@ -59,7 +55,28 @@ impl CertificateFacts {
 pub fn expires_at(pem: &str) -> Option<SystemTime> {
     let certificate = CertificateDer::from_pem_slice(pem.as_bytes()).ok()?;
     let (_, parsed) = x509_parser::parse_x509_certificate(&certificate).ok()?;
-    Some(at(parsed.validity().not_after.timestamp()))
+    Some(times(&parsed).end)
+}
+
+/// When all certificates of a PEM file are valid, whoever issued them: from the latest beginning to the
+/// earliest end.
+pub fn validity(path: &Path) -> Result<Range<SystemTime>, FileError> {
+    let mut all: Option<Range<SystemTime>> = None;
+    for certificate in certificates(path, &files::read(path)?)? {
+        let (_, parsed) = x509_parser::parse_x509_certificate(&certificate)
+            .map_err(|error| FileError::new(path, error))?;
+        let one = times(&parsed);
+        all = Some(match all {
+            None => one,
+            Some(all) => all.start.max(one.start)..all.end.min(one.end),
+        });
+    }
+    Ok(all.expect("there is a certificate, or that was an error"))
+}
+
+fn times(certificate: &X509Certificate<'_>) -> Range<SystemTime> {
+    let validity = certificate.validity();
+    at(validity.not_before.timestamp())..at(validity.not_after.timestamp())
 }
 
 fn names(certificate: &X509Certificate<'_>) -> Vec<String> {

@@ -26,5 +26,5 @@ pub use ca::{ClusterCa, IssueError};
 pub use client_port::{ClientPortError, client_port_tls};
 pub use files::FileError;
 pub use identity::{Identity, LoadError};
-pub use inspect::{CertificateFacts, expires_at};
+pub use inspect::{CertificateFacts, expires_at, validity};
 pub use name::{COORDINATOR_SERVER_NAME, Part, PeerError, node_server_name, peer, peer_node_id};

@@ -1,6 +1,7 @@
 //! `baton doctor`: looks for what is wrong with this machine, and says what to do about it.
 
 mod certificates;
+mod clients;
 mod cluster;
 mod gpu;
 mod handshake;
@@ -10,11 +11,14 @@ mod report;
 use std::path::{Path, PathBuf};
 
 use baton_identity::{Identity, Part};
+use baton_kvtransfer::Transport;
+use baton_node::config::DeviceChoice;
 
 use super::check::{self, Daemon};
 use super::{CommandError, Failed};
 use crate::client::Target;
 use crate::output::{FormatArgs, print};
+use gpu::Wanted;
 use report::{Finding, as_json, as_text};
 
 /// Command line of `baton doctor`.
@@ -51,7 +55,7 @@ pub(crate) async fn run(args: DoctorArgs) -> Result<(), CommandError> {
         },
     }
     if args.file.is_none() && !args.no_gpu {
-        findings.extend(gpu::findings(&[], false));
+        findings.extend(gpu::findings(&[], Wanted::default()));
     }
     findings.extend(machine::findings());
     let text = if args.format.is_json() { as_json(&findings) } else { as_text(&findings) };
@@ -71,6 +75,8 @@ async fn coordinator(file: &Path, args: &DoctorArgs, findings: &mut Vec<Finding>
     };
     findings.push(report::good_file(file, "a coordinator's"));
     let identity = certificates::load(folder.as_deref(), Part::Coordinator, findings);
+    findings.extend(clients::tls(config.tls.as_ref()));
+    findings.extend(clients::keys(config.api_keys.as_ref()));
     let ports =
         [("cluster_listen", config.cluster_listen), ("grpc", config.grpc), ("http", config.http)];
     findings.extend(ports.map(|(key, address)| machine::tcp_port(key, address)));
@@ -88,6 +94,7 @@ async fn node(file: &Path, args: &DoctorArgs, findings: &mut Vec<Finding>) {
     findings.push(report::good_file(file, "a node's"));
     let identity = certificates::load(folder.as_deref(), Part::Node, findings);
     findings.push(machine::udp_port("kv_listen", config.kv_listen));
+    findings.extend(config.metrics_listen.map(|at| machine::tcp_port("metrics_listen", at)));
     meet("coordinator", &config.coordinators, identity.as_ref(), findings).await;
     findings.push(cluster::coordinator(&args.target).await);
     if let Some(identity) = &identity {
@@ -98,9 +105,12 @@ async fn node(file: &Path, args: &DoctorArgs, findings: &mut Vec<Finding>) {
     if let Some(state) = &config.state {
         findings.push(machine::disk("state", state));
     }
-    let wanted = matches!(config.device, baton_node::config::DeviceChoice::Cuda(_));
-    let cpu = config.device == baton_node::config::DeviceChoice::Cpu;
-    if !args.no_gpu && !cpu {
+    if !args.no_gpu && config.device != DeviceChoice::Cpu {
+        let wanted = Wanted {
+            gpu: matches!(config.device, DeviceChoice::Cuda(_)),
+            nccl: matches!(&config.device, DeviceChoice::Cuda(several) if several.len() > 1)
+                || config.kv_transports.contains(&Transport::Nccl),
+        };
         findings.extend(gpu::findings(config.cuda_libraries.as_slice(), wanted));
     }
 }

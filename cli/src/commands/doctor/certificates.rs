@@ -1,5 +1,6 @@
 //! Certificates: whether they belong together, whose they are, and how long they last.
 
+use std::ops::Range;
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 
@@ -40,7 +41,7 @@ pub(super) fn load(
     // Why it cannot be read was said.
     if let Ok(facts) = CertificateFacts::read(folder) {
         findings.push(role(&facts, part));
-        findings.push(validity("certificate's time", &facts, SystemTime::now()));
+        findings.push(member_validity("certificate's time", &facts));
     }
     loaded.ok()
 }
@@ -55,21 +56,27 @@ fn role(facts: &CertificateFacts, part: Part) -> Finding {
     Finding::problem("certificate", found, format!("issue one {flag} --coordinator"))
 }
 
-/// How long a certificate is still valid.
-pub(super) fn validity(what: &str, facts: &CertificateFacts, now: SystemTime) -> Finding {
-    if now < facts.not_before {
+/// How long a member's certificate is still valid.
+pub(super) fn member_validity(what: &str, facts: &CertificateFacts) -> Finding {
+    validity(what, facts.not_before..facts.not_after, SystemTime::now(), REISSUE)
+}
+
+/// How long a certificate is still valid, and how to get another one.
+pub(super) fn validity(
+    what: &str,
+    valid: Range<SystemTime>,
+    now: SystemTime,
+    renew: &str,
+) -> Finding {
+    if now < valid.start {
         let remedy = "compare this machine's clock with that of the one that issued it";
         return Finding::problem(what, "it is not valid yet", remedy);
     }
-    match facts.not_after.duration_since(now) {
-        Err(_) => Finding::problem(what, "it has expired", REISSUE),
+    match valid.end.duration_since(now) {
+        Err(_) => Finding::problem(what, "it has expired", renew),
         Ok(left) => {
             let found = format!("{} days left", left.as_secs() / DAY.as_secs());
-            if left < SOON {
-                Finding::note(what, found, REISSUE)
-            } else {
-                Finding::fine(what, found)
-            }
+            if left < SOON { Finding::note(what, found, renew) } else { Finding::fine(what, found) }
         }
     }
 }
@@ -102,7 +109,7 @@ mod tests {
         assert_eq!(wrong.iter().filter(|finding| finding.is_problem()).count(), 1, "{wrong:?}");
 
         let facts = CertificateFacts::read(&node).expect("read");
-        let verdict = |now| validity("x", &facts, now).verdict;
+        let verdict = |now| validity("x", facts.not_before..facts.not_after, now, "renew").verdict;
         assert_eq!(verdict(facts.not_after - DAY), Verdict::Note);
         assert_eq!(verdict(facts.not_after + DAY), Verdict::Problem);
         assert_eq!(verdict(facts.not_before - DAY), Verdict::Problem);

@@ -1,7 +1,7 @@
 //! Members of the cluster, as this one would meet them: over mutual TLS, by TCP and by QUIC.
 
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use baton_identity::{COORDINATOR_SERVER_NAME, CertificateFacts, Identity, Part};
 use baton_kvtransfer::meet;
@@ -93,7 +93,7 @@ fn judge(what: &str, address: &str, met: Result<CertificateFacts, String>, port:
         Ok(facts) => facts,
         Err(why) => return Finding::problem(what, format!("{address}: {why}"), remedy(&why, port)),
     };
-    let time = certificates::validity(what, &facts, SystemTime::now());
+    let time = certificates::member_validity(what, &facts);
     let (name, names) = (&facts.name, facts.names.join(", "));
     let found = format!("{address} is {name} ({names}); certificate: {}", time.found);
     match time.verdict {
