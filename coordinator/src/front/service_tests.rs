@@ -12,11 +12,9 @@ use tokio::net::TcpStream;
 use tonic::client::Grpc;
 use tonic::{Code, Request};
 use tonic_health::pb::HealthCheckRequest;
+use tonic_health::pb::health_check_response::ServingStatus;
 use tonic_health::pb::health_client::HealthClient;
 use tonic_prost::ProstCodec;
-use tonic_reflection::pb::v1::server_reflection_client::ServerReflectionClient;
-use tonic_reflection::pb::v1::server_reflection_request::MessageRequest;
-use tonic_reflection::pb::v1::server_reflection_response::MessageResponse;
 use tonic_types::StatusExt;
 
 use super::details;
@@ -116,34 +114,72 @@ async fn orders_name_a_node_and_a_role() {
 }
 
 #[tokio::test]
-async fn health_follows_readiness_and_reflection_names_the_services() {
+async fn health_follows_readiness() {
     let played = start(|_| panic!("no request")).await;
     let mut health = HealthClient::new(played.channel());
+    let ask = |service: &str| HealthCheckRequest { service: service.to_owned() };
     played.until_health("baton.v1.Inference", true).await;
+    played.until_health("decode", true).await;
     played.set_ready(false);
-    played.until_health("baton.v1.Inference", false).await;
-    let serving = tonic_health::pb::health_check_response::ServingStatus::Serving as i32;
-    let overall = health.check(HealthCheckRequest::default()).await.unwrap().into_inner();
-    assert_ne!(overall.status, serving);
-
-    let mut reflection = ServerReflectionClient::new(played.channel());
-    let ask = tonic_reflection::pb::v1::ServerReflectionRequest {
-        host: String::new(),
-        message_request: Some(MessageRequest::ListServices(String::new())),
-    };
-    let answer = reflection.server_reflection_info(tokio_stream::once(ask)).await.unwrap();
-    let answer = answer.into_inner().message().await.unwrap().unwrap().message_response;
-    let Some(MessageResponse::ListServicesResponse(list)) = answer else { panic!("{answer:?}") };
-    let names: Vec<_> = list.service.iter().map(|service| service.name.as_str()).collect();
-    for name in [
-        "baton.v1.Inference",
-        "baton.v1.Cluster",
-        "vllm.grpc.engine.VllmEngine",
-        "grpc.health.v1.Health",
+    // The one that is told last.
+    played.until_health("decode", false).await;
+    for (service, status) in [
+        ("", ServingStatus::NotServing),
+        ("vllm.grpc.engine.VllmEngine", ServingStatus::NotServing),
+        ("prefill", ServingStatus::NotServing),
+        ("baton.v1.Cluster", ServingStatus::Serving),
     ] {
-        assert!(names.contains(&name), "{names:?}");
+        let checked = health.check(ask(service)).await.unwrap().into_inner();
+        assert_eq!(checked.status(), status, "{service}");
     }
 }
+
+/// What reflection has to list.
+const SERVICES: [&str; 4] = [
+    "baton.v1.Inference",
+    "baton.v1.Cluster",
+    "vllm.grpc.engine.VllmEngine",
+    "grpc.health.v1.Health",
+];
+
+/// Both versions have the same messages, each as types of its own.
+macro_rules! reflection_names_and_describes_the_services {
+    ($test:ident, $version:ident) => {
+        #[tokio::test]
+        async fn $test() {
+            use tonic_reflection::pb::$version::ServerReflectionRequest;
+            use tonic_reflection::pb::$version::server_reflection_client::ServerReflectionClient;
+            use tonic_reflection::pb::$version::server_reflection_request::MessageRequest;
+            use tonic_reflection::pb::$version::server_reflection_response::MessageResponse;
+
+            let played = start(|_| panic!("no request")).await;
+            let mut reflection = ServerReflectionClient::new(played.channel());
+            let symbols = SERVICES.map(|name| MessageRequest::FileContainingSymbol(name.into()));
+            let asked = [MessageRequest::ListServices(String::new())].into_iter().chain(symbols);
+            let asked = asked.map(|asked| ServerReflectionRequest {
+                host: String::new(),
+                message_request: Some(asked),
+            });
+            let asked = tokio_stream::iter(asked.collect::<Vec<_>>());
+            let answers = reflection.server_reflection_info(asked).await.unwrap();
+            let mut answers = answers.into_inner();
+            let answer = answers.message().await.unwrap().unwrap().message_response;
+            let Some(MessageResponse::ListServicesResponse(list)) = answer else {
+                panic!("{answer:?}")
+            };
+            let names: Vec<_> = list.service.into_iter().map(|service| service.name).collect();
+            for name in SERVICES {
+                assert!(names.iter().any(|listed| listed == name), "{names:?}");
+                let answer = answers.message().await.unwrap().unwrap().message_response;
+                let described = matches!(answer, Some(MessageResponse::FileDescriptorResponse(_)));
+                assert!(described, "{name}: {answer:?}");
+            }
+        }
+    };
+}
+
+reflection_names_and_describes_the_services!(reflection_v1_describes_the_services, v1);
+reflection_names_and_describes_the_services!(reflection_v1alpha_describes_the_services, v1alpha);
 
 async fn get(played: &Played, path: &str) -> (u16, String) {
     let mut stream = TcpStream::connect(played.http).await.unwrap();
