@@ -79,7 +79,11 @@ pub enum SubmitError {
         retry_after: Duration,
     },
     /// The prompt leaves no room for a token.
-    #[error("the prompt has {tokens} tokens; this model takes at most {limit}")]
+    // Begins as OpenAI's does: clients such as LiteLLM know it by these words.
+    #[error(
+        "this model's maximum context length is {} tokens, so a prompt may have {limit}; this one has {tokens}",
+        limit + 1
+    )]
     PromptTooLong {
         /// Of the prompt.
         tokens: usize,

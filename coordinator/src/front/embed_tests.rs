@@ -99,7 +99,7 @@ async fn what_is_wrong_is_named_and_nothing_is_begun() {
             with(vec![ids(&[2048])]),
             "an id in input 0 is 2048; it must be below the vocabulary size",
         ),
-        (with(vec![ids(&long)]), "this model takes at most"),
+        (with(vec![ids(&long)]), "this model's maximum context length is"),
         (EmbedRequest { pooling: 9, ..with(vec![ids(&[1])]) }, "pooling is 9"),
         (EmbedRequest { deadline_ms: Some(0), ..with(vec![ids(&[1])]) }, "deadline_ms is 0"),
         (EmbedRequest { priority: "x".into(), ..with(vec![ids(&[1])]) }, "priority is \"x\""),

@@ -70,7 +70,10 @@ async fn bad_requests_are_refused_by_field_and_limit() {
         (prompt(""), "prompt is empty"),
         (tokens(vec![]), "token_ids is empty"),
         (tokens(vec![1, 2048]), "2048; it must be ids below the vocabulary size (2048)"),
-        (tokens(vec![1; 64]), "the prompt has 64 tokens; this model takes at most 63"),
+        (
+            tokens(vec![1; 64]),
+            "maximum context length is 64 tokens, so a prompt may have 63; this one has 64",
+        ),
         (with(|r| r.n = Some(0)), "n is 0; it must be from 1 to 16"),
         (with(|r| r.n = Some(17)), "n is 17; it must be from 1 to 16"),
         (with(|r| r.deadline_ms = Some(0)), "deadline_ms is 0"),
