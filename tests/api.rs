@@ -1,47 +1,46 @@
 //! What a client of the gRPC API sees, good input and bad.
 
+mod malformed;
+
+use std::time::Duration;
+
 use baton_proto::wire::v1::generate_request::Input;
 use baton_proto::wire::v1::structured_output::Kind;
 use baton_proto::wire::v1::{
     Chat, ChatMessage, Choice, FinishReason, GenerateRequest, Sampling, StructuredOutput,
 };
-use baton_tests::{Answer, Chance, TestCluster, options, request};
+use baton_tests::{Answer, Chance, PATIENCE, TestCluster, options, request};
 use tonic::Code;
-
-fn with(change: impl FnOnce(&mut Sampling)) -> GenerateRequest {
-    let mut request = request(vec![20, 21, 22], 4);
-    change(request.sampling.as_mut().unwrap());
-    request
-}
+use tonic::transport::Endpoint;
+use tonic_health::pb::HealthCheckRequest;
+use tonic_health::pb::health_check_response::ServingStatus;
+use tonic_health::pb::health_client::HealthClient;
 
 #[tokio::test(flavor = "multi_thread")]
-async fn bad_requests_are_refused_by_name_and_disturb_nothing() {
+async fn every_service_and_both_roles_are_healthy() {
     let cluster = TestCluster::start(options(1, 1)).await;
-    let too_long = request(Chance(1).tokens(5000), 1);
-    let unknown = GenerateRequest { model: "gpt-17".into(), ..request(vec![1], 1) };
-    let cases = [
-        (GenerateRequest::default(), Code::InvalidArgument, "prompt"),
-        (unknown, Code::NotFound, "gpt-17"),
-        (too_long, Code::InvalidArgument, "5000"),
-        (request(vec![1 << 30], 1), Code::InvalidArgument, "1073741824"),
-        (request(Vec::new(), 1), Code::InvalidArgument, "token"),
-        (with(|s| s.temperature = Some(-1.0)), Code::InvalidArgument, "temperature"),
-        (with(|s| s.top_p = Some(0.0)), Code::InvalidArgument, "top_p"),
-        (with(|s| s.min_p = Some(2.0)), Code::InvalidArgument, "min_p"),
-        (with(|s| s.max_tokens = Some(0)), Code::InvalidArgument, "max_tokens"),
-        (with(|s| s.min_tokens = Some(9)), Code::InvalidArgument, "min_tokens"),
-        (with(|s| s.logprobs = Some(21)), Code::InvalidArgument, "logprobs"),
-        (with(|s| s.stop = vec![String::new()]), Code::InvalidArgument, "stop"),
-        (with(|s| s.stop = vec!["x".into(); 17]), Code::InvalidArgument, "stop"),
-        (GenerateRequest { n: Some(17), ..request(vec![1], 1) }, Code::InvalidArgument, "n "),
-    ];
-    for (request, code, word) in cases {
-        let error = cluster.complete(request).await.unwrap_err();
-        assert_eq!(error.code(), code, "{error}");
-        assert!(error.message().contains(word), "{word:?} is not in {:?}", error.message());
+    let endpoint = Endpoint::from_shared(format!("http://{}", cluster.cluster.grpc())).unwrap();
+    let mut health = HealthClient::new(endpoint.connect().await.unwrap());
+    let gateway = "vllm.grpc.engine.VllmEngine";
+    for name in ["", "baton.v1.Inference", "baton.v1.Cluster", gateway, "prefill", "decode"] {
+        let ask = HealthCheckRequest { service: name.to_owned() };
+        // It follows what it tells of a little later.
+        let serves = async {
+            loop {
+                let checked = health.clone().check(ask.clone()).await.map(|it| it.into_inner());
+                if checked.is_ok_and(|checked| checked.status() == ServingStatus::Serving) {
+                    return;
+                }
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        tokio::time::timeout(PATIENCE, serves).await.expect(name);
+        let mut watch = health.watch(ask).await.unwrap().into_inner();
+        let first = watch.message().await.unwrap().unwrap();
+        assert_eq!(first.status(), ServingStatus::Serving, "{name}");
     }
-    assert_eq!(cluster.complete(request(vec![20], 4)).await.unwrap().tokens.len(), 4);
-    cluster.idle().await;
+    let nothing = HealthCheckRequest { service: "nothing".to_owned() };
+    assert_eq!(health.check(nothing).await.unwrap_err().code(), Code::NotFound);
 }
 
 #[tokio::test(flavor = "multi_thread")]
