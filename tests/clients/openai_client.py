@@ -2,6 +2,8 @@
 
 import json
 import sys
+import time
+import urllib.request
 
 import openai
 from openai import OpenAI
@@ -77,8 +79,25 @@ def text():
         assert again.usage.prompt_tokens == len(ids)
 
 
+def metric(name):
+    """What the coordinator shows for a series; 0 if it is not there yet."""
+    url = str(client.base_url).removesuffix("/v1/") + "/metrics"
+    with urllib.request.urlopen(url) as answer:
+        lines = answer.read().decode().splitlines()
+    return sum(float(line.split()[-1]) for line in lines if line.startswith(name + " "))
+
+
+def until(condition, what):
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline, what()
+        time.sleep(0.05)
+
+
 def cancel():
-    """A stream that is closed stops the work: the coordinator counts no running request."""
+    """A stream that is closed stops the work: the coordinator cancels all of them, and none runs on."""
+    cancelled = 'baton_requests_total{outcome="cancelled"}'
+    before = metric(cancelled)
     for _ in range(20):
         stream = client.completions.create(
             model="", prompt="The code of", max_tokens=2000, stream=True,
@@ -86,8 +105,8 @@ def cancel():
         )
         next(iter(stream))
         stream.close()
-    answer = client.completions.create(model="", prompt="The code of", max_tokens=2)
-    assert answer.choices[0].finish_reason in ("length", "stop")
+    until(lambda: metric(cancelled) == before + 20, lambda: f"{metric(cancelled) - before} of 20 cancelled")
+    until(lambda: metric("baton_requests_active") == 0, lambda: "requests run without clients")
 
 
 def errors():
