@@ -4,8 +4,9 @@ use std::time::Duration;
 
 use baton_coordinator::orders::Order;
 
+use super::client::Ended;
 use super::net::{Close, Party, Presence};
-use super::{Ended, Event, World, note};
+use super::{Event, World, note};
 
 /// See the module's description.
 #[derive(Clone, Copy, Debug)]
