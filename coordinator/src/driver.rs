@@ -12,7 +12,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::cluster::{LinkId, MAX_MODELS, Refusal};
 use crate::control::{Control, Options};
-use crate::core::{Ask, Core, Models, SubmitError, Update};
+use crate::core::{Ask, Core, Models, SubmitError, Summary, Update};
 use crate::metrics;
 use crate::requests::Action;
 use crate::vllm::{self, Vllm};
@@ -303,8 +303,10 @@ impl Driver {
         }
         metrics::update(&update, gap);
         let ended = matches!(update, Update::Done(_) | Update::Failed(_));
-        if let Update::Failed(error) = &update {
-            tracing::info!(request = %id, %error, "failed");
+        match &update {
+            Update::Failed(error) => tracing::info!(request = %id, %error, "failed"),
+            Update::Done(summary) => log_done(id, summary),
+            _ => {}
         }
         if let Some(client) = client {
             client.counts.update(&update, gap);
@@ -324,6 +326,22 @@ impl Driver {
     fn publish_models(&self) {
         self.models.send_replace(Arc::new(self.control.models()));
     }
+}
+
+/// What is said of a request that went well, to those who want to know.
+fn log_done(id: RequestId, Summary { usage, timings, placement, .. }: &Summary) {
+    tracing::debug!(
+        request = %id,
+        prefill = placement.prefill.as_ref().map(NodeId::as_str),
+        decode = %placement.decode,
+        attempts = placement.attempts,
+        prompt_tokens = usage.prompt_tokens,
+        cached_tokens = usage.cached_tokens,
+        output_tokens = usage.completion_tokens,
+        ttft_ms = timings.first_token.as_secs_f64() * 1e3,
+        total_ms = timings.total.as_secs_f64() * 1e3,
+        "done"
+    );
 }
 
 #[cfg(test)]

@@ -9,7 +9,7 @@ use opentelemetry::trace::{
     Span as _, SpanBuilder, SpanContext, SpanId, Status, TraceContextExt, TraceFlags, TraceId,
     TraceState, Tracer as _, TracerProvider,
 };
-use opentelemetry::{Context, KeyValue};
+use opentelemetry::{Array, Context, KeyValue, StringValue};
 use opentelemetry_otlp::{ExporterBuildError, SpanExporter, WithExportConfig};
 use opentelemetry_sdk::Resource;
 use opentelemetry_sdk::trace::{
@@ -107,6 +107,17 @@ impl Span {
     /// Adds an attribute.
     pub fn set(&mut self, key: &'static str, value: impl Into<Value>) {
         self.0.set_attribute(KeyValue::new(key, value));
+    }
+
+    /// Adds an attribute that has several values.
+    pub fn set_list(&mut self, key: &'static str, values: Vec<&'static str>) {
+        let values = values.into_iter().map(StringValue::from).collect();
+        self.set(key, Value::Array(Array::String(values)));
+    }
+
+    /// Gives it another name.
+    pub fn rename(&mut self, name: String) {
+        self.0.update_name(name);
     }
 
     /// What it stands for has failed, for this reason.

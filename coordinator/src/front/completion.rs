@@ -12,7 +12,7 @@ use super::door::Admission;
 use super::names::Named;
 use super::refusal::Refusal;
 use super::running::Run;
-use super::trace::CompletionSpan;
+use super::trace::PartSpan;
 use crate::core::{Core, RequestError, Update, Updates};
 
 /// Messages that wait for a slow client; the rest waits as tokens in the core's channel.
@@ -46,8 +46,9 @@ impl Ticket {
     }
 
     /// Nobody takes messages any more: after a failure nobody has to.
-    fn client_left(&self) {
+    fn client_left(&self, span: &PartSpan) {
         if !self.over.swap(true, Ordering::Relaxed) {
+            span.left();
             metrics::counter!("baton_client_disconnects_total").increment(1);
         }
     }
@@ -62,7 +63,7 @@ impl Ticket {
 pub(super) struct Accepted {
     pub(super) choice: Choice,
     pub(super) updates: Updates,
-    pub(super) span: CompletionSpan,
+    pub(super) span: PartSpan,
 }
 
 /// Where a completion's messages go.
@@ -103,7 +104,7 @@ async fn run(accepted: Accepted, core: Core, out: Out) {
     let Accepted { mut choice, mut updates, mut span } = accepted;
     loop {
         let update = tokio::select! {
-            () = messages.closed() => return ticket.client_left(),
+            () = messages.closed() => return ticket.client_left(&span),
             () = aborted(name.as_deref()) => Some(Update::Failed(RequestError::Cancelled)),
             update = updates.recv() => update,
         };
@@ -135,9 +136,10 @@ async fn run(accepted: Accepted, core: Core, out: Out) {
         match tokio::time::timeout(SLOW_CLIENT, messages.send(message)).await {
             Ok(Ok(())) if last => return,
             Ok(Ok(())) => {}
-            Ok(Err(_)) => return ticket.client_left(),
+            Ok(Err(_)) => return ticket.client_left(&span),
             // An end without an error would look like success.
             Err(_) => {
+                span.failed(&Refusal::SlowClient);
                 last_word.send(Err(Refusal::SlowClient));
                 return;
             }

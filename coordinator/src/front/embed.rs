@@ -8,7 +8,6 @@ use std::time::Duration;
 
 use baton_proto::ids::RequestId;
 use baton_proto::sampling::SamplingParams;
-use baton_proto::trace::TraceContext;
 use baton_proto::wire::v1;
 use baton_proto::wire::v1::{EmbedInput, EmbedRequest, EmbedResponse, Embedding, GenerateRequest};
 use tokio::task::JoinSet;
@@ -23,7 +22,7 @@ use super::names::Named;
 use super::prepare::{salt, standing};
 use super::refusal::Refusal;
 use super::running::Run;
-use super::trace::CompletionSpan;
+use super::trace::{CallSpan, Operation, PartSpan};
 use crate::core::{
     Core, ModelInfo, NewRequest, RequestError, SubmitError, Summary, Update, Updates, Usage,
 };
@@ -41,7 +40,7 @@ struct Prepared {
     prompts: Vec<Arc<[u32]>>,
     normalize: bool,
     deadline: Option<Instant>,
-    trace: Option<TraceContext>,
+    span: CallSpan,
     /// What all inputs have in common.
     common: NewRequest,
     /// Of all prompts, as they were charged.
@@ -70,8 +69,10 @@ impl Front {
         timeout: Option<Duration>,
         arrived: Instant,
     ) -> Result<EmbedResponse, Refusal> {
-        let embedded = self.embed_all(caller, request, timeout, arrived).await;
+        let span = CallSpan::begin(&self.tracer, Operation::Embeddings, caller, arrived);
+        let embedded = self.embed_all(caller, request, timeout, arrived, &span).await;
         embedded.inspect_err(|refusal| {
+            span.failed(refusal);
             if !matches!(refusal, Refusal::Failed { .. }) {
                 count_refused(refusal);
             }
@@ -84,8 +85,9 @@ impl Front {
         request: EmbedRequest,
         timeout: Option<Duration>,
         arrived: Instant,
+        span: &CallSpan,
     ) -> Result<EmbedResponse, Refusal> {
-        let prepared = self.prepare_embedding(caller, request, timeout, arrived).await?;
+        let prepared = self.prepare_embedding(caller, request, timeout, arrived, span).await?;
         let some_done = Arc::new(AtomicBool::new(false));
         self.embed_prepared(&prepared, &some_done).await.inspect_err(|refusal| {
             if matches!(refusal, Refusal::Submit(_)) && !some_done.load(Ordering::Relaxed) {
@@ -108,7 +110,7 @@ impl Front {
             while running.len() < MAX_AT_ONCE
                 && let Some((at, tokens)) = waiting.next()
             {
-                let (request, span) = self.one_of(prepared, tokens)?;
+                let (request, span) = one_of(prepared, at, tokens)?;
                 running.spawn(embed_one(self.core.clone(), at, request, span, some_done.clone()));
             }
             let Some(embedded) = running.join_next().await else { break };
@@ -131,6 +133,7 @@ impl Front {
         mut request: EmbedRequest,
         timeout: Option<Duration>,
         arrived: Instant,
+        span: &CallSpan,
     ) -> Result<Prepared, Refusal> {
         let run = self.running.begin().ok_or(SubmitError::ShuttingDown)?;
         let admission = caller.enter()?;
@@ -144,10 +147,12 @@ impl Front {
         let salt = salt(&request.tenant, request.cache_salt.as_deref())?;
         self.one_model(&request.model)?;
         let (model, info) = self.model_for(&named(&request)).await?;
+        span.found(&request.model, &model.name);
         check_size(request.inputs.len(), info.hidden_size as usize)?;
         let prompts = self.prompts_of(request.inputs, &model, info).await?;
         let prompt_tokens = prompts.iter().map(|tokens| tokens.len()).sum();
         admission.charge_prompt(prompt_tokens)?;
+        span.input(prompt_tokens);
         let own = request.deadline_ms.map(|ms| Duration::from_millis(ms.into()));
         let deadline = [own, timeout].into_iter().flatten().min();
         let common = NewRequest {
@@ -167,7 +172,7 @@ impl Front {
             prompts,
             normalize: request.normalize.unwrap_or(true),
             deadline: deadline.map(|deadline| arrived + deadline),
-            trace: caller.trace,
+            span: span.clone(),
             common,
             prompt_tokens,
             _name: name,
@@ -202,23 +207,21 @@ impl Front {
             }
         }
     }
+}
 
-    /// The request of one input, and its span.
-    fn one_of(
-        &self,
-        prepared: &Prepared,
-        tokens: Arc<[u32]>,
-    ) -> Result<(NewRequest, CompletionSpan), Refusal> {
-        let left = prepared.deadline.map(|at| at.saturating_duration_since(Instant::now()));
-        if left.is_some_and(|left| left.is_zero()) {
-            return Err(Refusal::Late);
-        }
-        let name = &prepared.model.name;
-        let span = CompletionSpan::begin_embedding(&self.tracer, prepared.trace, name);
-        let id = RequestId(u128::from_ne_bytes(random()));
-        let (deadline, trace) = (left, span.context());
-        Ok((NewRequest { id, tokens, deadline, trace, ..prepared.common.clone() }, span))
+/// The request of input number `at`, and its span.
+fn one_of(
+    prepared: &Prepared,
+    at: usize,
+    tokens: Arc<[u32]>,
+) -> Result<(NewRequest, PartSpan), Refusal> {
+    let deadline = prepared.deadline.map(|at| at.saturating_duration_since(Instant::now()));
+    if deadline.is_some_and(|left| left.is_zero()) {
+        return Err(Refusal::Late);
     }
+    let span = prepared.span.part(at as u32, prepared.prompts.len() as u32, true);
+    let (id, trace) = (RequestId(u128::from_ne_bytes(random())), span.context());
+    Ok((NewRequest { id, tokens, deadline, trace, ..prepared.common.clone() }, span))
 }
 
 /// A request for tokens of the same model and tenant: what both kinds have in common reads that.
@@ -232,7 +235,7 @@ async fn embed_one(
     core: Core,
     at: usize,
     request: NewRequest,
-    mut span: CompletionSpan,
+    mut span: PartSpan,
     some_done: Arc<AtomicBool>,
 ) -> Result<Embedded, Refusal> {
     let id = request.id;

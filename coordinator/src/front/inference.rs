@@ -5,7 +5,6 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use baton_proto::ids::RequestId;
-use baton_proto::trace::TraceContext;
 use baton_proto::wire::v1::inference_server::Inference;
 use baton_proto::wire::v1::{
     DetokenizeRequest, DetokenizeResponse, EmbedRequest, EmbedResponse, GenerateRequest,
@@ -25,7 +24,7 @@ use super::door::Caller;
 use super::models::ServedModel;
 use super::prepare::{Checked, Prepared, prompt_tokens, text_bytes};
 use super::refusal::Refusal;
-use super::trace::CompletionSpan;
+use super::trace::{CallSpan, Operation};
 use crate::core::{ModelInfo, NewRequest, SubmitError};
 
 /// Completions under way. Dropping it cancels them.
@@ -38,6 +37,8 @@ pub(crate) struct Started {
     pub(crate) prompts: Vec<Vec<u32>>,
     /// Of all completions; an error is the last one.
     pub(crate) messages: mpsc::Receiver<Message>,
+    /// Ends when nobody has it any more.
+    pub(crate) span: CallSpan,
 }
 
 #[tonic::async_trait]
@@ -53,6 +54,7 @@ impl Inference for Front {
         let caller = Caller::of(request.extensions())?;
         let requests = vec![request.into_inner()];
         let started = self.start(&caller, requests, timeout, arrived).await?;
+        started.span.streams(true);
         let messages = ReceiverStream::new(started.messages);
         Ok(Response::new(Box::pin(messages.map(|message| message.map_err(Status::from)))))
     }
@@ -94,8 +96,12 @@ impl Front {
         timeout: Option<Duration>,
         arrived: Instant,
     ) -> Result<Started, Refusal> {
-        let started = self.start_all(caller, requests, timeout, arrived).await;
-        started.inspect_err(count_refused)
+        let span = CallSpan::begin(&self.tracer, Operation::of(&requests[0]), caller, arrived);
+        let started = self.start_all(caller, requests, timeout, arrived, &span).await;
+        started.inspect_err(|refusal| {
+            span.failed(refusal);
+            count_refused(refusal);
+        })
     }
 
     async fn start_all(
@@ -104,11 +110,13 @@ impl Front {
         requests: Vec<GenerateRequest>,
         timeout: Option<Duration>,
         arrived: Instant,
+        span: &CallSpan,
     ) -> Result<Started, Refusal> {
         let begun = self.running.begin().ok_or(SubmitError::ShuttingDown)?;
         let ticket = Ticket::new(caller.enter()?, begun);
         let name = caller.name_of(&requests[0])?.map(|name| self.names.take(name)).transpose()?;
         let (model, info) = self.model_for(&requests[0]).await?;
+        span.found(&requests[0].model, &model.name);
         let mut all = Vec::new();
         for mut request in requests {
             if let Some(tenant) = caller.tenant() {
@@ -118,18 +126,22 @@ impl Front {
         }
         let prompt_tokens = all.iter().map(|prepared| prepared.tokens.len()).sum();
         ticket.admission.charge_prompt(prompt_tokens)?;
+        span.prepared(&all);
+        span.input(prompt_tokens);
+        let completions = all.iter().map(|prepared| prepared.choices).sum();
         let mut accepted = Vec::new();
         for prepared in &all {
             let deadline = [prepared.deadline, timeout].into_iter().flatten().min();
             let deadline = deadline.map(|deadline| arrived + deadline);
-            let submitted =
-                self.submit_all(&model, prepared, (deadline, caller.trace), &mut accepted).await;
+            let submitted = self
+                .submit_all(&model, prepared, deadline, (span, completions), &mut accepted)
+                .await;
             submitted.inspect_err(|_| ticket.admission.refund_prompt(prompt_tokens))?;
         }
         let prompts = all.into_iter().map(|prepared| prepared.tokens).collect();
         let id = accepted[0].updates.id();
         let messages = completion::run_all(accepted, &self.core, ticket, name);
-        Ok(Started { model, id, prompts, messages })
+        Ok(Started { model, id, prompts, messages, span: span.clone() })
     }
 
     /// Checks and completes a request, and makes tokens of its prompt.
@@ -178,11 +190,13 @@ impl Front {
     }
 
     /// Adds a request's completions to those that the core has accepted. Dropping these cancels them.
+    /// They are some of so `many` of a call.
     async fn submit_all(
         &self,
         model: &ServedModel,
         prepared: &Prepared,
-        (deadline, trace): (Option<Instant>, Option<TraceContext>),
+        deadline: Option<Instant>,
+        (call, many): (&CallSpan, u32),
         accepted: &mut Vec<Accepted>,
     ) -> Result<(), Refusal> {
         for index in 0..prepared.choices {
@@ -193,8 +207,9 @@ impl Front {
             let mut sampling = prepared.sampling.clone();
             sampling.seed = sampling.seed.wrapping_add(index.into());
             let id = RequestId(u128::from_ne_bytes(random()));
-            let choice = Choice::new(accepted.len() as u32, id, model, prepared);
-            let span = CompletionSpan::begin(&self.tracer, trace, &model.name, &sampling);
+            let number = accepted.len() as u32;
+            let choice = Choice::new(number, id, model, prepared);
+            let span = call.part(number, many, index == 0);
             let request = NewRequest {
                 id,
                 model: model.name.clone(),

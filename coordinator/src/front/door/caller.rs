@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use axum::http::uri::Authority;
 use axum::http::{Extensions, HeaderMap};
 use baton_proto::trace::TraceContext;
 use baton_proto::wire::v1::GenerateRequest;
@@ -22,13 +23,15 @@ pub(crate) struct Caller {
     pub(crate) trace: Option<TraceContext>,
     /// What an HTTP client calls the request.
     pub(super) request: Option<Arc<str>>,
+    /// What the client calls this server.
+    pub(crate) server: Option<Authority>,
 }
 
 impl Caller {
     /// Somebody who shows this key, or none where none is needed.
     pub(super) fn new(key: Option<(Door, Arc<Key>)>, headers: &HeaderMap) -> Self {
         let trace = headers.get("traceparent").and_then(|text| text.to_str().ok()?.parse().ok());
-        Self { key, trace, request: None }
+        Self { key, trace, request: None, server: None }
     }
 
     /// Who sends a request with these extensions. Nobody may do anything: then the guard is not in front.

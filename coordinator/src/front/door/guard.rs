@@ -8,7 +8,8 @@ use std::time::Duration;
 use axum::BoxError;
 use axum::body::{Body, BodyDataStream, Bytes};
 use axum::extract::{Request, State};
-use axum::http::header::{CONTENT_LENGTH, WWW_AUTHENTICATE};
+use axum::http::header::{CONTENT_LENGTH, HOST, WWW_AUTHENTICATE};
+use axum::http::uri::Authority;
 use axum::http::{HeaderName, HeaderValue, StatusCode};
 use axum::middleware::Next;
 use axum::response::Response;
@@ -38,9 +39,10 @@ pub(crate) async fn guard_rpc(
     next: Next,
 ) -> Response {
     let id = request_id(&request);
-    let need = scope::of_rpc(request.uri().path());
+    let (need, server) = (scope::of_rpc(request.uri().path()), server(&request));
     let response = match door.let_in(request.headers(), need) {
-        Ok(caller) => {
+        Ok(mut caller) => {
+            caller.server = server;
             // Requests of the others are short, and may be many on one stream.
             if matches!(need, Need::Scope(_)) {
                 let held = bodies.begin(caller.tenant());
@@ -137,6 +139,7 @@ async fn let_in(entrance: &Entrance, request: Request) -> Result<Request, Refuse
     let path = request.uri().path();
     let need = scope::of_path(path);
     let mut caller = entrance.door.let_in(request.headers(), need)?;
+    caller.server = server(&request);
     let (mut head, body) = request.into_parts();
     if !matches!(need, Need::Scope(_)) {
         // Nobody there reads a body, so none is waited for.
@@ -238,6 +241,12 @@ fn count(why: &dyn std::error::Error, code: Code) {
 /// The client's own id for a request, if it is one that can be shown; others are replaced by one of ours.
 fn request_id(request: &Request) -> Option<HeaderValue> {
     request.headers().get(REQUEST_ID).filter(|id| is_name(id)).cloned()
+}
+
+/// What the client calls this server.
+fn server(request: &Request) -> Option<Authority> {
+    let host = || request.headers().get(HOST)?.to_str().ok()?.parse().ok();
+    request.uri().authority().cloned().or_else(host)
 }
 
 fn is_name(value: &HeaderValue) -> bool {

@@ -54,6 +54,7 @@ impl VllmEngine for Front {
         let request = request::read(asked)?;
         let choices = request.n.unwrap_or(1);
         let started = self.start(&caller, vec![request], timeout, arrived).await?;
+        started.span.streams(stream);
         let mut reply = Reply::new(started.prompts.concat(), choices, stream);
         let messages = ReceiverStream::new(started.messages).filter_map(move |message| {
             message.map(|message| reply.take(message)).map_err(Status::from).transpose()

@@ -81,7 +81,11 @@ impl MessageEvents {
         }
         if let Some(finished) = &message.finished {
             self.close(&mut out);
-            let reason = Value::from(stop_reason(finished, self.reader.calls() > 0));
+            let calls = self.reader.calls() > 0;
+            if calls {
+                self.answering.span.called_tools(0);
+            }
+            let reason = Value::from(stop_reason(finished, calls));
             let stop_sequence = stop_sequence(finished, &reason);
             let delta = json!({"stop_reason": reason, "stop_sequence": stop_sequence});
             out.push(json!({"type": "message_delta", "delta": delta, "usage": usage(finished)}));

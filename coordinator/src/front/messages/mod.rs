@@ -50,6 +50,7 @@ async fn create(
     let MessagesRequest { mut request, stream: streams, tools } = body?.0;
     let reader = tools::apply(&front, &mut request, tools.as_ref()).await?;
     let started = front.start(&caller, vec![request], None, arrived).await?;
+    started.span.streams(streams);
     let (answering, mut messages) = Answering::new(started);
     if streams {
         return Ok(stream(messages, MessageEvents::new(answering, reader)).await?);

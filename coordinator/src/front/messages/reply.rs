@@ -7,6 +7,7 @@ use tokio::sync::mpsc;
 use crate::front::inference::Started;
 use crate::front::refusal::Refusal;
 use crate::front::tools::{Answer, Part};
+use crate::front::trace::CallSpan;
 
 /// A request that is being answered.
 pub(super) struct Answering {
@@ -14,6 +15,7 @@ pub(super) struct Answering {
     id: String,
     model: String,
     prompt_tokens: usize,
+    pub(super) span: CallSpan,
 }
 
 impl Answering {
@@ -21,9 +23,9 @@ impl Answering {
     pub(super) fn new(
         started: Started,
     ) -> (Self, mpsc::Receiver<Result<GenerateResponse, Refusal>>) {
-        let Started { model, id, prompts, messages } = started;
+        let Started { model, id, prompts, messages, span } = started;
         let prompt_tokens = prompts.iter().map(Vec::len).sum();
-        (Self { id: id.to_string(), model: model.name.clone(), prompt_tokens }, messages)
+        (Self { id: id.to_string(), model: model.name.clone(), prompt_tokens, span }, messages)
     }
 
     /// The id of a call.
@@ -54,6 +56,9 @@ impl Answering {
             }
         };
         let content = answer.parts.iter().map(block).collect();
+        if calls > 0 {
+            self.span.called_tools(0);
+        }
         self.envelope(content, stop_reason(finished, calls > 0).into(), finished)
     }
 

@@ -35,6 +35,7 @@ pub(super) fn completion(
             "stop_reason": stop_reason(&choice.finished),
         });
         if !calls.is_empty() {
+            answering.span.called_tools(index);
             if json["message"]["content"] == "" {
                 json["message"]["content"] = Value::Null;
             }
@@ -155,6 +156,9 @@ impl Events for ChatEvents {
         chunks.extend(self.parts(&message));
         if let Some(finished) = &message.finished {
             self.unfinished -= 1;
+            if self.calls(message.choice) {
+                self.answering.span.called_tools(message.choice);
+            }
             let mut chunk = self.chunk(message.choice, json!({}));
             chunk["choices"][0]["finish_reason"] =
                 finish_reason_with(self.calls(message.choice), finished).into();

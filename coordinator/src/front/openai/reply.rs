@@ -12,6 +12,7 @@ use super::usage::Tally;
 use crate::front::inference::Started;
 use crate::front::models::ServedModel;
 use crate::front::refusal::Refusal;
+use crate::front::trace::CallSpan;
 
 /// A request that is being answered.
 pub(crate) struct Answering {
@@ -22,6 +23,7 @@ pub(crate) struct Answering {
     pub(crate) prompts: Vec<Vec<u32>>,
     pub(crate) reply: Reply,
     pub(crate) tally: Tally,
+    pub(crate) span: CallSpan,
 }
 
 impl Answering {
@@ -32,11 +34,12 @@ impl Answering {
         reply: Reply,
         per_prompt: u32,
     ) -> (Self, mpsc::Receiver<Result<GenerateResponse, Refusal>>) {
-        let Started { model, id, prompts, messages } = started;
+        let Started { model, id, prompts, messages, span } = started;
+        span.streams(reply.stream);
         let tally = Tally::new(&prompts, per_prompt);
         // Operators find the request by the part after the dash.
         let id = format!("{kind}-{id}");
-        (Self { id, created: unix_now(), model, prompts, reply, tally }, messages)
+        (Self { id, created: unix_now(), model, prompts, reply, tally, span }, messages)
     }
 
     /// The id of a call of a tool, at most 40 characters as OpenAI's.

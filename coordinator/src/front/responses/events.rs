@@ -160,6 +160,9 @@ impl ResponseEvents {
             self.piece(piece, &mut out);
         }
         if let Some(finished) = &message.finished {
+            if self.reader.calls() > 0 {
+                self.answering.span.called_tools(0);
+            }
             let status = status(finished);
             self.close(status, &mut out);
             let response = self.answering.response(self.output.clone(), Some(finished));

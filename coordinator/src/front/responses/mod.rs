@@ -46,6 +46,7 @@ async fn create(
     let ResponsesRequest { mut request, stream: streams, tools, said } = asked;
     let reader = tools::apply(&front, &mut request, tools.as_ref()).await?;
     let started = front.start(&caller, vec![request], None, arrived).await?;
+    started.span.streams(streams);
     let (answering, mut messages) = Answering::new(started, said);
     if streams {
         return stream(messages, ResponseEvents::new(answering, reader)).await;

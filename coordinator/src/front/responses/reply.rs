@@ -8,6 +8,7 @@ use crate::front::inference::Started;
 use crate::front::openai::unix_now;
 use crate::front::refusal::Refusal;
 use crate::front::tools::{Answer, Part};
+use crate::front::trace::CallSpan;
 
 /// A request that is being answered.
 pub(super) struct Answering {
@@ -17,6 +18,7 @@ pub(super) struct Answering {
     model: String,
     /// What the response repeats of the request.
     said: Map<String, Value>,
+    pub(super) span: CallSpan,
 }
 
 impl Answering {
@@ -25,9 +27,9 @@ impl Answering {
         started: Started,
         said: Map<String, Value>,
     ) -> (Self, mpsc::Receiver<Result<GenerateResponse, Refusal>>) {
-        let Started { model, id, messages, .. } = started;
+        let Started { model, id, messages, span, .. } = started;
         let (id, model) = (id.to_string(), model.name.clone());
-        (Self { id, created: unix_now(), model, said }, messages)
+        (Self { id, created: unix_now(), model, said, span }, messages)
     }
 
     /// The id of an item: `msg` for a text, `fc` for a call.
@@ -67,6 +69,9 @@ impl Answering {
 
     /// The items of a whole answer.
     pub(super) fn output(&self, answer: &Answer, finished: &Finished) -> Vec<Value> {
+        if answer.calls().next().is_some() {
+            self.span.called_tools(0);
+        }
         let last = answer.parts.len().saturating_sub(1);
         let item = |(index, part): (usize, &Part)| match part {
             Part::Text(text) => {
