@@ -31,11 +31,11 @@
 //! - A block is cached when the step that fills it has ended.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use baton_proto::hash::{BlockHash, ModelRoot};
 use baton_proto::ids::TransferId;
-use baton_proto::message::{BlockCounts, Job, Logprobs, Retry, TokenEvent};
+use baton_proto::message::{Job, Retry};
 
 use crate::blocks::User;
 use crate::events::{FirstToken, Kind};
@@ -45,14 +45,17 @@ use flight::Flight;
 use pull::Fetch;
 
 mod complete;
+mod event;
 mod flight;
 mod guided;
+mod looks;
 mod plan;
 mod pull;
 #[cfg(test)]
 mod tests;
 
 pub use complete::Outcome;
+pub use event::Event;
 pub use guided::{Following, MaskFound, MaskWanted};
 pub use plan::{Plan, PlannedChunk};
 
@@ -71,57 +74,6 @@ pub struct Limits {
     pub max_model_len: usize,
     /// Token ids are below this.
     pub vocab_size: usize,
-}
-
-/// What the scheduler has to tell, in order.
-#[derive(Debug, PartialEq)]
-pub enum Event {
-    /// A job was admitted for the first time.
-    Admitted {
-        /// The job.
-        id: TransferId,
-        /// What is done with it.
-        kind: Kind,
-        /// Jobs with a transfer: the blocks that are leased until
-        /// [`Scheduler::lease_returned`]; otherwise empty.
-        lease: Vec<u32>,
-        /// Leading blocks that were cached.
-        cached_blocks: usize,
-        /// Time since submission.
-        queued: Duration,
-    },
-    /// Tokens of one step.
-    Tokens(Vec<TokenEvent>),
-    /// See [`EngineEvent::PromptLogprobs`](crate::EngineEvent::PromptLogprobs).
-    PromptLogprobs {
-        /// The job.
-        id: TransferId,
-        /// `(token, its log-probabilities)`.
-        tokens: Vec<(u32, Logprobs)>,
-    },
-    /// See [`EngineEvent::Embedded`](crate::EngineEvent::Embedded).
-    Embedded {
-        /// The job.
-        id: TransferId,
-        /// The vector.
-        values: Vec<f32>,
-        /// Time spent computing the prompt.
-        prefill: Duration,
-    },
-    /// The job ended without a result.
-    Failed {
-        /// The job.
-        id: TransferId,
-        /// For people.
-        reason: String,
-        /// Whether and where it is worth repeating.
-        retry: Retry,
-    },
-    /// The job is over and its lease was returned.
-    Ended {
-        /// The job.
-        id: TransferId,
-    },
 }
 
 /// Blocks that are held for a transfer, whatever becomes of the sequence.
@@ -301,91 +253,6 @@ impl Scheduler {
         self.cache.take_changes()
     }
 
-    /// All that the prefix cache holds.
-    #[must_use]
-    pub fn cached_hashes(&self) -> Vec<BlockHash> {
-        self.cache.snapshot()
-    }
-
-    /// Whether anything of a job is still here: the sequence, or a lease of its blocks.
-    #[must_use]
-    pub fn knows(&self, id: TransferId) -> bool {
-        self.holds(id) || self.leases.contains_key(&id)
-    }
-
-    /// Whether the job's end has been told while its lease is still out.
-    #[must_use]
-    pub fn end_told(&self, id: TransferId) -> bool {
-        let lease = self.leases.get(&id);
-        !self.holds(id) && lease.is_some_and(|lease| !lease.ended)
-    }
-
-    fn holds(&self, id: TransferId) -> bool {
-        self.numbers.contains_key(&id) || self.fetches.contains_key(&id)
-    }
-
-    /// The sequence of a planned chunk.
-    ///
-    /// # Panics
-    /// If it is over.
-    #[must_use]
-    pub fn sequence(&self, chunk: &PlannedChunk) -> &Sequence {
-        &self.sequences[&chunk.number]
-    }
-
-    /// Whether the sequence of a planned chunk is over.
-    #[must_use]
-    pub fn is_over(&self, chunk: &PlannedChunk) -> bool {
-        !self.sequences.contains_key(&chunk.number)
-    }
-
-    /// When the next sequence fails if nothing else happens.
-    #[must_use]
-    pub fn next_deadline(&self) -> Option<Instant> {
-        self.deadlines.first().map(|&(deadline, _)| deadline)
-    }
-
-    /// Sequences not admitted, held ones included.
-    #[must_use]
-    pub fn waiting(&self) -> usize {
-        self.waiting.len() + self.held.len()
-    }
-
-    /// Blocks that they will need.
-    #[must_use]
-    pub fn waiting_blocks(&self) -> usize {
-        let waiting = self.waiting.iter().chain(&self.held);
-        let blocks =
-            |number| self.sequences[number].tokens.len().div_ceil(self.limits.block_tokens);
-        waiting.map(blocks).sum()
-    }
-
-    /// Sequences admitted.
-    #[must_use]
-    pub fn admitted(&self) -> usize {
-        self.running.len() + self.importing.len()
-    }
-
-    /// Whether the next step has sequences that generate.
-    #[must_use]
-    pub fn decodes(&self) -> bool {
-        self.running.iter().any(|number| self.sequences[number].decoding())
-    }
-
-    /// Tokens of prompts that are to be computed here.
-    #[must_use]
-    pub fn queued_tokens(&self) -> usize {
-        let queued = |s: &&Sequence| s.kind != Kind::Import && s.computed < s.admitted_tokens;
-        let waits = self.sequences.values().filter(queued);
-        waits.map(|s| s.admitted_tokens - s.computed).sum()
-    }
-
-    /// Blocks by state.
-    #[must_use]
-    pub fn blocks(&self) -> BlockCounts {
-        self.cache.counts()
-    }
-
     fn end(&mut self, number: u64) {
         let id = self.remove(number).id;
         self.tell_end(id);
@@ -445,41 +312,6 @@ impl Scheduler {
                 }
             }
             sequence.cached_blocks = ordinal + 1;
-        }
-    }
-
-    /// Derives what is kept redundantly and compares. For tests and for idle moments.
-    ///
-    /// # Panics
-    /// If the scheduler contradicts itself.
-    pub fn check(&self) {
-        self.cache.check();
-        assert_eq!(self.numbers.len(), self.sequences.len());
-        let queued = self.waiting() + self.admitted();
-        assert_eq!(queued, self.sequences.len(), "a sequence is in exactly one queue");
-        assert!(self.admitted() <= self.limits.max_sequences);
-        assert!(self.fetches.keys().all(|id| !self.numbers.contains_key(id)));
-        for (number, sequence) in &self.sequences {
-            let queue = match sequence.phase {
-                Phase::Waiting if self.held.contains(number) => &self.held,
-                Phase::Waiting => &self.waiting,
-                Phase::Importing => &self.importing,
-                Phase::Running => &self.running,
-            };
-            assert!(queue.contains(number), "the phase names the queue");
-            assert!(sequence.computed <= sequence.planned && sequence.planned <= sequence.length());
-            let flies = sequence.in_flight() || sequence.pending > 0;
-            assert!(!flies || sequence.phase == Phase::Running && !self.flights.is_empty());
-            let blocks = sequence.length().div_ceil(self.limits.block_tokens);
-            match sequence.phase {
-                Phase::Waiting => assert!(sequence.blocks.is_empty()),
-                _ => assert!((blocks - 1..=blocks).contains(&sequence.blocks.len())),
-            }
-        }
-        let idle = self.flights.is_empty() && self.sequences.is_empty();
-        if idle && self.fetches.is_empty() && self.leases.is_empty() {
-            let BlockCounts { active, leased, .. } = self.blocks();
-            assert_eq!((active, leased), (0, 0), "nothing is left of ended sequences");
         }
     }
 }

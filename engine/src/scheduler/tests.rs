@@ -1,9 +1,10 @@
 use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
 
 use baton_proto::embedding::Pooling;
 use baton_proto::hash::CacheSalt;
 use baton_proto::ids::RequestId;
-use baton_proto::message::NodeFinish;
+use baton_proto::message::{BlockCounts, NodeFinish};
 use baton_proto::sampling::SamplingParams;
 use proptest::prelude::*;
 

@@ -15,7 +15,8 @@ use crate::cuda::stream::Stream;
 
 /// How long to leave the processor alone before asking again whether a call is complete.
 pub(super) const POLL: Duration = Duration::from_micros(100);
-/// How long a call may take on this side, once all ranks are connected. It waits for no peer.
+/// How long a call may take. It waits for a peer only where it is the first to send to it or to receive
+/// from it, as that connects the two.
 const CALL_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// `ncclDataType_t`.
