@@ -3,7 +3,7 @@
 use std::io::{self, Write as _};
 use std::time::Duration;
 
-use crate::commands::CommandError;
+use crate::commands::{CommandError, is_unreachable};
 
 /// Shortest time between two prints.
 const SHORTEST_WATCH: f64 = 0.1;
@@ -76,15 +76,22 @@ impl OutputArgs {
     where
         F: Future<Output = Result<T, CommandError>>,
     {
+        let mut show = |answer| {
+            let text = text(answer);
+            if self.is_json() { text } else { harmless(&text) }.trim_end().to_owned() + "\n"
+        };
+        let first = show(ask().await?);
+        let Some(pause) = self.watch else { return Ok(print(&first)?) };
+        let clear = if self.is_json() { "" } else { "\x1b[2J\x1b[H" };
+        print(&format!("{clear}{first}"))?;
         loop {
-            let text = text(ask().await?);
-            let text = if self.is_json() { text } else { harmless(&text) };
-            let Some(pause) = self.watch else {
-                return Ok(print(&format!("{}\n", text.trim_end()))?);
-            };
-            let clear = if self.is_json() { "" } else { "\x1b[2J\x1b[H" };
-            print(&format!("{clear}{}\n", text.trim_end()))?;
             tokio::time::sleep(pause).await;
+            match ask().await {
+                Ok(answer) => print(&format!("{clear}{}", show(answer)))?,
+                // It was there, and may come back.
+                Err(error) if is_unreachable(&*error) => complain(&format!("baton: {error}")),
+                Err(error) => return Err(error),
+            }
         }
     }
 }
@@ -176,12 +183,27 @@ fn civil(day: u64) -> (u64, u64, u64) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::commands::Failed;
 
     #[test]
     fn columns_line_up() {
         let text = table(&["NODE", "N"], &[vec!["prefill-0".into(), "1".into()]]);
         assert_eq!(text, "NODE       N\nprefill-0  1\n");
         assert_eq!(table(&["A", "B"], &[vec!["a\nb".into(), "c".into()]]), "A    B\na b  c\n");
+    }
+
+    #[tokio::test]
+    async fn a_watch_goes_on_when_a_coordinator_goes_away() {
+        let watch = Some(Duration::from_millis(1));
+        let output = OutputArgs { format: FormatArgs::default(), watch };
+        let away = || Err(Failed::with(Failed::UNREACHABLE, "away"));
+        for (answers, end) in
+            [(vec![Ok(""), away(), Ok(""), Err("wrong".into())], "wrong"), (vec![away()], "away")]
+        {
+            let mut answers = answers.into_iter();
+            let next = || std::future::ready(answers.next().expect("it ended").map(str::to_owned));
+            assert_eq!(output.print(next).await.unwrap_err().to_string(), end);
+        }
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::time::Duration;
 use baton_proto::wire::v1::{Event, WatchRequest, WatchResponse};
 use serde_json::json;
 
-use super::{CommandError, Failed};
+use super::{CommandError, is_unreachable};
 use crate::client::{Target, explain, is_lost};
 use crate::output::{FormatArgs, complain, harmless, print, utc};
 
@@ -62,9 +62,8 @@ impl From<tonic::Status> for Ended {
 async fn watch(args: &EventsArgs, after: &mut u64) -> Result<(), Ended> {
     let first = *after == args.after;
     let mut client = args.target.cluster().await.map_err(|error| {
-        let unreachable = error.downcast_ref::<Failed>().is_some();
         // Whoever never answered has not gone away.
-        if unreachable && !first { Ended::Lost(error) } else { Ended::Failed(error) }
+        if is_unreachable(&*error) && !first { Ended::Lost(error) } else { Ended::Failed(error) }
     })?;
     let request = WatchRequest { after: Some(*after), until_now: !args.follow };
     let mut stream = client.watch(request).await?.into_inner();

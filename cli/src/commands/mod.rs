@@ -48,6 +48,11 @@ impl Failed {
     }
 }
 
+/// No coordinator answers, for now.
+pub(crate) fn is_unreachable(error: &(dyn std::error::Error + 'static)) -> bool {
+    error.downcast_ref::<Failed>().is_some_and(|failed| failed.status == Failed::UNREACHABLE)
+}
+
 /// The command line is wrong in a way that its parser cannot see.
 pub(crate) fn usage(problem: &str) -> CommandError {
     clap::Error::raw(clap::error::ErrorKind::ValueValidation, format!("{problem}\n")).into()

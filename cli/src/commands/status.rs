@@ -21,20 +21,24 @@ pub(crate) struct StatusArgs {
 
 /// Runs `baton status`.
 pub(crate) async fn run(args: StatusArgs) -> Result<(), CommandError> {
-    let mut problems = 0;
+    let mut problems = Vec::new();
     let show = || async {
         let response = args.target.cluster().await?.get_status(GetStatusRequest {}).await;
         response.map(tonic::Response::into_inner).map_err(|status| explain(&status))
     };
     let mut shown = |status: GetStatusResponse| {
-        problems = status.alerts.iter().filter(|alert| is_problem(alert)).count();
+        problems = status
+            .alerts
+            .iter()
+            .filter(|alert| is_problem(alert))
+            .map(|alert| alert.code.clone())
+            .collect();
         if args.output.is_json() { as_json(&status) } else { as_text(&status) }
     };
     args.output.print_each(show, &mut shown).await?;
-    match problems {
-        0 => Ok(()),
-        _ if !args.exit_code => Ok(()),
-        some => Err(Failed::with(Failed::UNHEALTHY, format!("{some} alerts"))),
+    match args.exit_code && !problems.is_empty() {
+        true => Err(Failed::with(Failed::UNHEALTHY, problems.join(", "))),
+        false => Ok(()),
     }
 }
 

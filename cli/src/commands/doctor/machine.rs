@@ -180,7 +180,7 @@ pub(super) fn weights(folder: &Path, format: LoadFormat) -> Option<Finding> {
             format!("{} has no *.safetensors", folder.display()),
             "fetch the whole checkpoint",
         ),
-        count => Finding::fine("model", format!("{count} files of weights can be read")),
+        count => Finding::fine("model", format!("{count} *.safetensors can be read")),
     }))
 }
 
