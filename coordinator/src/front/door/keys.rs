@@ -328,7 +328,10 @@ mod tests {
             (String::new(), "has 0 keys; it must have 1 to 4096"),
             (entry("scope = []"), "keys.toml:5:1: unknown key `scope`; did you mean `scopes`?"),
             (entry("scopes = []"), "key \"a\" has no scope"),
-            (entry("scopes = ['admin']"), "expected one of `generate`, `view`, `operate`"),
+            (
+                entry("scopes = ['admin']"),
+                "keys.scopes is 'admin'; it must be one of `generate`, `view`, `operate`",
+            ),
             (entry("max_in_flight = 0"), "max_in_flight of key \"a\" is 0; it must be above 0"),
             (entry("[[tenants]]\nname = 'u'"), "tenant \"u\" has no key"),
             (entry(&entry("")), "key \"a\" is there twice"),
