@@ -122,7 +122,9 @@ fn register(shared: &Shared, link: &Arc<Link>) -> bool {
     let refused = match current {
         Some(current) if current.epoch > link.epoch => Some(CloseCode::Epoch),
         // It took longer to look at the other one's memory.
-        Some(current) if current.id > link.id => Some(CloseCode::Replaced),
+        Some(current) if current.epoch == link.epoch && current.id > link.id => {
+            Some(CloseCode::Replaced)
+        }
         None if links.len() >= MAX_LINKS => Some(CloseCode::Busy),
         _ => None,
     };

@@ -65,9 +65,11 @@ pub const MAX_REMEMBERED: usize = 16_384;
 pub const MAX_LINKS: usize = 1024;
 /// Handshakes in progress.
 pub const MAX_HANDSHAKES: usize = 64;
-/// Payload streams that one peer may have open: for each, two units may be in memory, one that is read
-/// and one that waits for its place.
+/// Payload streams that one peer may have open.
 pub const MAX_PAYLOAD_STREAMS: u32 = 96;
+/// Units of one connection that are in memory: of each stream one that is read and one that waits for
+/// its place, which it does beyond the end of its stream.
+pub const MAX_UNITS: usize = 2 * MAX_PAYLOAD_STREAMS as usize;
 /// Control frames waiting to be written to one connection. When it comes up, every transfer that
 /// waited for it makes its offer.
 pub const MAX_QUEUED_FRAMES: usize = 2 * MAX_OUTGOING;

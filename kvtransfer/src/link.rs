@@ -16,7 +16,7 @@ use crate::direct::Remote;
 use crate::error::SendError;
 use crate::frame::{Frame, FrameError, Hello, Reason, frame_length};
 use crate::inbox::Origin;
-use crate::limits::{MAX_COPIES, MAX_QUEUED_FRAMES};
+use crate::limits::{MAX_COPIES, MAX_QUEUED_FRAMES, MAX_UNITS};
 use crate::sender::LinkId;
 use crate::wire::Wire;
 
@@ -162,6 +162,8 @@ pub(crate) struct Link {
     pub(crate) remote: Option<OpenMemory>,
     /// Permits for copies from it.
     pub(crate) copies: Arc<Semaphore>,
+    /// Permits for units of its payload in memory.
+    pub(crate) units: Arc<Semaphore>,
     /// The channel, once this end has joined it.
     pub(crate) wire: OnceLock<Arc<Wire>>,
     /// It was named, which happens once.
@@ -185,11 +187,13 @@ impl Link {
         connection: Connection,
     ) -> (Self, mpsc::Receiver<Frame>) {
         let (frames, queue) = mpsc::channel(MAX_QUEUED_FRAMES);
-        let copies = Arc::new(Semaphore::new(MAX_COPIES));
+        let [copies, units] = [MAX_COPIES, MAX_UNITS].map(|most| Arc::new(Semaphore::new(most)));
         let (remote, wire) = (None, OnceLock::new());
         let (invited, joined) = (AtomicBool::new(false), AtomicBool::new(false));
-        let link =
-            Self { id, peer, epoch, connection, frames, remote, copies, wire, invited, joined };
+        #[rustfmt::skip]
+        let link = Self {
+            id, peer, epoch, connection, frames, remote, copies, units, wire, invited, joined,
+        };
         (link, queue)
     }
 

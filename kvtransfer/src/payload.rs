@@ -178,6 +178,7 @@ impl Unit {
         if length > inbound.most_bytes() {
             return Err(FrameError::OutOfRange { what: "a unit", value: header.length }.into());
         }
+        let permit = link.units.clone().acquire_owned().await.map_err(|_| Stop::Over)?;
         self.bytes.reserve(length);
         let mut checksum = header.checksum_start();
         while self.bytes.len() < length {
@@ -190,8 +191,8 @@ impl Unit {
         if let Some(before) = self.landing.take() {
             let _ = before.await;
         }
-        let landing =
-            inbound.unit(shared, link.id, (header, checksum), self.bytes.split().freeze());
+        let bytes = (self.bytes.split().freeze(), permit);
+        let landing = inbound.unit(shared, link.id, (header, checksum), bytes);
         self.landing = landing.map_err(|Late| Stop::Over)?;
         Ok(())
     }

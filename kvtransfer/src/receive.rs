@@ -246,13 +246,14 @@ impl Inbound {
     }
 
     /// A whole unit has come, with this checksum: if it is sound it goes to its place, if need be while
-    /// the next one arrives. An error: its stream is not to be read on.
+    /// the next one arrives. The permit bounds how many are in memory. An error: its stream is not to
+    /// be read on.
     pub(crate) fn unit(
         self: &Arc<Self>,
         shared: &Arc<Shared>,
         link: LinkId,
         (unit, checksum): (&UnitHeader, u32),
-        bytes: Bytes,
+        (bytes, permit): (Bytes, OwnedSemaphorePermit),
     ) -> Result<Option<JoinHandle<()>>, Late> {
         let pieces = unit.pieces;
         let place = self.change(shared, |State { machine, sink, .. }, now| {
@@ -264,6 +265,7 @@ impl Inbound {
         let (transfer, shared) = (self.clone(), shared.clone());
         let mut landing = Box::pin(async move {
             let applied = transfer.land(place, (pieces, new), &bytes).await;
+            drop((bytes, permit));
             transfer.change(&shared, |state, now| state.applied(now, applied));
         });
         // Of memory that is at hand it ends at once.
