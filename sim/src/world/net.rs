@@ -162,7 +162,13 @@ impl Net {
     }
 
     /// A process stands still for a while: others hear nothing of it, and it hears everything later.
+    /// Not one that stands still or is cut off already: what is held up for two reasons would get out
+    /// of order.
     pub(crate) fn freeze(&mut self, party: Party, time: Duration) {
+        let is_cut = self.cut.iter().any(|&(a, b)| a == party || b == party);
+        if is_cut || self.frozen(party).is_some() {
+            return;
+        }
         self.frozen.insert(party, self.now() + time);
         for (wire, end) in self.ends_of(party) {
             self.fall_silent(wire, 1 - end);
@@ -330,8 +336,11 @@ impl Net {
         self.wires.iter().flat_map(ends).collect()
     }
 
-    /// From now on nothing passes between the two.
+    /// From now on nothing passes between the two, unless one of them stands still.
     pub(crate) fn cut(&mut self, a: Party, b: Party) {
+        if self.frozen(a).or(self.frozen(b)).is_some() {
+            return;
+        }
         self.cut.insert((a.min(b), a.max(b)));
         for id in self.between(a, b) {
             (0..2).for_each(|end| self.fall_silent(id, end));
