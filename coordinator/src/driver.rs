@@ -235,7 +235,8 @@ impl Driver {
         }
     }
 
-    /// Those of models that nobody serves any more are forgotten with the models.
+    /// Those of models that nobody serves any more are let go with the models; what they have counted
+    /// stays in the metrics.
     fn counts_of(&mut self, model: String) -> Arc<Vllm> {
         if self.counts.len() >= MAX_MODELS {
             self.counts.retain(|_, counts| Arc::strong_count(counts) > 1);

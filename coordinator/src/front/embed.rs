@@ -88,9 +88,9 @@ impl Front {
         span: &CallSpan,
     ) -> Result<EmbedResponse, Refusal> {
         let prepared = self.prepare_embedding(caller, request, timeout, arrived, span).await?;
-        let some_done = Arc::new(AtomicBool::new(false));
-        self.embed_prepared(&prepared, &some_done).await.inspect_err(|refusal| {
-            if matches!(refusal, Refusal::Submit(_)) && !some_done.load(Ordering::Relaxed) {
+        let accepted = Arc::new(AtomicBool::new(false));
+        self.embed_prepared(&prepared, &accepted).await.inspect_err(|refusal| {
+            if matches!(refusal, Refusal::Submit(_)) && !accepted.load(Ordering::Relaxed) {
                 prepared.admission.refund_prompt(prepared.prompt_tokens);
             }
         })
@@ -99,7 +99,7 @@ impl Front {
     async fn embed_prepared(
         &self,
         prepared: &Prepared,
-        some_done: &Arc<AtomicBool>,
+        accepted: &Arc<AtomicBool>,
     ) -> Result<EmbedResponse, Refusal> {
         let mut embeddings = vec![Embedding::default(); prepared.prompts.len()];
         let mut usage = v1::Usage::default();
@@ -111,12 +111,11 @@ impl Front {
                 && let Some((at, tokens)) = waiting.next()
             {
                 let (request, span) = one_of(prepared, at, tokens)?;
-                running.spawn(embed_one(self.core.clone(), at, request, span, some_done.clone()));
+                running.spawn(embed_one(self.core.clone(), at, request, span, accepted.clone()));
             }
             let Some(embedded) = running.join_next().await else { break };
             let Embedded { at, id, mut values, usage: used } =
                 embedded.map_err(|_| Refusal::Internal)??;
-            some_done.store(true, Ordering::Relaxed);
             if prepared.normalize {
                 normalize(&mut values);
             }
@@ -236,10 +235,10 @@ async fn embed_one(
     at: usize,
     request: NewRequest,
     mut span: PartSpan,
-    some_done: Arc<AtomicBool>,
+    accepted: Arc<AtomicBool>,
 ) -> Result<Embedded, Refusal> {
     let id = request.id;
-    let outcome = outcome(&core, request, &some_done).await;
+    let outcome = outcome(&core, request, &accepted).await;
     match outcome {
         Ok((values, summary)) => {
             span.embedded(&summary, values.len());
@@ -255,9 +254,10 @@ async fn embed_one(
 async fn outcome(
     core: &Core,
     request: NewRequest,
-    some_done: &AtomicBool,
+    accepted: &AtomicBool,
 ) -> Result<(Vec<f32>, Summary), Refusal> {
-    let mut updates = submit(core, request, some_done).await?;
+    let mut updates = submit(core, request, accepted).await?;
+    accepted.store(true, Ordering::Relaxed);
     let mut values = None;
     while let Some(update) = updates.recv().await {
         match update {
@@ -274,12 +274,12 @@ async fn outcome(
     Err(SubmitError::ShuttingDown.into())
 }
 
-/// Submits one input. Once others have their vectors it waits for room, if its deadline allows: the
+/// Submits one input. Once others are accepted it waits for room, if its deadline allows: the
 /// whole request would have to be sent again.
 async fn submit(
     core: &Core,
     mut request: NewRequest,
-    some_done: &AtomicBool,
+    accepted: &AtomicBool,
 ) -> Result<Updates, SubmitError> {
     let deadline = request.deadline.map(|left| Instant::now() + left);
     for _ in 1..MAX_SUBMITS {
@@ -289,7 +289,7 @@ async fn submit(
         };
         let then = Instant::now() + wait;
         let late = deadline.is_some_and(|deadline| deadline <= then);
-        if late || !some_done.load(Ordering::Relaxed) {
+        if late || !accepted.load(Ordering::Relaxed) {
             return Err(SubmitError::Overloaded { retry_after: wait });
         }
         tokio::time::sleep_until(then).await;

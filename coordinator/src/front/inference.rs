@@ -11,7 +11,7 @@ use baton_proto::wire::v1::{
     GenerateResponse, TokenizeRequest, TokenizeResponse,
 };
 use tokio::sync::mpsc;
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout_at};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_stream::{Stream, StreamExt};
 use tonic::metadata::MetadataMap;
@@ -122,7 +122,10 @@ impl Front {
             if let Some(tenant) = caller.tenant() {
                 request.tenant = tenant.to_owned();
             }
-            all.push(self.prepare(request, &model, &info).await?);
+            let own = request.deadline_ms.map(|ms| Duration::from_millis(ms.into()));
+            let most = [own, timeout].into_iter().flatten().min();
+            let preparing = self.prepare(request, &model, &info);
+            all.push(before(most.map(|most| arrived + most), preparing).await?);
         }
         let prompt_tokens = all.iter().map(|prepared| prepared.tokens.len()).sum();
         ticket.admission.charge_prompt(prompt_tokens)?;
@@ -136,7 +139,13 @@ impl Front {
             let submitted = self
                 .submit_all(&model, prepared, deadline, (span, completions), &mut accepted)
                 .await;
-            submitted.inspect_err(|_| ticket.admission.refund_prompt(prompt_tokens))?;
+            // What was accepted may have been computed by now.
+            let nothing_begun = accepted.is_empty();
+            submitted.inspect_err(|_| {
+                if nothing_begun {
+                    ticket.admission.refund_prompt(prompt_tokens);
+                }
+            })?;
         }
         let prompts = all.into_iter().map(|prepared| prepared.tokens).collect();
         let id = accepted[0].updates.id();
@@ -225,6 +234,17 @@ impl Front {
             accepted.push(Accepted { choice, updates: self.core.submit(request).await?, span });
         }
         Ok(())
+    }
+}
+
+/// A long text may wait for its turn, but not beyond its request's deadline.
+async fn before<T>(
+    deadline: Option<Instant>,
+    work: impl Future<Output = Result<T, Refusal>>,
+) -> Result<T, Refusal> {
+    match deadline {
+        Some(deadline) => timeout_at(deadline, work).await.map_err(|_| Refusal::Late)?,
+        None => work.await,
     }
 }
 

@@ -143,7 +143,7 @@ impl CallSpan {
         if let Some(mut call) = self.lock() {
             call.reasons.resize(all as usize, None);
         }
-        PartSpan { call: self.clone(), own, index, first, began }
+        PartSpan { own, call: self.clone(), index, first, began }
     }
 
     /// There were calls of tools in a completion that has ended.
@@ -197,8 +197,9 @@ impl Drop for Call {
 
 /// A completion or an embedding of a call. If it is the only one, the call's span is its own.
 pub(crate) struct PartSpan {
-    call: CallSpan,
+    /// Before the call's, as it ends first.
     own: Option<Span>,
+    call: CallSpan,
     index: u32,
     /// The first of its prompt.
     first: bool,

@@ -15,6 +15,9 @@ use crate::ids::{Epoch, NodeId, RequestId, Role, TransferId};
 use crate::message::Peer;
 use crate::wire::node as wire;
 
+/// Nothing that a machine reports takes longer.
+const MOST_TIME: Duration = Duration::from_secs(366 * 24 * 3600);
+
 /// A message breaks the protocol; the connection that carried it is to be closed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("invalid message: {0}")]
@@ -34,8 +37,9 @@ fn bytes16(bytes: &[u8], field: &str) -> Result<[u8; 16], InvalidMessage> {
 }
 
 fn duration_ms(ms: f64, field: &str) -> Result<Duration, InvalidMessage> {
-    Duration::try_from_secs_f64(ms / 1e3)
-        .map_err(|_| InvalidMessage(format!("{field} is no duration")))
+    let duration = Duration::try_from_secs_f64(ms / 1e3).ok();
+    let duration = duration.filter(|&duration| duration <= MOST_TIME);
+    duration.ok_or_else(|| InvalidMessage(format!("{field} is no duration of at most a year")))
 }
 
 fn as_ms(duration: Duration) -> f64 {

@@ -272,6 +272,25 @@ async fn what_the_core_refuses_is_charged_to_nobody() {
     assert_eq!(generate(&played, &few).await.unwrap_err().code(), Code::ResourceExhausted);
 }
 
+/// Nodes may have computed the part of a call that was accepted.
+#[tokio::test]
+async fn a_call_that_is_refused_in_part_is_charged() {
+    let mut keys = Keys::new();
+    let few = keys.add("few", "acme", &[Scope::Generate], "requests_per_minute = 1");
+    let full = AtomicBool::new(false);
+    let then_full = move |_: &NewRequest| match full.swap(true, Ordering::Relaxed) {
+        true => Play::Refuse(SubmitError::NoNodes("demo".to_owned())),
+        false => Play::Silence(Vec::new()),
+    };
+    let played = start(behind(&keys.path()), then_full).await;
+    let mut client = InferenceClient::new(played.channel());
+    for code in [Code::Unavailable, Code::ResourceExhausted] {
+        let twice = GenerateRequest { n: Some(2), ..prompt("Hello") };
+        let refused = client.generate(with_key(&few, twice)).await.unwrap_err();
+        assert_eq!(refused.code(), code, "{refused}");
+    }
+}
+
 #[tokio::test]
 async fn inputs_that_the_core_refuses_are_charged_to_nobody() {
     let mut keys = Keys::new();
