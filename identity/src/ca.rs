@@ -94,6 +94,12 @@ impl ClusterCa {
         let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
         let cert = params.signed_by(&key, &self.issuer)?;
         files::create_private_dir(dir)?;
+        // Nothing is written beside what is there already.
+        for file in [NODE_KEY, NODE_CERT].map(|name| dir.join(name)) {
+            if file.exists() {
+                return Err(FileError::new(&file, "it is there already").into());
+            }
+        }
         // An identity beside its own authority shares the file; beside another one there can be none.
         match files::read(&dir.join(CA_CERT)) {
             Ok(present) if present == self.cert_pem => {}
