@@ -47,7 +47,9 @@ async fn cpus_send_bytes() {
 /// Emulated ones where there is none.
 #[tokio::test(flavor = "multi_thread")]
 async fn gpus_of_one_machine_share_memory_unless_told_otherwise() {
-    let mut wanted = ClusterOptions { device: Some("cuda".into()), ..options(1, 1) };
+    // Two nodes on one device cannot each take most of its memory.
+    let (device, kv_memory) = (Some("cuda".into()), Some("64MiB".into()));
+    let mut wanted = ClusterOptions { device, kv_memory, ..options(1, 1) };
     if std::env::var("BATON_TEST_DEVICE").as_deref() != Ok("real") {
         match build_emulator(&Emulator::default()) {
             Ok(folder) => wanted.cuda_libraries = Some(folder),
